@@ -29,7 +29,15 @@ SMALLER = {  # field of an operation -> value, where it has this field
     "calibration_samples": 4, "calibration_length": 256, "samples": 4, "steps": 2, "window": 32, "dense_below": 64,
     "min_budget": 64,
 }  # fmt: skip
-OF_RECIPE = {"minference": {"calibration_length": 1024, "block": 16}}  # a shorter text has no cheap pattern
+OF_RECIPE = {
+    "minference": {"calibration_length": 1024, "block": 16},  # a shorter text has no cheap pattern
+    "moba-heal": {
+        "last_layers_full": 1,
+        "block": 16,
+        "top": 2,
+        "dense_below": 0,
+    },  # of two layers, and for rows of 64 tokens
+}
 HEAL = {"tokens": 2048, "batch_tokens": 512, "length": 64, "minutes": None, "data": "builtin"}
 EVALUATE = {"text": "builtin", "windows": 1, "length": 64}
 

@@ -203,6 +203,18 @@ def test_sinks_table(tmp_path):
 
 @pytest.mark.slow
 @needs_demo
+def test_act_table(tmp_path):
+    few = ("--windows", "1", "--length", "64", "--samples", "4", "--rows", "map", "--out", "t.json")
+    printed = run("benchmarks/act_table.py", *few, cwd=tmp_path)
+    assert run("benchmarks/act_table.py", *few, cwd=tmp_path) == printed, "the second time all is known"
+    rows = {cells[1].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
+    assert {"the base", "map", "map, all heads"} <= rows.keys()
+    assert int(rows["map, all heads"][4]) == 27 * 9
+    assert rows["map, all heads"][5] != rows["map"][5]
+
+
+@pytest.mark.slow
+@needs_demo
 def test_moh_table(tmp_path):
     few = ("--active", "0.67", "--scores", "energy", "--samples", "4", "--windows", "1", "--out", "rows.json")
     printed = run("benchmarks/moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path)
@@ -271,6 +283,21 @@ def test_a_sparse_table_of_a_base_that_answers_nothing(tmp_path):
     printed = run("benchmarks/sparse_table.py", *few, "--out", "t.json", "--plot", "t.png", cwd=tmp_path)
     assert printed.splitlines()[-1].endswith("| 0/0 |  |"), "there is no answer to take the loss of"
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_moba_table(tmp_path):
+    """What is read is exact for lists of single queries; six blocks of six are the dense model."""
+    model = build("Llama", **GROUPED | {"vocab_size": 300, "max_position_embeddings": 1024})
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    ways = ("block_topk exact=true block=16 top=2", "block_topk exact=true block=16 top=6 last_rows_dense=96")
+    few = ("m", "--length", "96", "--ways", *ways, "--out", "t.json")
+    printed = run("benchmarks/moba_table.py", *few, cwd=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-3:]]
+    read = sum(min(i // 16, 1) * 16 + i % 16 + 1 for i in range(96)) / (96 * 97 / 2)
+    assert [row[1] for row in rows] == ["100.0%", f"{read:.1%}", "100.0%"]
+    assert rows[2][2:4] == rows[0][2:4] != rows[1][2:4]
+    assert run("benchmarks/moba_table.py", *few, cwd=tmp_path) == printed, "the second time all is known"
 
 
 @pytest.mark.slow

@@ -82,6 +82,15 @@ def test_every_recipe_has_a_row_of_the_index_and_a_page_that_names_it(modules):
         assert f"`{recipe}`" in (ROOT / "recipes" / page).read_text(encoding="utf-8"), (recipe, page)
 
 
+def test_the_table_of_papers_names_tests_that_exist(modules, monkeypatch):
+    monkeypatch.delitem(sys.modules, "papers", raising=False)
+    papers = importlib.import_module("papers")
+    assert papers.missing_tests() == []
+    monkeypatch.setattr(papers, "TESTS", ROOT / "examples")
+    assert "runtime/test_estimators.py::test_kept_blocks_are_those_of_the_formula" in papers.missing_tests()
+    sys.modules.pop("papers", None)
+
+
 def test_the_index_is_short():
     assert len((ROOT / "recipes" / "README.md").read_text(encoding="utf-8").split()) < 900
 
@@ -111,25 +120,27 @@ def test_a_changed_figure_is_named_by_page_and_row(copied):
     results, tables = copied["results"], copied["tables"]
     edit(results.FOLDER / "gqa-means.json", "12934", "12935")
     faults = list(tables.stale())
-    assert len(faults) == 3, faults
+    assert len(faults) == 4, faults
     assert faults[0].startswith("recipes/README.md: results recipes: lacks | [`mqa`](gqa.md)"), (
         "a row that refers to it"
     )
     assert "gqa.md: results gqa-means: lacks | `mean` | 12,935 | 9.468" in faults[1]
     assert "should not have | `mean` | 12,934 |" in faults[1]
-    assert faults[2] == "recipes/plots/gqa.svg: the figures of gqa-closed-form, gqa-means are others"
+    assert faults[2].startswith("recipes/papers.md: results papers: lacks | MQA"), "a row that refers to it"
+    assert faults[3] == "recipes/plots/gqa.svg: the figures of gqa-closed-form, gqa-means are others"
 
 
 def test_a_missing_row_is_named(copied):
     results, tables = copied["results"], copied["tables"]
     path = results.FOLDER / "sparse-recipes.json"
     data = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(data | {"rows": [row for row in data["rows"] if row[0] != "`moba`"]}), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"results/sparse-recipes.json has no row '`moba`'; it has `sparse-prefill`"):
+    rows = [row for row in data["rows"] if row[0] != "`minference`"]
+    path.write_text(json.dumps(data | {"rows": rows}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"sparse-recipes.json has no row '`minference`'; it has `sparse-prefill`"):
         list(tables.stale())
     page = tables.ROOT / "recipes" / "moh.md"
     edit(page, "| `mae` | 8 of 9 | 12.26 | 8 |\n", "")
-    edit(results.FOLDER / "recipes.json", '"`moba`"', '"`minference`"')
+    edit(results.FOLDER / "recipes.json", '"`minference`"', '"`flexprefill`"')
     assert any("moh.md: results moh-recipes: lacks | `mae` | 8 of 9" in fault for fault in tables.stale())
 
 

@@ -28,19 +28,19 @@ LINES, LENGTH, PARAMETERS = 450, 60, 7
 DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
-    "calibration": "attention_hook cost gradients head_scores layerwise moments scoring sinks",
+    "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
     "cli": "completion convert doctor evaluate help inspect interrupt main measure options",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack packing passkeys questions recall_rows repeats text",
-    "evaluation": "check check_code check_layers evaluate figures footprint fresh_process lengths paired recall "
-    "result run",
+    "evaluation": "ablation check check_code check_layers evaluate figures footprint fresh_process lengths paired "
+    "recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/probes": "base fields settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
-    "teacher trainer validate weighted_gqa",
+    "sparse_attention teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
     "io": "card_text demo_model files hub hub_errors key_values loading manifest model_folder output_folder pickle "
     "plain_config printing ranges resume safetensors",
@@ -53,13 +53,13 @@ DECIDED = {
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
-    "operations/sparse_prefill": "base by_head methods operation pattern_search",
+    "operations/sparse_prefill": "base by_head methods operation pattern_search prompt_share",
     "recipes": "",
     "report": "card card_metadata card_sections card_summary gate head_map lineage plots report summary timing "
     "verdict",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
-    "surgery_sparse_prefill surgery_stores surgery_visibility",
+    "surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
 }
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.
 MANY = {
@@ -72,7 +72,7 @@ MANY = {
     "operations/moh": "route",
     "operations/sparse_prefill": "search_patterns",
     "report": "heat_maps",
-    "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled scale_sinks unpadded "
+    "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled unpadded "
     "vertical_slash xattention",
 }
 OPEN = {"runtime": ("surgery_estimate_", "surgery_kv_")}  # room -> how the name of a new entry begins

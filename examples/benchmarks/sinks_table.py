@@ -57,7 +57,7 @@ def recipes(options) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
         "zero_tuning, per head": [tuned | {"groups": "heads"}],
     }
     if "act" in SinkCalibration.METHODS:
-        whole["act"] = [search | {"method": "act"}]
+        whole["act"] = [search | {"method": "act", "layers": None}]
     else:
         print("act: sink_calibration has no such method in this version, no row")
 

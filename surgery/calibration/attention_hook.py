@@ -64,6 +64,12 @@ class AttentionHook:
         pairs = zip(totals, self.kv_heads, strict=True)
         return [total.view(heads, -1).amax(-1).tolist() for total, heads in pairs]
 
+    def table(self, totals: list[torch.Tensor], per: str) -> list[list[float]]:
+        """The numbers [query heads] of each layer as a table: [layers][query heads] if `per` is "heads", otherwise
+        that of `largest_of_groups`.
+        """
+        return [total.tolist() for total in totals] if per == "heads" else self.largest_of_groups(totals)
+
     def weights(self, module, query, key, rows, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
         """`attention_weights` for a call that the hooked function received, with the call's keyword arguments."""
         limit = self.windows[module.layer_idx]

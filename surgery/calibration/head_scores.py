@@ -1,7 +1,8 @@
-"""Scores of KV heads (higher = keep the whole cache): the table, its file, and the choice of streaming heads.
+"""Scores of heads (higher = keep the whole cache): the table, its file, and the choice of streaming heads.
 
-A table is [layers][KV heads], with its origin. It is saved as JSON and can be used again. Heads are numbered as in the
-base. `surgery.operations.duo_attention.scorers` measures the scores.
+A table is [layers][KV heads] or [layers][query heads], with its origin. It is saved as JSON and can be used again. The
+two kinds have different formats, so that no reader takes one for the other. Heads are numbered as in the base.
+`surgery.operations.duo_attention.scorers` measures the scores.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +21,48 @@ from surgery.errors import ModelError, ModelMismatchError, SurgeryError
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-FORMAT = 1
+FORMATS = {"kv_heads": 1, "heads": 2}  # kind of the heads -> format of a score file
+KINDS = {"kv_heads": "KV heads", "heads": "query heads"}
+ABOVE = 0.1  # a head with a higher retrieval score is a retrieval head (Wu et al. 2024, arXiv 2404.15574)
+LISTED = 20  # heads in a list of the highest scores
 UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
 ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # settings of RoPE that the scores depend on
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """A score for every KV head.
+    """A score for every head.
 
     Attributes:
         method: name of the method that measured the scores.
-        scores: [layers][KV heads].
+        scores: [layers][heads].
         origin: the settings, the text (title, first 12 digits of its sha256), `model` (see `model_identity`), and the
             other figures of the method (for `gates`: the loss of every step, and the share of undecided gates).
+        per: which heads: "kv_heads" or "heads" (query heads); "" for a table of numbers, which does not say it.
     """
 
     method: str
     scores: list[list[float]]
     origin: dict[str, Any] = field(default_factory=dict)
+    per: str = "kv_heads"
 
     def to_dict(self) -> dict:
-        """The content of a score file, as plain data."""
-        return {"format": FORMAT, **asdict(self)}
+        """The content of a score file, as plain data. A file of query heads also has `per`."""
+        kind = {"per": self.per} if self.per == "heads" else {}
+        table = {"method": self.method, "scores": self.scores, "origin": self.origin}
+        return {"format": FORMATS[self.per or "kv_heads"]} | kind | table
+
+    def highest(self) -> list[tuple[float, int, int]]:
+        """All heads as (score, layer, head), the highest score first; ties by layer and head."""
+        heads = [(x, layer, head) for layer, row in enumerate(self.scores) for head, x in enumerate(row)]
+        return sorted(heads, key=lambda head: (-head[0], *head[1:]))
+
+    def above(self, threshold: float) -> dict[str, Any]:
+        """How many heads score above a threshold, as plain data, and the highest of them (at most `LISTED`)."""
+        order = self.highest()
+        top = [{"layer": layer, "head": head, "score": x} for x, layer, head in order if x > threshold]
+        share = len(top) / len(order)
+        return {"threshold": threshold, "above": len(top), "of": len(order), "share": share, "top": top[:LISTED]}
 
     def save(self, path: str | Path) -> None:
         """Write a score file; raises a MachineError where it cannot be written."""
@@ -95,17 +115,22 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
         SurgeryError: it is not such a file, or it is from another model (its shape or the hash of its config differs).
     """
     path, per = Path(path), [per] if isinstance(per, str) else list(per)
-    kinds = " or ".join({"kv_heads": "KV heads", "heads": "query heads"}[kind] for kind in per)
-    measure = "`surgery score MODEL -o FILE` writes one" if "kv_heads" in per else "a table: a row for each layer"
+    kinds = " or ".join(KINDS[kind] for kind in per)
+    measure = f"`surgery score MODEL{'' if 'kv_heads' in per else ' --per heads'} -o FILE` writes one"
     if not path.is_file():
         raise SurgeryError("no such score file", where=str(path), fix=measure, code="invalid-file")
     scores = read_scores(path)
-    shape, counts = [len(row) for row in scores.scores], [[getattr(x, kind) for x in anatomy.layers] for kind in per]
-    if shape not in counts:
+    shape = [len(row) for row in scores.scores]
+    counts = {kind: [getattr(layer, kind) for layer in anatomy.layers] for kind in KINDS}
+    if scores.per == "heads" and "heads" not in per:
+        raise other_heads(path, scores.per, per[0])
+    if shape not in [counts[kind] for kind in per]:
+        if scores.per == "kv_heads" and shape == counts["kv_heads"]:
+            raise other_heads(path, scores.per, per[0])
         raise ModelMismatchError(
             f"the scores are of another model: {_shape(shape)} (layers x {kinds})",
             where=str(path),
-            exists=f"this model has {' or '.join(map(_shape, counts))}",
+            exists=f"this model has {' or '.join(_shape(counts[kind]) for kind in per)}",
         )
     theirs, ours = scores.origin.get("model"), model_identity(anatomy)
     if isinstance(theirs, dict) and theirs.get("hash", ours["hash"]) != ours["hash"]:
@@ -120,6 +145,15 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
     if any(x != x for row in scores.scores for x in row):
         raise SurgeryError("the scores hold NaN", where=str(path), code="invalid-file")
     return scores
+
+
+def other_heads(path: Path, found: str, wanted: str) -> ModelMismatchError:
+    """The error for a score file of KV heads where query heads are wanted, or the reverse."""
+    return ModelMismatchError(
+        f"these are scores of {KINDS[found]}, and scores of {KINDS[wanted]} are needed here",
+        where=str(path),
+        fix=f"`surgery score MODEL --per {wanted.replace('_', '-')} -o FILE` measures them",
+    )
 
 
 def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
@@ -152,7 +186,7 @@ def read_scores(path: str | Path) -> HeadScores:
         if text.lstrip().startswith(("{", "[")):
             return _of_json(text, path)
         rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
-        return HeadScores("file", rows, {"file": path.name})
+        return HeadScores("file", rows, {"file": path.name}, per="")
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise SurgeryError(f"not a table of scores: {error}", where=str(path), code="invalid-file") from None
 
@@ -183,11 +217,16 @@ def is_score_file(path: Path) -> bool:
 
 
 def _of_dict(raw: dict) -> HeadScores:
-    if raw["format"] != FORMAT:
-        raise ValueError(f"format {raw['format']!r}, known is {FORMAT}")
+    per = next((kind for kind, number in FORMATS.items() if raw["format"] == number), None)
+    if per is None:
+        known = ", ".join(f"{number} for {KINDS[kind]}" for kind, number in FORMATS.items())
+        raise ValueError(f"format {raw['format']!r}, known is {known}")
+    if per == "heads" and raw["per"] != per:
+        raise ValueError(f"per {raw['per']!r} in format {raw['format']}, which is of query heads ({per})")
     if not isinstance(raw["origin"], dict):
         raise ValueError("origin is no mapping")
-    return HeadScores(str(raw["method"]), [[float(x) for x in row] for row in raw["scores"]], raw["origin"])
+    table = [[float(x) for x in row] for row in raw["scores"]]
+    return HeadScores(str(raw["method"]), table, raw["origin"], per)
 
 
 def _shape(counts: list[int]) -> str:

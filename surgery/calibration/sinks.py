@@ -4,8 +4,7 @@ Sinks other than the first token are found for each head and text by ACT's rule 
 key is a sink if its column mean, the mean weight that it gets from the queries that see it, is above alpha / N.
 The sink rate of a position is that of Gu et al. 2024 (arXiv 2410.10781): the share of heads and texts in which the key
 there has a column mean above epsilon, among the first T tokens.
-Massive activations are defined as by Sun et al. 2024 (arXiv 2402.17762): their magnitude is above 100, and at least
-1000 times the median magnitude of the hidden states.
+Massive activations are those of `surgery.calibration.massive`.
 
 Memory holds the attention weights of one block of queries of one text, never a full map.
 """
@@ -20,12 +19,13 @@ import torch
 
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
+from surgery.calibration.massive import MAGNITUDE, RATIO, relative_sizes
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SettingError, TextError, UnsupportedModelError
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
-ALPHA, MAGNITUDE, RATIO = 5.0, 100.0, 1000.0
+ALPHA = 5.0
 EPSILON, RATED = 0.3, 64  # of the sink rate, as in the paper: the threshold, and the number of tokens T
 BLOCK = 128  # queries whose weights are in memory at once
 
@@ -313,8 +313,7 @@ class _Residual:
 
     def _add(self, layer: int, text: int, hidden: torch.Tensor) -> None:
         """Add a text's hidden states [n, channels] after a layer."""
-        sizes = hidden.float().abs()
-        ratios = sizes / sizes.median().clamp(min=torch.finfo(torch.float32).tiny)
+        sizes, ratios = relative_sizes(hidden)
         index = int(ratios.argmax())
         if ratios.flatten()[index] > self.largest[layer]["ratio"]:
             size, ratio = sizes.flatten()[index].item(), ratios.flatten()[index].item()

@@ -106,10 +106,15 @@ def probe_names(incomplete: str) -> Iterator[Offer]:
 
 @_silent
 def score_methods(incomplete: str) -> Iterator[Offer]:
-    """The ways to score KV heads."""
+    """The ways to score heads."""
     from surgery.operations.duo_attention.scorers import METHODS
 
     yield from ((name, "") for name in METHODS)
+
+
+def head_kinds(incomplete: str) -> list[Offer]:
+    """The kinds of heads that `surgery score` measures."""
+    return [("kv-heads", "a number for each KV head"), ("heads", "a number for each query head")]
 
 
 def engines(incomplete: str) -> list[Offer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -188,6 +189,18 @@ def score(
     text: Annotated[
         str, typer.Option(metavar="FILE", help="Measure on this text: builtin, or a UTF-8 text file.")
     ] = "builtin",
+    per: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Score kv-heads, or heads (query heads; not with every method).",
+            autocompletion=completion.head_kinds,
+        ),
+    ] = "kv-heads",
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Count and list the heads above this score; with retrieval 0.1, if not given."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw the scores into this file (and the loss, with gates)."),
@@ -202,21 +215,26 @@ def score(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Rank KV heads by how much they need the far past.
+    """Rank heads by how much they need the far past.
 
-    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file. `--method gates preset=paper` trains
+    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file of KV heads, and
+    `surgery eval MODEL --probe needles without=FILE.json` that of query heads. `--method gates preset=paper` trains
     the gates with the values of DuoAttention's paper.
     """
     from surgery.cli.render import heads
     from surgery.cli.render.console import progress_bar
-    from surgery.operations.duo_attention.scorers import read_settings, score_to_file
+    from surgery.operations.duo_attention.scorers import method_named, read_settings, score_to_file
     from surgery.report import plots
 
     if output is None:
         raise SurgeryError("no score file was named", fix="add -o scores.json")
+    if threshold is not None and not isfinite(threshold):
+        raise SurgeryError("a threshold is a number", where=f"--threshold {threshold}", fix="--threshold 0.1")
+    if threshold is None:
+        threshold = method_named(method).threshold
     typed = read_settings(method, settings or [])
     options = {"sinks": sinks, "window": window, "samples": samples, "length": length, "seed": seed}
-    options |= {"text": text, "steps": steps}
+    options |= {"text": text, "steps": steps, "per": per.replace("-", "_")}
     _refuse_given_twice(context, typed)
     if plot:
         plots.ready(plot)
@@ -232,9 +250,12 @@ def score(
         )
     head_map = heads.HeadMap.of_scores(scores)
     files = heads.draw(head_map, plot) if plot else []
+    above = {} if threshold is None else scores.above(threshold)
     if as_json:
-        return emit(scores.to_dict())
+        return emit(scores.to_dict() | ({"heads_above": above} if above else {}))
     heads.show(head_map)
+    if above:
+        heads.show_above(above, head_map.kind)
     heads.written([output, *files])
 
 

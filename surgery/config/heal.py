@@ -96,6 +96,7 @@ class Heal(Variants):
     LATER: ClassVar[tuple[str, ...]] = (
         "alternate",
         "freeze",
+        "full_from",
         "mixing_heads",
         "recall",
         "sure",
@@ -146,6 +147,12 @@ class Heal(Variants):
         False,
         description="Of mae: steps that train the gates alone, and steps that train all but them with one expert "
         "drawn for each token, take turns (block coordinate descent).",
+    )
+    full_from: Number | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Of sparse prefill: share of the training after which attention is full (MoBA: 0.9); null: never.",
     )
     freeze: list[Annotated[str, Field(min_length=1)]] = Field(
         [],

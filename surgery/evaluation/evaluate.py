@@ -111,8 +111,15 @@ def evaluate_needles(
     seed: int | None = None,
     secret: str | None = None,
     form: str | None = None,
+    without: str | Path | None = None,
+    top: int | None = None,
+    draws: int | None = None,
+    off: str | None = None,
 ) -> NeedleResult:
     """Run the recall test: hide secrets in a text and count those that a model, and its base if given, finds.
+
+    With `without`, the model is also asked with its highest-scored query heads switched off, and with as many random
+    heads of the same layers off. It is restored afterwards.
 
     Args:
         model, base, tokenizer, report, progress: as for `evaluate`.
@@ -124,9 +131,14 @@ def evaluate_needles(
         seed: random seed of the secrets and their positions (0).
         secret: "digits" or "words".
         form: "chat", "plain", or "auto" (as the tokenizer allows).
+        without: a score file of query heads (`surgery score MODEL --per heads`).
+        top: how many heads are off; default: those that score above 0.1.
+        draws: random draws (5).
+        off: "all": heads are off for all tokens; "answer": from the last token of the prompt on.
     """
     given = _given(text=text, lengths=lengths, length=length, depths=depths, samples=samples)
     given |= _given(cases=cases, seed=seed, secret=secret, form=form)
+    given |= _given(without=without, top=top, draws=draws, off=off)
     return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))
 
 

@@ -1,13 +1,19 @@
-"""Runs the same cases on a model and on its base, one after the other, and computes shares with intervals."""
+"""Runs the same cases on a model and on its base, one after the other, and computes shares with intervals.
+
+Each model runs the cases as it is. After that it may run them again with changes that are made at run time, such as
+heads that are switched off.
+"""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from surgery.errors import ModelError
 from surgery.evaluation.footprint import footprint
@@ -37,6 +43,7 @@ class CaseResult(Result):
         settings: the source of the cases (title and sha256 of a text), and how they were drawn.
         cases: the cases, in the order of the outcomes.
         outcomes: "base" (if one was given) and "out" -> one outcome for each case.
+        changed: for the same labels: the outcomes of this model with a change made at run time, by the change's name.
         notes: remarks for the reader, such as figures that could not be determined.
         COUNT: key of the number of cases in the JSON.
         COMPARISON: key of the result of `compare` in the JSON.
@@ -48,6 +55,7 @@ class CaseResult(Result):
     outcomes: dict[str, list] = field(default_factory=dict)
     reason: str = ""
     notes: list[str] = field(default_factory=list)
+    changed: dict[str, dict[str, list]] = field(default_factory=dict)
 
     COUNT: ClassVar[str] = "number"
     COMPARISON: ClassVar[str] = "kept"
@@ -59,6 +67,10 @@ class CaseResult(Result):
     def side(self, label: str) -> dict:
         """The figures of one model over all cases."""
         raise NotImplementedError
+
+    def change_figures(self) -> dict:
+        """The figures of the models with changes made at run time, for JSON; {} if there were none."""
+        return {}
 
     def compare(self) -> dict | None:
         """The comparison of both models' outcomes, case by case; None without a base."""
@@ -79,65 +91,92 @@ class CaseResult(Result):
         data |= {"settings": self.settings, self.COUNT: len(self.cases)} | self.about()
         data |= {label: self.side(label) for label in self.outcomes}
         if self.outcomes:
-            data |= {self.COMPARISON: self.compare(), "cases": [self.case(i) for i in range(len(self.cases))]}
+            data |= self.change_figures() | {self.COMPARISON: self.compare()}
+            data["cases"] = [self.case(index) for index in range(len(self.cases))]
         return finite(data | ({"notes": self.notes} if self.notes else {}))
+
+
+class Runs(Protocol):
+    """What `run_base_then_model` runs: a probe (see `probes.base.CaseProbe`)."""
+
+    @property
+    def cases_are(self) -> str: ...
+    def run(self, model: Any, result: Any, progress: Callable[[int], None]) -> list: ...
+    def count_changes(self, label: str) -> int: ...
+    def changes(self, label: str, model: Any, result: Any) -> Mapping[str, AbstractContextManager]: ...
+    def extra_bytes(self, cases: list, kv_bytes: int) -> int: ...
+    def is_broken(self, outcome: Any) -> bool: ...
 
 
 def run_base_then_model(
     result: CaseResult,
     sources: dict[str, ModelSource],
-    run_cases: Callable,
-    *,
-    what: str,
-    extra: Callable[[int], int],
-    broken: Callable,
+    probe: Runs,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Run the cases on each model with one model in memory at a time. If one does not fit, record that instead.
 
     Args:
-        result: gets `outcomes` by label and `notes`; if nothing was run, `status` "not run" and a `reason`.
+        result: gets `outcomes` and `changed` by label, and `notes`; if nothing was run, `status` "not run" and a
+            `reason`.
         sources: label ("base", "out") -> folder or loaded model, in the order in which they run.
-        run_cases: called with a model and a callback(done); returns one outcome for each case.
-        what: the name of the cases in messages.
-        extra: bytes needed in addition to the weights, as a function of the model's KV bytes per token.
-        broken: whether an outcome is NaN or infinite.
+        probe: the probe whose cases they are.
         progress: called after each case as progress(done, total, text); the text says how far the running model is,
-            and is "" if there is only one model.
+            and is "" if the cases run only once.
 
     Raises:
         SurgeryError: a folder has no safetensors, or the base gives NaN.
     """
-    needs, cases = [], len(result.cases)
+    if reason := _does_not_fit(result, sources, probe):
+        result.status, result.reason = "not run", reason
+        return
+    cases, passes = len(result.cases), {label: 1 + probe.count_changes(label) for label in sources}
+    total, before = cases * sum(passes.values()), 0
+    for label, source in sources.items():
+
+        def tick(done: int, before: int = before, which: str = MODELS[label]) -> None:
+            if progress:
+                words = f"asked {which} {done} of {cases}" if total > cases else ""
+                progress(before + done, total, words)
+
+        tick(0)
+        with loaded(source) as model:
+            result.outcomes[label] = probe.run(model, result, tick)
+            _report_broken(result, label, probe)
+            for index, (name, change) in enumerate(probe.changes(label, model, result).items(), start=1):
+                named = partial(tick, before=before + index * cases, which=f"{MODELS[label]} ({name})")
+                with change:
+                    result.changed.setdefault(label, {})[name] = probe.run(model, result, named)
+            if len(result.changed.get(label, {})) + 1 < passes[label]:  # there was less to change than there might be
+                tick(cases, before=before + (passes[label] - 1) * cases)
+        del model
+        gc.collect()  # otherwise a model in a reference cycle would stay in memory during the next run
+        before += cases * passes[label]
+
+
+def _does_not_fit(result: CaseResult, sources: dict[str, ModelSource], probe: Runs) -> str:
+    """Why a model does not fit in memory, or ""; notes on the models' sizes go to the result."""
+    needs = []
     for label, source in sources.items():
         size = footprint(source, label, result.notes)
         on_disk = isinstance(source, str | Path)
         if on_disk:
             refuse_pickle(Path(source))
-        needs.append((size.load_bytes if on_disk else 0, extra(size.kv_bytes_per_token or 0)))
-    if reason := next(filter(None, (too_big(weights, extra=more) for weights, more in needs)), ""):
-        result.status, result.reason = "not run", reason
-        return
-    for index, (label, source) in enumerate(sources.items()):
+        more = probe.extra_bytes(result.cases, size.kv_bytes_per_token or 0)
+        needs.append((size.load_bytes if on_disk else 0, more))
+    return next(filter(None, (too_big(weights, extra=more) for weights, more in needs)), "")
 
-        def tick(done: int, before: int = index * cases, which: str = MODELS[label]) -> None:
-            if progress:
-                words = f"asked {which} {done} of {cases}" if len(sources) > 1 else ""
-                progress(before + done, len(sources) * cases, words)
 
-        tick(0)
-        with loaded(source) as model:
-            result.outcomes[label] = run_cases(model, tick)
-        del model
-        gc.collect()  # otherwise a model in a reference cycle would stay in memory during the next run
-        wrong = sum(map(broken, result.outcomes[label]))
-        if wrong and label == "base":
-            raise ModelError(
-                f"the base model itself gives NaN or infinite values ({what}: {wrong} of {cases})",
-                fix="check that the base generates; a float16 overflow needs bfloat16 or float32 weights",
-            )
-        if wrong:
-            result.notes.append(f"out gives NaN or infinite values for {wrong} of {cases} {what}: misses")
+def _report_broken(result: CaseResult, label: str, probe: Runs) -> None:
+    """Raise if the base gave NaN, and note it if the converted model did."""
+    wrong, cases = sum(map(probe.is_broken, result.outcomes[label])), len(result.cases)
+    if wrong and label == "base":
+        raise ModelError(
+            f"the base model itself gives NaN or infinite values ({probe.cases_are}: {wrong} of {cases})",
+            fix="check that the base generates; a float16 overflow needs bfloat16 or float32 weights",
+        )
+    if wrong:
+        result.notes.append(f"out gives NaN or infinite values for {wrong} of {cases} {probe.cases_are}: misses")
 
 
 def share_of(name: str, hits: Iterable[bool], nlls: Iterable[float]) -> dict:

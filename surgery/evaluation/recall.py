@@ -78,3 +78,10 @@ def _outcome(needle: Needle, logits) -> Outcome:
         hit = hit and int(logp.argmax()) == token
         losses.append(-logp[token].item())
     return Outcome(hit and all(map(math.isfinite, losses)), math.fsum(losses) / len(losses))
+
+
+def reach_of(config) -> tuple[int, int] | None:
+    """The most sinks and the widest window of a model's streaming heads; None if it has none."""
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
+    return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None

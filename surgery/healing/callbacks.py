@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from surgery.calibration.scoring import score_model
 from surgery.data.text import load_text, windows
 from surgery.errors import SurgeryError
+from surgery.healing.sparse_attention import switch_step
 from surgery.healing.trainer import rate_at
 from surgery.healing.validate import watched_limits
 from surgery.io.files import write_text
@@ -104,6 +105,10 @@ class HealCallback(TrainerCallback):
                 self.trainer.ended = "gate"
         if self._time_is_over():
             self.trainer.ended = "minutes"
+        if self.heal.full_from is not None:
+            line["full_attention"] = self.trainer.attends_full
+        if self.trainer.sparse and (self.trainer.ended or state.global_step == self.steps):
+            line |= self.trainer.text_losses(model)
         if self.trainer.ended:  # nothing is lost: the result is made from this checkpoint
             control.should_training_stop, control.should_save = True, bool(self.heal.checkpoint_every)
         if state.is_world_process_zero:
@@ -114,9 +119,18 @@ class HealCallback(TrainerCallback):
         return control
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Note when the step starts."""
+        """Note when the step starts, and decide whether its attention is full."""
         self.step_started = time.monotonic()
         self.fraction_at_start = self.trainer.clock.fraction if self.trainer.clock.limit else 0.0
+        if self.heal.full_from is not None:
+            self.trainer.attends_full = self._full(state.global_step)
+
+    def _full(self, done: int) -> bool:
+        """Whether the step after `done` steps has full attention. All processes decide the same."""
+        switch = switch_step(self.heal)
+        if switch is not None:
+            return done >= switch
+        return self._of_all(self.fraction_at_start, "mean") >= self.heal.full_from
 
     def _due(self, step: int) -> bool:
         return bool(self.heal.eval_every) and step % self.heal.eval_every == 0

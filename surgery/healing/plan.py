@@ -12,6 +12,7 @@ from surgery.errors import SettingError, TrainingError, UnsupportedModelError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, count_of, select_trainable, summed_up
+from surgery.healing.sparse_attention import plan_lines, refuse_without_sparse, switch_step
 from surgery.io.printing import Printed
 from surgery.operations.base import Measurement
 
@@ -38,6 +39,7 @@ class HealPlan(Printed):
         mixing: table of the mixing weights, which are no parameters of the result.
         mixed: how many numbers the mixed heads of the base have, which are in memory during the training.
         note: a note for the user on the rows, or "".
+        attention: lines on the attention of a model with sparse prefill.
         fitted: how many numbers the layer-wise start fits.
         started: how many of them do not train afterwards, or only by low-rank updates.
     """
@@ -54,6 +56,7 @@ class HealPlan(Printed):
     mixed: int = 0
     engine: Engine = field(default_factory=Engine)
     note: str = ""
+    attention: tuple[str, ...] = ()
     fitted: int = 0
     started: int = 0
 
@@ -88,20 +91,10 @@ class HealPlan(Printed):
         hidden = getattr(config, "hidden_size", 0) or 0
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
         _refuse_alternating(heal, operations, trained, engine, more)
+        refuse_without_sparse(heal, anatomy)
         paths = tuple(layer.path for layer in anatomy.layers)
         fitted = [name for name in (*trained.parameters, *trained.started) if name.startswith(paths)]
-        if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
-            raise SettingError(
-                "a layer-wise start has nothing to train: hard gates of mae only choose, and a choice has no gradient",
-                where="heal.warm_start",
-                fix="heal.warm_start=0",
-            )
-        if heal.warm_start and not more and not fitted:
-            raise SettingError(
-                "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
-                where="heal.warm_start",
-                fix="heal.warm_start=0, heal.warm_start_of=attention, or heal.method=full",
-            )
+        _refuse_start(heal, operations, fitted, more)
         return cls(
             heal,
             trained,
@@ -115,6 +108,7 @@ class HealPlan(Printed):
             mixed,
             engine,
             note,
+            plan_lines(heal, anatomy),
             count_of(fitted, table | mixing) if heal.warm_start else 0,
             count_of(trained.started, table),
         )
@@ -217,6 +211,7 @@ class HealPlan(Printed):
             *mixing,
             f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
             f"learning rate {heal.rate:g}",
+            *self.attention,
             *self._further_lines(),
             *([f"note: {self.note}"] if self.note else []),
         ]
@@ -259,6 +254,7 @@ class HealPlan(Printed):
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,
+            "full_from_step": switch_step(self.heal),
             "processes": self.engine.processes,
             "engine": self.engine.name,
             "memory_bytes": self.memory_bytes,
@@ -289,6 +285,22 @@ def recalled(heal: Heal) -> int:
 
 def _hard_mae(operations: Sequence[dict]) -> bool:
     return any(fields.get("op") == "mae" and fields.get("hard", True) for fields in operations)
+
+
+def _refuse_start(heal: Heal, operations: Sequence[dict], fitted: Sequence[str], more: int) -> None:
+    """Raise where a layer-wise start would fit nothing; `fitted`: what it fits, `more` as for `select_trainable`."""
+    if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
+        raise SettingError(
+            "a layer-wise start has nothing to train: hard gates of mae only choose, and a choice has no gradient",
+            where="heal.warm_start",
+            fix="heal.warm_start=0",
+        )
+    if heal.warm_start and not more and not fitted:
+        raise SettingError(
+            "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
+            where="heal.warm_start",
+            fix="heal.warm_start=0, heal.warm_start_of=attention, or heal.method=full",
+        )
 
 
 def _refuse_alternating(

@@ -108,7 +108,10 @@ def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
     before = [line["tokens"] - lines[0]["tokens"] // lines[0]["step"] for line in lines]
     goal = losses.written(settings.loss)
     first = {"marker": "o", "markevery": [0]}
-    shown = {f"loss ({goal})": Line(before, [line["loss"] for line in lines], style=first)}
+    shown = {}
+    for label, full in ((f"loss ({goal})", False), (f"loss ({goal}), full attention", True)):
+        points = [(at, line["loss"]) for at, line in zip(before, lines, strict=True) if _is_full(line) == full]
+        shown |= {label: Line(*zip(*points, strict=True), style=first)} if points else {}
     known = [line for line in lines if "kl" in line]
     if any(line["kl"] != line["loss"] for line in known):  # else KL is the loss
         at = dict(zip(map(id, lines), before, strict=True))
@@ -127,3 +130,8 @@ def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
         curves(run / CURVE, panels, x_label="tokens trained on", title=title)
     except SurgeryError:  # without matplotlib, the figures are still in metrics.jsonl
         return
+
+
+def _is_full(line: dict) -> bool:
+    """Whether a step had full attention where others had sparse attention (`heal.full_from`)."""
+    return bool(line.get("full_attention"))

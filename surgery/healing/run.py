@@ -38,6 +38,7 @@ from surgery.healing.lora import adapt, bare, freeze, merge
 from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
+from surgery.healing.sparse_attention import record_of
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
 from surgery.healing.trainer import (
     Clock,
@@ -289,21 +290,28 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     if student is not original:
         for name, tensor in trainable_tensors(trained):
             put(original.get_parameter(name), tensor)
-    losses = [line["loss"] for line in read(job.run / METRICS)]
-    span, done = max(1, min(CURVE_ENDS, len(losses) // 4)), trainer.state.global_step
+    done = trainer.state.global_step
     return {
         "steps": done,
         "step_tokens": heal.rows * heal.length,
         "tokens": done * heal.rows * heal.length,
         "minutes": round(clock.seconds / 60, 2),
         "ended_by": trainer.ended or "steps",
-        "loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])},
+        **_of_metrics(read(job.run / METRICS)),
         "processes": state.num_processes,
         "engine": engine.name,
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
         "resumed": last is not None,
     }
+
+
+def _of_metrics(lines: list[dict]) -> dict:
+    """The entries of the record that follow from metrics.jsonl."""
+    # Losses under sparse and under full attention are not compared with each other.
+    losses = [line["loss"] for line in lines if line.get("full_attention") == lines[0].get("full_attention")]
+    span = max(1, min(CURVE_ENDS, len(losses) // 4))
+    return {"loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}} | record_of(lines)
 
 
 def _mean(values: list[float]) -> float | None:

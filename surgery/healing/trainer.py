@@ -34,6 +34,7 @@ from surgery.healing.distributed import on_cpu
 from surgery.healing.losses.base import predicts
 from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
+from surgery.healing.sparse_attention import full_attention, sparse_modules, text_losses
 from surgery.io.files import write_json
 from surgery.io.output_folder import disk_full
 from surgery.runtime.surgery_gates import ROUTERS, gated_modules, load_balance_loss
@@ -69,6 +70,8 @@ class HealTrainer(Trainer):
         self.gated = gated_modules(plain)
         self.routed = any(module.surgery_gate.kind == "moh" for module in self.gated)
         self.routed &= any(_is_router(name) and p.requires_grad for name, p in self.model.named_parameters())
+        self.sparse = sparse_modules(plain)
+        self.attends_full = False  # whether this step's attention is full (`heal.full_from`)
         self.sums: dict[str, float] = {}
         self.means: dict[str, float] = {}
         self.norm = 0.0
@@ -117,10 +120,19 @@ class HealTrainer(Trainer):
         for module in self.gated:
             module.surgery_call.draws = self.heal.alternate and not self.trains_gates
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with full_attention(self.sparse if self.attends_full else []):
+                return super().training_step(model, inputs, num_items_in_batch)
         finally:  # the model is its owner's again
             for module in self.gated:
                 module.surgery_call.draws = False
+
+    def text_losses(self, model) -> dict[str, float]:
+        """The text's loss under sparse and under full attention, on the rows of the step that would come next."""
+        begin = self.state.global_step * self.heal.rows
+        rows = [self.train_dataset[begin + row] for row in range(self.heal.rows)]
+        each = self.args.per_device_train_batch_size
+        batches = (self.data_collator(rows[first : first + each]) for first in range(0, len(rows), each))
+        return text_losses(model, self.plain, map(self._prepare_inputs, batches), self.sparse)
 
     def _clip_grad_norm(self, model):
         if self.heal.alternate:

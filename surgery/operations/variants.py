@@ -127,10 +127,18 @@ class Variants(BaseModel):
         return values
 
     def identity(self) -> dict[str, Any]:
-        """The record, with other methods' fields as earlier versions recorded them. Resume hashes are made from it."""
-        others = self.strangers(keys_of(type(self)))
+        """The record, with other methods' fields as earlier versions recorded them. Resume hashes are made from it.
+
+        Fields that earlier versions lack, `LATER` of every method that has them, are not added.
+        """
+        others = [key for key in self.strangers(keys_of(type(self))) if not self._is_later(key)]
         unset = {key: values[0] for key in others if (values := self.unset(key))}
         return self.model_dump(mode="json") | unset
+
+    @classmethod
+    def _is_later(cls, key: str) -> bool:
+        """Whether earlier versions had this field in no method."""
+        return all(key in cls.METHODS[method].LATER for method in cls.readers(key))
 
     @classmethod
     def _null_is_default(cls) -> set[str]:

@@ -362,11 +362,27 @@ def _how(record: dict) -> list[str]:
     if settings.get("keep_adapter"):
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"
         lines.append(f"The updates alone are in `adapter/`; they load on the model as it was before them{before}")
+    if attention := record.get("attention"):
+        lines += _attention(attention)
     if record.get("ended_by") == "gate":
         lines.append("It ended early, when a part of the held-out text passed the gate")
     if None not in (loss.get("first"), loss.get("last")):
-        lines.append(f"The training loss went from {loss['first']:.3f} to {loss['last']:.3f}")
+        attention = record.get("attention") or {}
+        under = " in the steps with sparse attention" * bool(attention.get("full_steps") and attention["sparse_steps"])
+        lines.append(f"The training loss went from {loss['first']:.3f} to {loss['last']:.3f}{under}")
     return lines
+
+
+def _attention(record: dict) -> list[str]:
+    """How a model with sparse prefill was trained, and what both kinds of attention make of the text."""
+    sparse, full, loss = record["sparse_steps"], record["full_steps"], record["text_loss"]
+    steps = f"Attention was sparse in {sparse:,} steps" if sparse else "Attention was never sparse"
+    then = f" and full in the {'last ' * bool(sparse)}{full:,}" if full else " and never full"
+    return [
+        steps + then,
+        f"At the end, {loss['tokens']:,} tokens of the training text have a loss of {loss['sparse']:.3f} nats a token "
+        f"with sparse attention and of {loss['full']:.3f} with full attention",
+    ]
 
 
 def _table(report: dict) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a head split: layers from left to right, KV heads from top to bottom, streaming heads hatched."""
+"""The picture of a head split: layers from left to right, heads from top to bottom, streaming heads hatched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from surgery.calibration.head_scores import KINDS, HeadScores
 from surgery.errors import SurgeryError
 from surgery.report.plots import Cells, heat_maps
 
@@ -28,39 +29,39 @@ def draw_heads(
     name: str = "",
     streaming: Sequence[Sequence[int]] | None = None,
     sees: str = "",
-    scores: Sequence[Sequence[float]] | None = None,
-    method: str = "",
+    scores: HeadScores | None = None,
 ) -> Path:
-    """Draw a head split, or the scores of KV heads from which a split can be chosen.
+    """Draw a head split, or the scores of heads.
 
     Args:
         path: as for `plots.heat_maps`, which also lists the errors.
-        numbers: the KV heads of each layer, by the base's numbers.
+        numbers: the heads of each layer, by the base's numbers.
         name: name of the model.
-        streaming: the streaming KV heads of each layer, by the base's numbers; None: no split was made.
+        streaming: the streaming heads of each layer, by the base's numbers; None: no split was made.
         sees: what streaming heads see ("16 sinks + 240 tokens").
-        scores: the scores of each layer's heads, in the order of `numbers`; None: only the split is drawn.
-        method: the method that measured the scores.
+        scores: the scores of the heads, in the order of `numbers`; None: only the split is drawn.
     """
+    kind = KINDS[scores.per or "kv_heads"] if scores is not None else KINDS["kv_heads"]
+    method = scores.method if scores is not None else ""
     height, total = 1 + max(max(heads) for heads in numbers), sum(map(len, numbers))
     values = [[math.nan] * len(numbers) for _ in range(height)]
     hatched = [[False] * len(numbers) for _ in range(height)]
     for layer, heads in enumerate(numbers):
         for index, head in enumerate(heads):
             hatched[head][layer] = streams = streaming is not None and head in streaming[layer]
-            values[head][layer] = scores[layer][index] if scores is not None else float(not streams)
+            values[head][layer] = scores.scores[layer][index] if scores is not None else float(not streams)
     title = f"{name}: " if name else ""
     if streaming is not None:
         count = sum(map(len, streaming))
-        title += f"{count} of {total} KV heads stream"
+        title += f"{count} of {total} {kind} stream"
     else:
-        title += f"{total} KV heads by their {method} score"
+        title += f"{total} {kind} by their {method} score"
     return heat_maps(
         path,
         {"": Cells(values, hatched=hatched)},
         rows=range(height),
         columns=range(len(numbers)),
-        row_label="KV head",
+        row_label=kind.removesuffix("s"),
         column_label="layer",
         value_label=MEANINGS.get(method, f"{method} score") if scores is not None else "",
         title=title,
@@ -96,8 +97,7 @@ def draw_recorded(record: dict, folder: Path) -> bool:
             name=name.rsplit("/", 1)[-1],
             streaming=streaming,
             sees=sees,
-            scores=table,
-            method=str(scores.get("method") or ""),
+            scores=HeadScores(str(scores.get("method") or ""), table),
         )
     except SurgeryError:  # matplotlib is not installed
         return False

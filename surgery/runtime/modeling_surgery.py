@@ -59,6 +59,7 @@ from .surgery_config import (
     NAME,
     PARTS,
     Part,
+    depends_on_prompt,
     export_files,
     load_part,
     parts_of,
@@ -182,6 +183,11 @@ def give_cache(module, args, kwargs):
         refuse_cache(cache)
         if isinstance(cache, SurgeryCache):
             cache.refuse_other(module.config)
+        elif depends_on_prompt(module.config):
+            raise ValueError(
+                f"this surgery notes in the model's own cache what it found in the prompt, and {type(cache).__name__} "
+                "cannot hold it: leave the cache out"
+            )
         return args, kwargs
     requested = kwargs.get("use_cache")
     if requested is None and module.training and torch.is_grad_enabled() and module.device.type != "meta":
@@ -310,6 +316,14 @@ class _ModelMixin:
                 ours.activate_past_recording()
             model_kwargs[CACHE] = ours
         return result
+
+    def _assisted_decoding(self, *args, **kwargs):
+        if depends_on_prompt(self.config):  # Transformers gives the prompt and the first speculated tokens in one call
+            raise ValueError(
+                "this surgery must know where a prompt ends, and assisted decoding hides it: leave assistant_model "
+                "and prompt_lookup_num_tokens out (this model may assist another)"
+            )
+        return super()._assisted_decoding(*args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("continuous batching uses a paged cache, which would undo the surgery; use generate")

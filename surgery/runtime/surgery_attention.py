@@ -33,6 +33,7 @@ where no kernel gives it.
 from __future__ import annotations
 
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -44,6 +45,23 @@ BLOCK = 128  # queries of a band that share one slice of keys
 LONG, SHORTEST = 4096, 512  # from LONG keys on, one query reads them in splits of at least SHORTEST, for the threads
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
 IGNORED = {"position_ids", "labels", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}
+
+
+class Scoring(NamedTuple):
+    """How the heads of one kind score keys in a call, for the corrections of the result.
+
+    Attributes:
+        mask: bool [batch, N], the slots of real tokens; None: all are real.
+        pad: [batch], slots before each row's first real token; None: none.
+        scale, softcap: the factor on q.k, and the cap of the scores or None.
+        sink: [heads], logit of the base's own learned sink, which takes its share after the corrections; or None.
+    """
+
+    mask: torch.Tensor | None
+    pad: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    sink: torch.Tensor | None = None
 
 
 def surgery_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -93,7 +111,7 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
     nothing, sinks = [None] * len(views), options["s_aux"]
     made = [make(module, kinds) for make in getattr(module, "surgery_corrections", {}).values()]
-    corrections = list(zip(*made, strict=True)) or [()] * len(views)
+    corrections = [[each for each in kind if each is not None] for kind in zip(*made, strict=True)] or nothing
     sinks = nothing if sinks is None else [logits[0] for logits in kinds.split_queries(sinks[None])]
     sparse = getattr(module, "surgery_sparse", None) or nothing
     work, queries = getattr(module, "surgery_work", None), kinds.split_queries(query)
@@ -135,7 +153,8 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, correc
     Args:
         query: [batch, heads, n, head_dim]; the result has this shape, too.
         sparse: a `surgery_sparse_prefill.Sparse`, or None.
-        corrections: the parts' corrections of output and log-sum-exp, applied in order (e.g. `surgery_bias.Terms`).
+        corrections: the parts' corrections of output and log-sum-exp, applied in order (e.g. `surgery_bias.Terms`);
+            empty or None: there are none.
         sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
         work: a `surgery_gated_compute.Work` that counts multiply-adds, or None.
     """
@@ -148,8 +167,8 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, correc
         out, lse = attend(query, view, mask, pad, scale, softcap, with_lse)
         if work is not None:
             work.add_seen(view, query)
-    for correction in corrections:
-        out, lse = correction.apply(out, lse, query, view, pad, scale, softcap)
+    for correction in corrections or ():
+        out, lse = correction.apply(out, lse, query, view, Scoring(mask, pad, scale, softcap, sink))
     if sink is not None:
         out, lse = add_keys(out, lse, sink.to(lse.dtype)[:, None, None].expand(*lse.shape, 1))
     return out.to(query.dtype) if corrections or sink is not None else out

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from .surgery_attention import add_keys
+from .surgery_attention import Scoring, add_keys
 from .surgery_config import KV_HEADS, QUERY_HEADS, Parameter, Part, all_whole
 from .surgery_stores import KeyValues
 from .surgery_visibility import HeadKinds
@@ -67,16 +67,15 @@ class Terms:
     value: torch.Tensor | None = None
     stand_in: bool = False
 
-    def apply(self, out, lse, query, view: KeyValues, pad, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    def apply(self, out, lse, query, view: KeyValues, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and log-sum-exp with these terms.
 
         Args:
             out, lse: attention's result for `query` [batch, heads, n, head_dim] on the real keys of `view`.
-            pad: [batch], slots before each row's first real token, or None for none.
         """
-        first = _FirstToken(view, pad, query.shape[2]) if self.log_gamma is not None or self.stand_in else None
+        first = _FirstToken(view, scoring.pad, query.shape[2]) if self.log_gamma is not None or self.stand_in else None
         wide = lse.dtype
-        score = partial(scores, scale=scale, softcap=softcap, dtype=wide)
+        score = partial(scores, scale=scoring.scale, softcap=scoring.softcap, dtype=wide)
         if self.log_gamma is not None:
             logit = score(query, first.key)[..., 0]
             value = first.value.repeat_interleave(query.shape[1] // first.value.shape[1], dim=1)

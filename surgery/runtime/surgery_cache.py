@@ -52,6 +52,8 @@ class SurgeryLayer(CacheLayerMixin):
             self.change(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
         new = zip(self.stores, self.heads.split_keys(key_states), self.heads.split_keys(value_states), strict=True)
         views = [store.append(keys, values, self.record_past) for store, keys, values in new]
+        for view, store in zip(views, self.stores, strict=True):
+            view.prompt_slots = store.prompt_slots
         return views, views
 
     def get_seq_length(self) -> int:
@@ -73,6 +75,10 @@ class SurgeryLayer(CacheLayerMixin):
             raise ValueError("crop takes a negative number: how many tokens to remove")
         for store in self.stores:
             store.crop(-tokens_to_remove)
+        end = self.get_seq_length()
+        for store in self.stores:  # other tokens may come to the slots from `end` on
+            noted = store.prompt_slots.items()
+            store.prompt_slots = {name: slots.masked_fill(slots >= end, -1) for name, slots in noted}
 
     def reset(self) -> None:
         self.is_initialized = self.record_past = False
@@ -83,6 +89,7 @@ class SurgeryLayer(CacheLayerMixin):
         """Replace every stored tensor by the function's result for it."""
         for store in self.stores:
             store.tensors = {name: function(tensor) for name, tensor in store.tensors.items()}
+            store.prompt_slots = {name: function(slots) for name, slots in store.prompt_slots.items()}
             if getattr(store, "pending", None):
                 store.pending = tuple(function(tensor) for tensor in store.pending)
 

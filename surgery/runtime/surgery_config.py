@@ -53,6 +53,7 @@ FILES = {
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
     "sparse.kernel": "block_sparse_prefill",  # of the package's kernels
+    "sparse.queries": "surgery_query_blocks",  # where each query has a list of its own
     # The estimators of blocks, in the order in which they are listed for people.
     "sparse.pooled": "surgery_estimate_pooled",
     "sparse.sampled": "surgery_estimate_sampled",
@@ -146,6 +147,13 @@ class Part:
             queries, kv_heads: indices of the remaining heads among the old ones.
         """
         return {}
+
+    def by_prompt(self, layer: dict) -> bool:
+        """Whether what later tokens see depends on where the prompt ended: the call that filled the empty cache.
+
+        Then a cached decode is not one forward over the whole text, by definition, and the model needs its own cache.
+        """
+        return False
 
     def describe(self, layer: dict) -> tuple[str, str] | None:
         """A title and a short text for `surgery inspect`, where the terms alone are not enough."""
@@ -255,6 +263,12 @@ def parts_of(layers: list[dict]) -> set[str]:
     """The code that layers with valid entries use, as names in `FILES`."""
     used = [(name, part, layer) for layer in layers for name, part in used_parts(layer).items()]
     return {name for name, _, _ in used} | {name for _, part, layer in used for name in part.methods(layer)}
+
+
+def depends_on_prompt(config) -> bool:
+    """Whether a part of a surgical config does something that depends on where the prompt ended (`by_prompt`)."""
+    layers = (getattr(config, NAME, None) or {}).get("layers", ())
+    return any(part.by_prompt(layer) for layer in layers for part in used_parts(layer).values())
 
 
 def after_heads_change(layer: dict, queries: list[int], kv_heads: list[int]) -> dict:

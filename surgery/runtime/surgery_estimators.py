@@ -52,6 +52,8 @@ class Estimator:
         reads_text: the kept blocks depend on queries and keys, not only on the settings and the length.
         by_head: names of the settings that may be a list with one value for each query head.
         settings: the allowed values of the settings that are not in `SHARED`, name -> `Setting`.
+        by_query: a function (query, key, block, **settings) that gives each query a list of its own, bool [batch,
+            heads, n, key blocks]; the setting `exact` asks for it. None: the estimator has no such setting.
     """
 
     select: Callable
@@ -60,6 +62,7 @@ class Estimator:
     reads_text: bool = True
     by_head: tuple[str, ...] = ()
     settings: dict[str, Setting] = field(default_factory=dict)
+    by_query: Callable | None = None
 
     @property
     def defaults(self) -> dict:
@@ -102,7 +105,7 @@ SHARED = {  # the settings that several estimators have
 def estimator_names() -> list[str]:
     """The names of all estimators, in the order of `FILES`."""
     names = (name.partition(".")[2] for name in FILES if name.startswith("sparse."))
-    return [name for name in names if name != "kernel"]  # which is no estimator: it attends to the kept blocks
+    return [name for name in names if name not in ("kernel", "queries")]  # which attend to the kept blocks
 
 
 def estimator(name: str) -> Estimator:
@@ -125,6 +128,11 @@ def with_defaults(method: str, settings: dict) -> dict:
 def choose(method: str, query, key, scale: float, block: int, settings: dict):
     """The blocks that an estimator keeps with these settings (see the module's docstring)."""
     return estimator(method).select(query, key, scale, block, **with_defaults(method, settings))
+
+
+def choose_by_query(method: str, query, key, block: int, settings: dict):
+    """The blocks that each query chooses for itself (`Estimator.by_query`); no list of a query block is made."""
+    return estimator(method).by_query(query, key, block, **with_defaults(method, settings))
 
 
 def by_head(query, key, scale: float, block: int, *, patterns: list[dict] = ()):
@@ -209,6 +217,8 @@ def _problems_of_patterns(patterns, block, heads) -> list[str]:
     for head, pattern in enumerate(patterns):
         method, settings = pattern.get("method"), {name: value for name, value in pattern.items() if name != "method"}
         nested = ["by_head cannot hold by_head"] if method == "by_head" else settings_problems(method, settings, block)
+        if settings.get("exact"):
+            nested.append("exact is for a whole layer: by_head gives a head lists of query blocks")
         lists = [name for name, value in settings.items() if isinstance(value, list)]
         nested += [f"{name} is a list, and this is one head" for name in lists]
         found += [f"query head {head}: {each}" for each in nested]

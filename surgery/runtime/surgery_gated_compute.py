@@ -249,7 +249,8 @@ def before(module, args, kwargs) -> None:
     saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
     saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
     saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # estimators read all queries
-    saves &= getattr(module, "surgery_policy", None) is None  # so do policies
+    saves &= length == 1 or not getattr(module, "surgery_reads_map", False)  # so does a search for sinks
+    saves &= getattr(module, "surgery_policy", None) is None  # and so do policies
     query = None
     if gate.router == "norm":
         query = module.q_proj(hidden)

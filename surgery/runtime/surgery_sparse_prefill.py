@@ -10,9 +10,13 @@ queries read all keys, as a decoded token does. So a prompt gives the same resul
 block edges, and with speculated tokens at its end. A short call after a long past is decoding. (Without a cache every
 step is a prompt again, and the generated tokens are a part of it.)
 
+With `exact`, which block_topk has, each query of each query head reads a list of its own, and all of the above on
+blocks of queries does not apply. A call with more than one query is a prompt, wherever it begins and ends, and its
+queries read what they would read in one piece. A call with one query is decoding, and reads all.
+
 Positions are counted from a row's first real token: every row of a padded batch runs alone on its real tokens.
 
-surgery_block_attention.py attends to the kept blocks.
+surgery_block_attention.py attends to the kept blocks, surgery_query_blocks.py to those of single queries.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ from math import ceil
 import torch
 
 from .surgery_block_attention import attend_blocks, attend_rows
-from .surgery_config import FILES, Part
-from .surgery_estimators import choose, estimator, settings_problems
+from .surgery_config import FILES, Part, load_file
+from .surgery_estimators import choose, choose_by_query, estimator, settings_problems, with_defaults
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them. It would save little
@@ -68,8 +72,24 @@ class Sparse:
         own = {name: [values[head] for head in heads] for name, values in by_head.items()}
         return replace(self, settings=self.settings | own)
 
+    @property
+    def exact(self) -> bool:
+        """Whether each query has a list of its own."""
+        return bool(self.settings.get("exact"))
+
+    @property
+    def dense_until(self) -> int:
+        """The position up to which all queries of a prompt read all keys, whatever the text."""
+        blocks = self.dense_below // self.block
+        if self.exact:
+            top = with_defaults(self.method, self.settings)["top"]
+            blocks = max(blocks, min(top) if isinstance(top, list) else top)
+        return blocks * self.block
+
     def applies(self, length: int, end: int) -> bool:
         """Whether any row of a call of `length` queries, the last of `end` tokens, may be sparse."""
+        if self.exact:
+            return length > 1 and end > self.dense_until
         return length >= self.block and end > self.dense_below
 
     @torch.compiler.disable  # tracing its loops, which depend on the prompt, would give a new graph each time
@@ -106,7 +126,7 @@ class Sparse:
         first = max(start, past)
         if first >= stop:
             lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-            return torch.zeros_like(query), lse, query.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+            return torch.zeros_like(query), lse, Lists(query.new_zeros(1, 1, 1, 1, dtype=torch.bool), 0, 1)
         near = (part[:, :, start:stop] for part in (keys, values))
         out, lse, kept = self._row(query[:, :, first - past : stop - past], *near, scale, softcap, work)
         edges = first - past, keys.shape[2] - stop
@@ -115,16 +135,22 @@ class Sparse:
 
     def _row(self, query, keys, values, scale, softcap, work) -> tuple:
         """`attend` for one row of real tokens."""
+        (heads, length, size), end = query.shape[1:], keys.shape[2]
         with _products(work):
             kept = self.kept(query, keys, scale)
-        out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
+        if self.exact:
+            attend = load_file("sparse.queries").attend_choices
+            out, lse = attend(query, keys, values, kept, self.block, scale, softcap)
+            lists = Lists(kept, end - length, 1)
+        else:
+            out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
+            lists = Lists(kept, kept.shape[3] - kept.shape[2], self.block)
         if self.delta is not None:
             out, lse = self._corrected(out, lse, query, keys, values, scale, softcap)
         if work is not None:
-            (heads, length, size), end = query.shape[1:], keys.shape[2]
             seen = heads * (length * (end - length) + length * (length + 1) // 2)
             work.add("attention", 2 * size * self.pairs(kept, heads, length, end), 2 * size * seen)
-        return out, lse, kept
+        return out, lse, lists
 
     def sparse_blocks(self, length: int, end: int) -> range:
         """The query blocks that may leave out keys, for a call with the last `length` of `end` tokens.
@@ -137,7 +163,12 @@ class Sparse:
 
     @torch.no_grad()
     def kept(self, query, keys, scale: float) -> torch.Tensor:
-        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real."""
+        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real.
+
+        With `exact` each query has a row of its own: [batch, heads, n, key blocks].
+        """
+        if self.exact:
+            return self._kept_by_query(query, keys)
         length, end = query.shape[2], keys.shape[2]
         past, size, device, rows = end - length, self.block, keys.device, self.sparse_blocks(length, end)
         first, columns = past // size, torch.arange(ceil(end / size), device=device)
@@ -155,17 +186,30 @@ class Sparse:
         kept[:, :, rows.start - past // size : rows.stop - past // size, : found.shape[-1]] &= found | many
         return kept
 
+    def _kept_by_query(self, query, keys) -> torch.Tensor:
+        """`kept` of each query. It reads all where its block ends by `dense_below`, or holds a late row."""
+        length, end = query.shape[2], keys.shape[2]
+        own = torch.arange(end - length, end, device=keys.device)[:, None] // self.block
+        with torch.autocast(keys.device.type, enabled=False):  # else rounded sums would choose the blocks
+            found = choose_by_query(self.method, query, keys, self.block, self.settings)
+        dense = own < self.dense_below // self.block
+        if self.last_rows_dense:
+            dense = dense | ((own + 1) * self.block > end - self.last_rows_dense)
+        return (found | dense) & (torch.arange(found.shape[3], device=keys.device) <= own)
+
     def pairs(self, kept, heads: int, length: int, end: int) -> int:
         """The number of pairs of a query and a key that are multiplied for one row of the batch, over all heads.
 
         Args:
-            kept: [1, lists, query blocks, key blocks].
+            kept: [1, lists, query blocks or with `exact` queries, key blocks].
         """
         past, size = end - length, self.block
+        own = sum(place % size + 1 for place in range(past, end))
+        if self.exact:  # every query's own block is among those that it reads
+            return heads * own + (int(kept.sum()) - heads * length) * size
         numbers = torch.arange(past // size, ceil(end / size), device=kept.device)
         queries = (numbers * size + size).clamp_max(end) - (numbers * size).clamp_min(past)
         before = kept.tril(past // size - 1)[0].sum(-1)  # key blocks before the queries' own, [lists, query blocks]
-        own = sum(place % size + 1 for place in range(past, end))
         pairs = heads * own + int((before * queries).sum()) * size * (heads // kept.shape[1])
         rows = self.sparse_blocks(length, end)
         exact = range(rows.start * size, rows.stop * size, self.delta) if self.delta is not None else ()
@@ -208,17 +252,29 @@ def _products(work):
     work.add("estimator", counter.get_total_flops() // 2, 0)
 
 
-def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Tensor:
-    """The function that `Sparse.attend` returns. `kept` has, for each row of the batch, its lists of kept blocks.
+@dataclass(frozen=True)
+class Lists:
+    """The blocks of keys that one row of a batch reads.
 
-    The last row of a list belongs to the last query block.
+    Attributes:
+        kept: bool [1, lists, rows, key blocks], a list for each query head or KV head.
+        first: the number of the first row: of its query block, or of its query.
+        unit: tokens of a row: the block, or 1.
     """
+
+    kept: torch.Tensor
+    first: int
+    unit: int
+
+
+def _read(lists: tuple[Lists, ...], block: int, queries, keys) -> torch.Tensor:
+    """The function that `Sparse.attend` returns; `lists` has those of each row of the batch."""
     found, heads = [], torch.arange(keys.shape[1], device=keys.device)[:, None, None]
-    for row, lists in enumerate(kept):
-        _, count, rows, columns = lists.shape
-        mine = (queries[row] // block - (columns - rows)).clamp(0, rows - 1)  # [1, r, 1]
+    for row, each in enumerate(lists):
+        _, count, rows, columns = each.kept.shape
+        mine = (queries[row] // each.unit - each.first).clamp(0, rows - 1)  # [1, r, 1]
         its = (keys[row] // block).clamp(0, columns - 1)  # [heads, 1, m]
-        found.append(lists[0][heads * count // len(heads), mine, its])
+        found.append(each.kept[0][heads * count // len(heads), mine, its])
     return torch.stack(found)
 
 
@@ -236,6 +292,10 @@ def problem_of(entry, heads: int) -> str:
     for name in ("dense_below", "last_rows_dense"):
         if type(value := getattr(sparse, name)) is not int or value < 0:
             return f"{name} is {value!r}, and must be a whole number from 0"
+    if sparse.exact and sparse.delta is not None:
+        return "delta corrects blocks of queries, and with exact each query has a list of its own: drop one of them"
+    if sparse.exact and sparse.settings.get("votes"):
+        return "votes are of a block's queries, and with exact each query reads what it picks: drop votes"
     if (delta := sparse.delta) is not None and (type(delta) is not int or delta < 1 or sparse.block % delta):
         return f"delta is {delta!r}, and must divide the block of {sparse.block}"
     return ""
@@ -254,7 +314,8 @@ class SparsePart(Part):
     def methods(self, layer: dict) -> set[str]:
         sparse = layer["sparse"]
         named = {f"sparse.{each['method']}" for each in (sparse, *sparse.get("patterns", ()))}
-        return {"sparse.kernel", *named} & set(FILES)
+        attends = "sparse.queries" if sparse.get("exact") else "sparse.kernel"
+        return {attends, *named} & set(FILES)
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         module.surgery_sparse = None
@@ -277,14 +338,15 @@ class SparsePart(Part):
         return {"sparse": layer["sparse"] | rows}
 
     def describe(self, layer: dict) -> tuple[str, str]:
-        return "sparse prefill", layer["sparse"]["method"]
+        sparse = layer["sparse"]
+        return "sparse prefill", sparse["method"] + (", each query its own blocks" if sparse.get("exact") else "")
 
     def display_key(self, layer: dict):
         return layer["sparse"]
 
     def probe_length(self, layer: dict, least: int) -> int:
         sparse = Sparse.of(layer["sparse"])
-        return max(least, sparse.dense_below + PROBED * sparse.block)
+        return max(least, max(sparse.dense_below, sparse.dense_until) + PROBED * sparse.block)
 
 
 PART = SparsePart()

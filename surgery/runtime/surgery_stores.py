@@ -42,6 +42,8 @@ class KeyValues:
         gaps: some slots are -1.
         sinks_and_ring: sinks and ring in one buffer, once both are full; an unpadded row's query sees exactly this.
         read: after sparse prefill, a function that says which keys were read (`Sparse.attend`); None: all seen keys.
+        prompt_slots: what a part notes of the prompt for later calls, name -> int [batch, query heads, m], slots of
+            the prompt's tokens, -1 where there is none. They live in the cache. None: the call has no cache of ours.
     """
 
     visibility: Visibility
@@ -58,6 +60,7 @@ class KeyValues:
     gaps: bool = False
     sinks_and_ring: tuple[torch.Tensor, torch.Tensor] | None = None
     read: Callable | None = None
+    prompt_slots: dict[str, torch.Tensor] | None = None
 
     @property
     def start(self) -> int:
@@ -109,6 +112,7 @@ class FullStore:
 
     def reset(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.prompt_slots: dict[str, torch.Tensor] = {}
         self.seen = self.stored = 0  # number of tokens that came, and of those in the buffer
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
@@ -276,6 +280,7 @@ class RingStore:
 
     def reset(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.prompt_slots: dict[str, torch.Tensor] = {}
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None  # recorded, not yet in the ring
         self.seen = 0  # number of slots that were written to the ring
 

@@ -16,7 +16,7 @@ from conftest import TEXT, listing
 FAST = ("--no-check", "--no-eval")
 SHIPPED = {"act", "duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mae"}
 SHIPPED |= {"moh", "mqa", "prune-heads", "streaming", "zero-tuning", "sparse-prefill", "xattention", "flexprefill"}
-SHIPPED |= {"minference", "moba", "streaming-delta", "sparse-duo"}
+SHIPPED |= {"minference", "moba", "moba-heal", "streaming-delta", "sparse-duo"}
 SHIPPED |= {"duo-heal", "gqa-distill", "gqa-uptrain", "learned-sinks-heal", "mae-heal", "moh-heal", "wgqa"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
@@ -85,8 +85,9 @@ def test_inspect(surgery, model):
     assert facts.json["layers"][1]["heads"] == 9
     refused = {name: reasons for name, reasons in facts.json["recipes"].items() if reasons}
     assert set(facts.json["recipes"]) == set(SHIPPED)
-    assert {"flexprefill", "moba"} <= set(refused)
-    assert {"gqa", "moh", "zero-tuning"}.isdisjoint(refused)
+    assert refused.pop("moba-heal")[0].endswith("last_layers_full is 3, and there are 2 layers: none becomes sparse")
+    assert {"flexprefill", "xattention"} <= set(refused)
+    assert {"gqa", "moba", "moh", "zero-tuning"}.isdisjoint(refused)
     assert all("tokens unchanged, and this model takes 1,024" in reasons[0] for reasons in refused.values())
 
 

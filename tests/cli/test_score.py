@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from recalls import plant_answers
 
 from surgery.calibration.head_scores import HeadScores
 from surgery.cli.render.heads import HeadMap, tenth_of
@@ -25,7 +26,8 @@ def score(surgery, model, text):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_writes_a_file_that_apply_takes(score, surgery, model, method, tmp_path):
+def test_every_method_writes_a_file_that_apply_takes(score, surgery, model, method, tmp_path, monkeypatch):
+    plant_answers(monkeypatch)
     done = score("--method", method, "-o", "scores.json", *(["--steps", 2] if method == "gates" else []))
     assert done.code == 0, done.err
     assert "wrote scores.json" in done.out
@@ -102,6 +104,44 @@ def test_json_is_the_file(score, tmp_path):
     assert done.json["origin"]["sinks"] == 2
 
 
+def test_query_heads_through_the_command(score, surgery, refused, model, tmp_path, monkeypatch):
+    failed = score("--method", "retrieval", "-o", "s.json")
+    assert failed.code == 2
+    assert "repeats none of" in failed.err
+    assert not (tmp_path / "s.json").exists()
+    plant_answers(monkeypatch, lambda sequence: range(6))  # most of the first passkey of every sequence
+    done = score("--method", "retrieval", "--per", "heads", "-o", "s.json")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert (found["format"], found["per"], [len(row) for row in found["scores"]]) == (2, "heads", [9, 9])
+    assert found["origin"]["left_out"] > 0
+    flat = [x for row in found["scores"] for x in row]
+    above = sum(x > 0.1 for x in flat)
+    assert f"above 0.1: {above} of 18 query heads ({above / 18:.1%})" in done.out
+    assert f"left out, since the model fails them: {found['origin']['left_out']} of" in done.out
+    assert len([line for line in done.out.splitlines() if line.startswith("head ")]) == 9
+    spoken = score("--method", "far-mass", "--per", "heads", "--threshold", "0.05", "-o", "f.json", "--json").json
+    file = json.loads((tmp_path / "f.json").read_text())
+    assert {key: value for key, value in spoken.items() if key != "heads_above"} == file
+    highest = max((x, -layer, -head) for layer, row in enumerate(file["scores"]) for head, x in enumerate(row))
+    assert spoken["heads_above"]["threshold"] == 0.05
+    first = spoken["heads_above"]["top"][0]
+    assert (first["score"], -first["layer"], -first["head"]) == highest
+    assert "heads_above" not in score("-o", "g.json", "--json").json
+    says = ["these are scores of query heads", "--per kv-heads"]
+    refused("plan", "duo-attention", model, "scores=s.json", says=says)
+    refused("apply", "duo-attention", model, "-o", "out", "scores=s.json", says=says)
+    seen = surgery("inspect", model, "--heads", "--scores", "s.json", "--json").json
+    assert [layer["heads"] for layer in seen["layers"]] == [9, 9]
+    assert seen["layers"][1]["scores"] == found["scores"][1]
+    assert surgery("apply", "duo-attention", model, "-o", "out", "scores=far-mass", *SPLIT).code == 0
+    split = surgery("inspect", "out", "--heads", "--scores", "s.json", "--json").json
+    streaming = json.loads((tmp_path / "out/surgery.json").read_text())["operations"][0]["record"]["streaming"]
+    for layer, kv_heads in zip(split["layers"], streaming, strict=True):
+        assert layer["streaming"] == [3 * head + i for head in kv_heads for i in range(3)]
+    assert "18 query heads stream" in surgery("inspect", "out", "--heads", "--scores", "s.json").out
+
+
 def test_a_file_is_not_replaced_unasked(score, tmp_path):
     (tmp_path / "scores.json").write_text("mine")
     refused = score("-o", "scores.json")
@@ -154,6 +194,9 @@ def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
         (("-o", "s.json", "--window", "1000"), ["no far past", "smaller window"]),
         (("-o", "s.json", "--text", "none.txt"), ["no such text file"]),
         (("-o", "model"), ["exists"]),
+        (("-o", "s.json", "--per", "query"), ["not measured per 'query'", "kv-heads, heads"]),
+        (("-o", "s.json", "--per", "heads", "--method", "gates"), ["gates has no score for each query head"]),
+        (("-o", "s.json", "--threshold", "nan"), ["a threshold is a number"]),
         (("-o", "s.json", "--plot", "s.jpg"), [".png, .svg or .pdf"]),
     ],
 )

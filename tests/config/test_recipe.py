@@ -222,7 +222,8 @@ def test_fields_of_a_recipe_run_nothing(refused, model, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(recipes.shipped()))
 def test_every_shipped_recipe_loads_and_plans(surgery, model, name):
-    planned = surgery("plan", name, model, "--json")
+    fewer = ["last_layers_full=1"] if name == "moba-heal" else []  # this model has two layers
+    planned = surgery("plan", name, model, *fewer, "--json")
     assert planned.code == 0, planned.err
     assert planned.json["recipe"]["name"] == name, "a recipe is named as its file"
     assert planned.json["layers"][0]["before"]["kv_heads"] == 3

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from dense import LENGTH
 from families import OFF_THE_INTERFACE, TINY
 
@@ -35,6 +36,8 @@ class Case:
         native: whether the result is a stock checkpoint.
         chunks: lengths of the forwards through the cache, of `ACTING` tokens together.
         padded: whether rows of unequal length may be cut at `chunks`: blocks of keys count from the first real token.
+        by_prompt: fields with which the result depends on where the prompt ends, measured on nothing, and what sets
+            the model's parameters so that it acts. Only such a setting is not held to "cached is uncached".
         refused: families on which the plan refuses what `acts`.
         refused_always: families on which the plan refuses any setting.
     """
@@ -45,12 +48,19 @@ class Case:
     native: bool = False
     chunks: tuple[int, ...] = (20, 1, 72)
     padded: bool = True
+    by_prompt: tuple[dict[str, Any], Callable[[Any], None]] | None = None
     refused: tuple[str, ...] = ()
     refused_always: tuple[str, ...] = ()
 
 
 def sinks(method: str, **fields: Any) -> Callable[[LayerAnatomy], dict[str, Any]]:
     return lambda _: {"method": method} | fields
+
+
+def lower_betas(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("surgery_log_beta"):
+            parameter.data.copy_(torch.linspace(-2, 0, len(parameter)))
 
 
 CASES: dict[str, Case] = {
@@ -79,10 +89,21 @@ CASES: dict[str, Case] = {
             "kv_bias, identity": sinks("kv_bias", start="identity"),
         },
         ("gamma", 0.0),
+        by_prompt=({"method": "act", "find": "map", "beta": 1.0, "threshold": 1.3}, lower_betas),
     ),
     "sparse_prefill": Case(
         {"method": "streaming", "block": 16, "sinks": 4, "window": 4, "dense_below": 0},
-        {"sparse_prefill, gamma 1": lambda _: {"gamma": 1.0, "block": 16, "dense_below": 0}},
+        {
+            "sparse_prefill, gamma 1": lambda _: {"gamma": 1.0, "block": 16, "dense_below": 0},
+            "sparse_prefill, exact, dense rows": lambda _: {
+                "method": "block_topk",
+                "exact": True,
+                "top": 1,
+                "block": 16,
+                "dense_below": 0,
+                "last_rows_dense": LENGTH,
+            },
+        },
         ("block", 3),
         chunks=(32, 48, 12, 1),
         padded=False,

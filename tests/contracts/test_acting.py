@@ -14,10 +14,27 @@ from sparse import base_of
 
 import surgery
 from surgery.errors import SurgeryError
+from surgery.runtime.surgery_config import depends_on_prompt
 
 RUNS = [
     (family, op) for family in FEW for op, case in CASES.items() if family not in case.refused + case.refused_always
 ]
+
+
+BY_PROMPT = [(family, op) for family, op in RUNS if CASES[op].by_prompt is not None]
+
+
+@pytest.fixture(scope="module")
+def by_prompt():
+    """(family, operation) -> the base, and the model whose results depend on where the prompt ends."""
+    made = {}
+    for family, op in BY_PROMPT:
+        base, (fields, act) = base_of(family), CASES[op].by_prompt
+        model = copy.deepcopy(base)
+        surgery.apply(recipe({"op": op} | fields), model)
+        act(model)
+        made[family, op] = base, model
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +78,37 @@ def test_left_padding_changes_nothing(converted, family, op):
 def test_cached_is_uncached(converted, family, op):
     _, model, _ = converted[family, op]
     case = CASES[op]
+    assert not depends_on_prompt(model.config)
     ids, mask = batch(model, PADS if case.padded else (0, 0), ACTING)
     want = model(**given(model, ids, mask), use_cache=False).logits
     assert difference(chunked(model, ids, mask, case.chunks), want, mask) <= 1e-5
 
 
-def test_round_trip_and_both_ways_to_load(converted, tmp_path):
+@pytest.mark.parametrize(("family", "op"), BY_PROMPT)
+@torch.no_grad()
+def test_what_depends_on_the_prompt_depends_on_nothing_else(by_prompt, family, op):
+    """Padding changes nothing, nor does the cache within the prompt, nor how the tokens after it come."""
+    base, model = by_prompt[family, op]
+    ids, mask = batch(base, PADS, ACTING)
+    assert depends_on_prompt(model.config)
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    assert difference(whole, base(**given(base, ids, mask), use_cache=False).logits, mask) > 1e-3
+    assert difference(chunked(model, ids, mask, [ACTING]), whole, mask) <= 1e-5
+    for row, pad in enumerate(PADS):
+        alone = ids[row : row + 1, pad:]
+        want = model(**given(model, alone, torch.ones_like(alone)), use_cache=False).logits
+        assert difference(whole[row : row + 1, pad:], want, torch.ones_like(alone)) <= 1e-4
+    first, *rest = CASES[op].chunks
+    want = chunked(model, ids, mask, [first, *[1] * (ACTING - first)])
+    assert difference(chunked(model, ids, mask, [first, *rest]), want, mask) <= 1e-5
+    assert difference(chunked(model, ids, mask, [first, ACTING - first]), want, mask) <= 1e-5
+    assert difference(whole, want, mask) > 1e-3
+
+
+def test_round_trip_and_both_ways_to_load(converted, by_prompt, tmp_path):
     """Saved, loaded with the package and with trust_remote_code in a fresh process, saved and loaded again."""
     surgical = {tmp_path / f"{family}-{op}": converted[family, op][1] for family, op in RUNS if not CASES[op].native}
+    surgical |= {tmp_path / f"{family}-{op}-by-prompt": model for (family, op), (_, model) in by_prompt.items()}
     check_both_ways_to_load(surgical, tmp_path)
 
 

@@ -32,6 +32,7 @@ LEFT = (
     "learned, identity",
     "kv_bias, identity",
     "sparse_prefill, gamma 1",
+    "sparse_prefill, exact, dense rows",
     "moh, all heads on",
 )
 

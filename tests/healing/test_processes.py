@@ -136,10 +136,11 @@ def test_configs_are_accelerates(file):
 def both(surgery, model, text, tmp_path):
     """Heal in one process and in two, which may be stopped and go on; what the two said, and their report."""
 
-    def run(how: str, *more, steps: int = 20, stop: int | None = None, rough: float = 1e-3):
+    def run(how: str, *more, recipe="mqa", length=16, steps: int = 20, stop: int | None = None, rough: float = 1e-3):
         if not (tmp_path / "out").exists():
-            assert surgery("apply", "mqa", model, "-o", "out", "--no-check", "--no-eval", "-q").code == 0
-        settings = [f"data={text}", "length=16", "batch_tokens=64", f"steps={steps}", "learning_rate=0.003"]
+            assert surgery("apply", recipe, model, "-o", "out", "--no-check", "--no-eval", "-q").code == 0
+        rows = [f"length={length}", f"batch_tokens={4 * length}"]
+        settings = [f"data={text}", *rows, f"steps={steps}", "learning_rate=0.003"]
         settings += ["precision=float32", *more]
         asked = ["heal", "out", *settings, "loss=both", "--base", str(model), "--no-eval", "-q", "-o"]
         assert surgery(*asked, "one", "--no-check").code == 0
@@ -227,3 +228,23 @@ def test_shared_out_weights_train_as_whole_ones(both, settings, stop):
     assert said.count("shared out: True") == 2
     assert report.data["heal"]["engine"] == "FSDP"
     assert report.data["heal"]["resumed"] == (stop is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
+@pytest.mark.parametrize("how", ["torchrun", "fsdp"])
+def test_two_processes_switch_to_full_attention_in_the_same_step(both, tmp_path, how):
+    step = {"op": "sparse_prefill", "method": "block_topk", "exact": True, "block": 16, "top": 1, "dense_below": 0}
+    recipe = {"version": 1, "name": "moba", "operations": [step], "evaluate": None}
+    (tmp_path / "moba.yaml").write_text(yaml.safe_dump(recipe))
+    settings = ("method=full", "full_from=0.5", "checkpoint_every=2")
+    report, _ = both(how, *settings, recipe="moba.yaml", length=64, steps=8, stop=5 if how == "fsdp" else None)
+    one, two_ = (read(tmp_path / name / "healing/metrics.jsonl") for name in ("one", "two"))
+    assert (
+        [line["full_attention"] for line in one]
+        == [line["full_attention"] for line in two_]
+        == [False] * 4 + [True] * 4
+    )
+    assert report.data["heal"]["attention"]["text_loss"] == pytest.approx(
+        Report.of(tmp_path / "one").data["heal"]["attention"]["text_loss"], rel=1e-3
+    )

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from surgery.calibration.head_scores import HeadScores
 from surgery.errors import MachineError, SurgeryError
 from surgery.report.head_map import draw_heads, draw_recorded
 from surgery.report.plots import Cells, Line, Panel, curves, heat_maps, ready
@@ -131,7 +132,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_a_head_map_has_layers_from_left_to_right(tmp_path):
     numbers = [range(2)] * 12
-    path = draw_heads(tmp_path / "h.png", numbers, streaming=[[0]] * 12, scores=[[0.0, 1.0]] * 12, method="far-mass")
+    scores = HeadScores("far-mass", [[0.0, 1.0]] * 12)
+    path = draw_heads(tmp_path / "h.png", numbers, streaming=[[0]] * 12, scores=scores)
     shown = pixels(path)
     assert shown.shape[1] > 1.2 * shown.shape[0]
     purple, yellow = (
@@ -145,6 +147,10 @@ def test_a_head_map_has_layers_from_left_to_right(tmp_path):
     ).read_text()
     assert "m: 12 of 24 KV heads stream" in svg
     assert "streams: sees 4 sinks + 9 tokens" in svg
+    of_queries = HeadScores("retrieval", [[0.0, 1.0]] * 12, per="heads")
+    svg = draw_heads(tmp_path / "q.svg", numbers, scores=of_queries).read_text()
+    assert "24 query heads by their retrieval score" in svg
+    assert "KV head" not in svg
 
 
 def test_a_recorded_split_is_drawn_where_its_heads_are_as_they_were(tmp_path):

@@ -42,6 +42,7 @@ CASES = {
     "split": (SPLIT, set()),
     "gamma": ({"parameters": {"surgery_log_gamma": [9]}}, {"bias"}),
     "act": ({"parameters": {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}}, {"bias", "act"}),
+    "act by map": ({"parameters": {"surgery_log_beta": [9]}, "act": {"alpha": 1.3}}, {"bias", "act"}),
     "gate": ({"gate": GATE, "parameters": ROUTERS}, {"gated_compute", "gates"}),
     "pooled": ({"sparse": POOLED}, SPARSE | {"estimate_pooled"}),
     "flexprefill": (

@@ -209,6 +209,8 @@ SAME = {
     "columns": {"method": "vertical_slash", "vertical": LENGTH, "slash": 16},
     "diagonals": {"method": "vertical_slash", "vertical": 16, "slash": LENGTH},
     "top": {"method": "block_topk", "top": 10},
+    "exact": {"method": "block_topk", "top": 10, "exact": True},
+    "exact, last rows": {"method": "block_topk", "top": 1, "exact": True, "last_rows_dense": LENGTH},
     "max_threshold": {"method": "max_threshold", "alpha": 0.0},
     "hierarchical": {"method": "hierarchical", "top": 10},
     "by head": {"method": "by_head", "patterns": [{"method": "pooled", "gamma": 1.0}] * 8},
@@ -322,7 +324,7 @@ def test_packed_rows_are_separate_rows(base):
     assert difference(packed, torch.cat(parts, 1), torch.ones_like(ids)) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["gamma", "act", "logit and value", "key and value", "stand in"])
+@pytest.mark.parametrize("kind", ["gamma", "act", "act by map", "logit and value", "key and value", "stand in"])
 @some
 @torch.no_grad()
 def test_with_a_head_split_and_terms(base, kind):
@@ -333,7 +335,8 @@ def test_with_a_head_split_and_terms(base, kind):
         entry | {"parameters": {n: list(t.shape) for n, t in named.items()}}
         for entry, named in zip(split, tensors, strict=True)
     ]
-    layers = [entry | ({"stand_in": True} if kind == "stand in" else {}) for entry in layers]
+    more = {"stand in": {"stand_in": True}, "act by map": {"act": {"alpha": 1.3}}}.get(kind, {})
+    layers = [entry | more for entry in layers]
     model = copy.deepcopy(base)
     runtime.patch(model, {"layers": layers})
     for module, named in zip(runtime.attention_modules(model), tensors, strict=True):

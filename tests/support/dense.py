@@ -6,6 +6,7 @@ The reference uses nothing of the runtime: a mask for each row and head, the ter
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from families import double
@@ -73,6 +74,7 @@ def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
     names = {
         "gamma": ["surgery_log_gamma"],
         "act": ["surgery_log_beta", "surgery_sink_probe"],
+        "act by map": ["surgery_log_beta"],
         "logit": ["surgery_sink_logit"],
         "logit and value": ["surgery_sink_logit", "surgery_value"],
     }.get(kind, ["surgery_sink_logit", "surgery_key", "surgery_value"])
@@ -121,6 +123,24 @@ def sparse_rows(sparse: dict, real: list[bool]) -> torch.Tensor:
     return seen
 
 
+def marks_of_map(weights, seen, alpha: float, prompt: int | None = None) -> torch.Tensor:
+    """Which keys are sinks by ACT's rule, key by key: bool [rows, heads, length]; a row's first token may be one.
+
+    Args:
+        weights: [rows, heads, length, length]. seen: bool, the same: which real queries see which real keys.
+        prompt: where the prompt ends. Later queries do not count, and later keys are no sinks.
+    """
+    marks, end = torch.zeros(weights.shape[:3], dtype=torch.bool), prompt or weights.shape[-1]
+    for row in range(len(weights)):
+        for head in range(weights.shape[1]):
+            most = max(int(seen[row, head, i].sum()) for i in range(end))
+            columns = zip(weights[row, head].T.tolist(), seen[row, head].T.tolist(), strict=True)
+            for j, (weight, sees) in enumerate(columns):
+                of_queries = [w for w, saw in zip(weight[:end], sees[:end], strict=True) if saw]
+                marks[row, head, j] = bool(of_queries) and math.fsum(of_queries) / len(of_queries) > alpha / most
+    return marks
+
+
 def dense_logits(model, layers: list[dict], ids, mask, tensors=None, silent=None) -> torch.Tensor:
     """float64 logits of a stock model with these surgeries; arguments as for `dense_model`."""
     model = dense_model(model, layers, mask, tensors, silent)
@@ -132,9 +152,10 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
     """A stock model in float64 with these surgeries, for one batch, until the next one is made.
 
     Args:
-        layers: of each layer, as in the surgery block: streaming, sinks, window, stand_in, and sparse of method
-            streaming, with `calls`: where in the batch each forward ends (default: one forward). And `held`, bool
-            [rows, KV heads, length, length]: which keys the cache still has for which queries of full heads.
+        layers: of each layer, as in the surgery block: streaming, sinks, window, stand_in, act, with `prompt`: where
+            in the batch the prompt ends (default: at the end), and sparse of method streaming, with `calls`: where in
+            the batch each forward ends (default: one forward). And `held`, bool [rows, KV heads, length, length]:
+            which keys the cache still has for which queries of full heads.
         mask: [rows, length] of the batch.
         tensors: of each layer, name -> values of its terms.
         silent: of each layer, the query heads whose output is left out.
@@ -165,18 +186,30 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
             seen = seen & (entry["held"].repeat_interleave(group, 1) | narrow)
         if narrow.any():
             seen = seen & ~(narrow & (j - first >= entry["sinks"]) & (i - j >= entry["window"]))
+        by_visibility = (j <= i) & (i - j < (limit or length)) & real[:, None, None] & real[:, None, :, None]
+        by_visibility = by_visibility.expand(-1, heads, -1, -1)
+        if narrow.any():
+            by_visibility = by_visibility & ~(narrow & (j - first >= entry["sinks"]) & (i - j >= entry["window"]))
         sees_first = (seen & (j == first)).any(-1, keepdim=True)
         columns, visible = [score(query @ key.repeat_interleave(group, 1).mT)], [seen]
         values = [value.repeat_interleave(group, 1)]
         if "surgery_log_gamma" in terms:
             columns[0] = columns[0] + (j == first) * terms["surgery_log_gamma"][:, None, None]
         if "surgery_log_beta" in terms:
-            probe, beta = terms["surgery_sink_probe"][:, None], terms["surgery_log_beta"].exp()[:, None, None]
-            marks = (values[0] * probe[..., :-2]).sum(-1) + values[0].norm(dim=-1) * probe[..., -2] + probe[
-                ..., -1
-            ] > 0
-            sinks = marks[:, :, None] & (j != first) & seen
+            beta = terms["surgery_log_beta"].exp()[:, None, None]
             weights = columns[0].masked_fill(~seen, -1e300).softmax(-1)
+            if "act" in entry:
+                whole = weights
+                if s_aux is not None:
+                    top = columns[0].masked_fill(~seen, -1e300).logsumexp(-1, keepdim=True)
+                    whole = weights * (1 + (s_aux.double()[:, None, None] - top).exp()).reciprocal()
+                marks = marks_of_map(whole * seen, by_visibility, **entry["act"])
+            else:
+                probe = terms["surgery_sink_probe"][:, None]
+                marks = (values[0] * probe[..., :-2]).sum(-1) + values[0].norm(dim=-1) * probe[..., -2] + probe[
+                    ..., -1
+                ] > 0
+            sinks = marks[:, :, None] & (j != first) & seen
             share = (weights * sinks).sum(-1, keepdim=True).clamp(max=0.9)
             columns[0] = columns[0] + sinks * (beta * (1 - share) / (1 - beta * share)).log()
 

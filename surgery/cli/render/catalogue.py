@@ -23,8 +23,7 @@ STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
-    "training: no = none; the gate says whether the result lost too much.",
-    "          included = the recipe trains. needed = train it first (surgery heal).",
+    "training: no (the gate judges), included in the recipe, needed (surgery heal).",
 )
 
 

@@ -1,17 +1,22 @@
-"""The KV heads of a model as a map, layer by layer: the score of each, and which of them stream."""
+"""The heads of a model as a map, layer by layer: the score of each, and which of them stream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from surgery.architecture.layer import groups_of
+from surgery.calibration.head_scores import KINDS
 from surgery.cli.render.console import console
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.calibration.head_scores import HeadScores
 
 FULL, STREAMING, NONE = "#", "·", " "
@@ -21,14 +26,15 @@ SHADES = ("grey35", "grey42", "grey50", "grey58", "grey66", "dark_goldenrod", "g
 
 @dataclass(frozen=True)
 class HeadMap:
-    """The KV heads of a model, with their split and their scores as far as they are known.
+    """The KV heads or query heads of a model, with their split and their scores as far as they are known.
 
     Attributes:
         name: the name of the model, or "".
-        numbers: the KV heads of each layer, in the order in which they are stored; each by its index in the base.
+        numbers: the heads of each layer, in the order in which they are stored; each by its index in the base.
         streaming: the heads of each layer that see only sinks + window; None where no split was made.
         sees: what streaming heads see ("16 sinks + 240 tokens"), or "".
         scores: the scores of the heads, in the order of `numbers`, or None.
+        per: which heads: "kv_heads" or "heads" (query heads). A query head streams if its KV head does.
     """
 
     name: str
@@ -36,12 +42,18 @@ class HeadMap:
     streaming: list[list[int]] | None = None
     sees: str = ""
     scores: HeadScores | None = None
+    per: str = "kv_heads"
+
+    @property
+    def kind(self) -> str:
+        """The kind of the heads, in words."""
+        return KINDS[self.per]
 
     @classmethod
     def of_scores(cls, scores: HeadScores) -> HeadMap:
         """The map of a score file."""
         name = (scores.origin.get("model") or {}).get("name") or ""
-        return cls(name, [list(range(len(row))) for row in scores.scores], scores=scores)
+        return cls(name, [list(range(len(row))) for row in scores.scores], scores=scores, per=scores.per or "kv_heads")
 
     @classmethod
     def of_model(cls, model: str, file: Path | None = None) -> HeadMap:
@@ -57,26 +69,30 @@ class HeadMap:
 
         source = resolve(model, weights=False)
         anatomy = Anatomy.of(source.path, header_table(source.headers))
-        numbers = [[layer.kv_name(head) for head in range(layer.kv_heads)] for layer in anatomy.layers]
-        scores = load_scores(file, anatomy) if file else recorded_scores(source.path, [*map(len, numbers)])
+        counts = [layer.kv_heads for layer in anatomy.layers]
+        scores = load_scores(file, anatomy, KINDS) if file else recorded_scores(source.path, counts)
         if not anatomy.surgical and scores is None:
             raise SurgeryError(
                 "this model's heads are not split, and no scores of them are known",
                 where=source.name,
                 fix=f"surgery score {model} -o scores.json, then --scores scores.json",
             )
+        per = "kv_heads"
+        if scores is not None and (scores.per == "heads" or [len(row) for row in scores.scores] != counts):
+            per = "heads"
+        numbers = [_numbers(layer, per, range(layer.kv_heads)) for layer in anatomy.layers]
         streaming = None
         if anatomy.surgical:
-            streaming = [[layer.kv_name(head) for head in layer.streaming] for layer in anatomy.layers]
+            streaming = [_numbers(layer, per, layer.streaming) for layer in anatomy.layers]
         sees = {(layer.sinks, layer.streaming_window) for layer in anatomy.layers if layer.streaming}
         reach = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in sorted(sees))
-        return cls(source.name, numbers, streaming, reach, scores)
+        return cls(source.name, numbers, streaming, reach, scores, per)
 
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
         layers = []
         for layer, numbers in enumerate(self.numbers):
-            entry = {"layer": layer, "kv_heads": len(numbers), "numbers": numbers}
+            entry = {"layer": layer, self.per: len(numbers), "numbers": numbers}
             if self.streaming is not None:
                 entry["streaming"] = self.streaming[layer]
             if self.scores is not None:
@@ -86,12 +102,20 @@ class HeadMap:
         return {"model": self.name, **({"sees": self.sees} if self.sees else {}), **origin, "layers": layers}
 
 
+def _numbers(layer: LayerAnatomy, per: str, kv_heads: Iterable[int]) -> list[int]:
+    """These KV heads of a layer, or the query heads that read them, by the base's numbers."""
+    if per == "kv_heads":
+        return [layer.kv_name(head) for head in kv_heads]
+    groups = groups_of(layer)
+    return [layer.query_name(head) for kv_head in kv_heads for head in groups[kv_head]]
+
+
 def show(head_map: HeadMap) -> None:
-    """Print the map: a column for each layer, a row for each KV head."""
+    """Print the map: a column for each layer, a row for each head."""
     out, total = console(), sum(map(len, head_map.numbers))
     if head_map.streaming is not None:
-        count = sum(map(len, head_map.streaming))
-        out.print(f"{count} of {total} KV heads stream ({STREAMING}: {head_map.sees or 'none do'}), {FULL} see all")
+        count, sees = sum(map(len, head_map.streaming)), head_map.sees or "none do"
+        out.print(f"{count} of {total} {head_map.kind} stream ({STREAMING}: {sees}), {FULL} see all")
         cells = {
             (layer, head): (STREAMING, "cyan") if head in head_map.streaming[layer] else (FULL, "bold")
             for layer, heads in enumerate(head_map.numbers)
@@ -99,10 +123,9 @@ def show(head_map: HeadMap) -> None:
         }
         _grid(out, len(head_map.numbers), cells)
     if head_map.scores is not None:
-        out.print(
-            f"{head_map.scores.method}: tenth in which each of {total} KV heads lies, 0 lowest (the first to stream), "
-            "9 highest"
-        )
+        first = " (the first to stream)" if head_map.per == "kv_heads" else ""
+        which = f"tenth in which each of {total} {head_map.kind} lies"
+        out.print(f"{head_map.scores.method}: {which}, 0 lowest{first}, 9 highest")
         tenths = tenth_of(head_map.scores.scores)
         cells = {(layer, head_map.numbers[layer][index]): (str(n), SHADES[n]) for (layer, index), n in tenths.items()}
         _grid(out, len(head_map.numbers), cells)
@@ -123,6 +146,18 @@ def _show_origin(out, scores: HeadScores) -> None:
         out.print(f"gates between 0.1 and 0.9 at the end: {origin['undecided']:.0%} (their rounding is arbitrary)")
     if "answered" in origin:
         out.print(f"the model's own answers: {origin['answered']:.0%} of the tokens right")
+    if origin.get("left_out"):
+        out.print(f"left out, since the model fails them: {origin['left_out']} of {origin['passkeys']} passkeys")
+
+
+def show_above(above: dict, kind: str) -> None:
+    """Print how many heads score above a threshold, and the highest of them (`HeadScores.above`)."""
+    out = console()
+    out.print(f"above {above['threshold']:g}: {above['above']} of {above['of']} {kind} ({above['share']:.1%})")
+    shown = [f"layer {head['layer']} head {head['head']} ({head['score']:.2f})" for head in above["top"]]
+    if shown:
+        rest = above["above"] - len(shown)
+        out.print(f"the highest: {', '.join(shown)}{f' and {rest} more' if rest else ''}", soft_wrap=True)
 
 
 def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> None:
@@ -155,8 +190,7 @@ def draw(head_map: HeadMap, path: Path) -> list[Path]:
             name=head_map.name,
             streaming=head_map.streaming,
             sees=head_map.sees,
-            scores=scores.scores if scores else None,
-            method=scores.method if scores else "",
+            scores=replace(scores, per=head_map.per) if scores else None,
         )
     ]
     if scores and (losses := scores.origin.get("losses")):

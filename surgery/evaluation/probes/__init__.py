@@ -21,6 +21,7 @@ REGISTRY = {  # name -> "module:class", in the order in which probes are run and
     "choices": "choices:Choices",
     "multi_needle": "multi_needle:MultiNeedle",
     "chat": "chat:Chat",
+    "massive": "massive:MassiveActivations",
 }
 
 

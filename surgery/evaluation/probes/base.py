@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -349,6 +350,20 @@ class CaseProbe(Probe):
             result: holds the cases, and the outcomes of the model that ran first, if this is the second.
         """
 
+    def count_changes(self, label: str) -> int:
+        """How many changes `changes` gives at most; known before a model is loaded."""
+        return 0
+
+    def changes(self, label: str, model: Any, result: Any) -> Mapping[str, AbstractContextManager]:
+        """Changes at run time under which the model runs the cases again: name -> context in which it is changed.
+
+        Args:
+            label: "base" or "out".
+            model: the loaded model, after it ran the cases as it is. Every context restores it.
+            result: holds the cases, and the outcomes so far.
+        """
+        return {}
+
     @abstractmethod
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         """Bytes needed in addition to the weights, computed from the model's KV bytes per token."""
@@ -379,14 +394,7 @@ class CaseProbe(Probe):
         sources = sides(out, base)
         configs = {label: read_config(source) for label, source in sources.items()}
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
-        run_base_then_model(
-            result,
-            dict(reversed(sources.items())) if self.model_first else sources,
-            lambda model, tick: self.run(model, result, tick),
-            what=self.cases_are,
-            extra=lambda kv_bytes: self.extra_bytes(result.cases, kv_bytes),
-            broken=self.is_broken,
-            progress=tick if progress else None,
-        )
+        order = dict(reversed(sources.items())) if self.model_first else sources
+        run_base_then_model(result, order, self, tick if progress else None)
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
         return result

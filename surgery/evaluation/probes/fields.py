@@ -45,6 +45,10 @@ def _text(value: object) -> object:
     raise PydanticCustomError("string_type", "Input should be a valid string")
 
 
+def _file_name(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
 def _plain_text(value: str | Path | Text) -> str:
     return value.title if isinstance(value, Text) else str(value)
 
@@ -71,6 +75,7 @@ def _lengths(value: object) -> object:
 TextSource = Annotated[
     Any, BeforeValidator(_text), PlainSerializer(_plain_text), WithJsonSchema({"type": "string"}), NamesFile()
 ]
+FileName = Annotated[str, BeforeValidator(_file_name), NamesFile()]
 TokenLengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]  # "512,2k", 512, [512, 2000]
 Shares = Annotated[tuple[float, ...], BeforeValidator(_list)]
 

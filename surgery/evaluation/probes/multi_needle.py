@@ -36,8 +36,8 @@ from surgery.errors import TextError
 from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
-from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt, reach_of
-from surgery.evaluation.recall import Outcome, run_needles
+from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt
+from surgery.evaluation.recall import Outcome, reach_of, run_needles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

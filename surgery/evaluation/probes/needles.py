@@ -4,18 +4,23 @@ A needle is found if decoding with the model's own cache gives exactly its secre
 Base and converted model run one after the other, never both in memory. The surgery is judged by the share of needles
 "kept": those that the converted model finds, among those that the base finds. Needles that streaming heads see anyway,
 through sinks or window, prove nothing and do not count.
+
+With `without=SCORES.json` the model is asked again with its highest-scored query heads off, and with random ones off
+(`surgery.evaluation.ablation`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from surgery.architecture.anatomy import positions_of
+from surgery.architecture.anatomy import Anatomy, positions_of
+from surgery.calibration.head_scores import ABOVE, read_scores
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
@@ -29,14 +34,18 @@ from surgery.data.haystack import (
     spread,
 )
 from surgery.data.text import BUILTIN, load_text
+from surgery.evaluation import ablation
+from surgery.evaluation.ablation import ROWS, HeadAblation
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
-from surgery.evaluation.probes.fields import Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.recall import Outcome, run_needles
+from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
+from surgery.evaluation.recall import Outcome, reach_of, run_needles
 from surgery.io.printing import count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from surgery.io.loading import ModelSource
 
 ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
 SHORTEST = 64  # tokens of a prompt
@@ -50,9 +59,11 @@ class NeedleResult(CaseResult):
     Attributes:
         settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance (that a guess is right).
         reach: most sinks and widest window of the streaming heads of `out`; None if it has no such heads.
+        ablation: the query heads of `out` that were switched off, if any; `changed` has the outcomes.
     """
 
     reach: tuple[int, int] | None = None
+    ablation: HeadAblation | None = None
 
     PROBE: ClassVar[str] = "needles"
     COUNT: ClassVar[str] = "needles"
@@ -97,6 +108,13 @@ class NeedleResult(CaseResult):
         outcomes = self.outcomes[label]
         return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes)) | {"grid": self.grid(label)}
 
+    def change_figures(self) -> dict:
+        """The figures of `out` with query heads off; {} if there were none."""
+        if self.ablation is None:
+            return {}
+        sides = [share_of("hits", (o.hit for o in run), (o.nll for o in run)) for run in self.changed["out"].values()]
+        return {"without": self.ablation.to_dict(sides)}
+
     def about(self) -> dict:
         """Reach of the streaming heads in tokens, and the number of needles within it; {} without such heads."""
         if not self.reach:
@@ -110,7 +128,8 @@ class NeedleResult(CaseResult):
         needle = self.cases[index]
         data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
         data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
-        return data | super().case(index)
+        off = [run[index].hit for run in self.changed.get("out", {}).values()]
+        return data | super().case(index) | ({"without": off} if off else {})
 
 
 def longest_prompt(config: PretrainedConfig) -> int | None:
@@ -145,6 +164,16 @@ class Needles(CaseProbe):
     secret: str = Field("digits", description="digits or words.", json_schema_extra={"enum": list(SECRETS)})
     form: str = Field(
         "auto", description="chat, plain, or auto (by the tokenizer).", json_schema_extra={"enum": list(FORMS)}
+    )
+    without: FileName | None = Field(
+        None, description="A score file of query heads: also ask the model with its highest heads off."
+    )
+    top: int | None = Field(None, ge=1, description=f"With without: heads to switch off; null: those above {ABOVE:g}.")
+    draws: int = Field(5, ge=0, le=100, description="With without: random draws of as many heads of the same layers.")
+    off: str = Field(
+        "all",
+        description="With without: heads are off for all tokens, or for the answer (from the prompt's last token on).",
+        json_schema_extra={"enum": list(ROWS)},
     )
 
     limits: ClassVar[dict[str, Limit]] = {
@@ -186,6 +215,7 @@ class Needles(CaseProbe):
         for one, other in self.alternatives:
             if {one, other} <= self.model_fields_set:
                 raise settings_error(f"and {other} are two ways to say the same", key=one, fix="one of them")
+        check_setting(ablation.refuse_settings, self.off, self.without, self.model_fields_set)
         check_setting(refuse_settings, self.tokens, self.depth_shares, self.repetitions, self.secret)
         check_setting(refuse_form, self.form)
         return self
@@ -209,8 +239,9 @@ class Needles(CaseProbe):
 
     @property
     def effort(self) -> Effort:
-        prompts = len(self.depth_shares) * self.repetitions
-        return Effort(prompts * sum(self.tokens), max(self.tokens, default=0))
+        tokens = len(self.depth_shares) * self.repetitions * sum(self.tokens)
+        tokens += tokens * self.count_changes("out") // 2  # only one of the two models runs with heads off
+        return Effort(tokens, max(self.tokens, default=0))
 
     def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
         longest = longest_prompt(config)
@@ -220,12 +251,21 @@ class Needles(CaseProbe):
             return {"length": longest}
         return {"lengths": list(dict.fromkeys(min(length, longest) for length in self.lengths))}
 
+    def refuse(self, base: ModelSource) -> None:
+        """Raise if there is no such score file; whether it fits the converted model is not known yet."""
+        if self.without is not None:
+            read_scores(self.without)
+
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
         """The needles, from `make_needles`.
 
         Raises:
             SurgeryError: as for `make_needles`; prompts exceed a model's positions; the tokenizer is another model's.
         """
+        chosen = None
+        if self.without is not None:
+            options = {"top": self.top, "draws": self.draws, "seed": self.seed, "rows": self.off}
+            chosen = HeadAblation.of(self.without, Anatomy.of(configs["out"]), **options)
         message = ("prompt and answer", "shorter lengths")
         refuse_too_long(configs, max(self.tokens, default=0), *message)
         text = load_text(self.text, part="held-out")
@@ -237,7 +277,14 @@ class Needles(CaseProbe):
         grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
         text_info = {"title": text.title, "sha256": text.sha256[:12]}
         settings = grid | draw_settings | {"text": text_info, "chance": chance(self.secret)}
-        return NeedleResult("done", settings, needles, reach=reach_of(configs["out"]))
+        notes = list(chosen.notes) if chosen else []
+        return NeedleResult("done", settings, needles, notes=notes, reach=reach_of(configs["out"]), ablation=chosen)
+
+    def count_changes(self, label: str) -> int:
+        return 1 + self.draws if self.without is not None and label == "out" else 0
+
+    def changes(self, label: str, model: Any, result: NeedleResult) -> dict[str, AbstractContextManager]:
+        return result.ablation.contexts(model) if result.ablation is not None and label == "out" else {}
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
         return run_needles(model, result.cases, progress)
@@ -299,6 +346,8 @@ class Needles(CaseProbe):
         line = f"Recall test (needles: random {settings.get('secret')} hidden in that text, prompts of {lengths} "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         line += f"tokens): the base finds {base}, the converted model {out}."
+        if off := record.get("without"):
+            line += f" {ablation.sentence(off, record['out'])}"
         if not kept.get("of"):
             return line
         condition = " and that lie outside sinks and window" if record.get("streaming") else ""
@@ -308,7 +357,7 @@ class Needles(CaseProbe):
     @classmethod
     def lines(cls, result: NeedleResult) -> list[Table | str]:
         """The hits in every cell, and the totals."""
-        labels, settings = list(result.outcomes), result.settings
+        labels, settings, record = list(result.outcomes), result.settings, result.to_dict()
         lines: list[Table | str] = [_grid(result, labels)]
         lines.append(f"Needles answered exactly{', base → converted' if len(labels) > 1 else ''}.")
         if inside := sum(not result.counts(n) for n in result.cases):
@@ -329,6 +378,8 @@ class Needles(CaseProbe):
             share = f"{kept['kept']} of {kept['of']} that the base finds{where} ({percent(kept)})"
             nothing = f"nothing to compare (the base finds no needle{where})"
             lines.append(f"{'kept:':<11}{share if kept['of'] else nothing}")
+        if off := record.get("without"):
+            lines += ablation.lines(off, record["out"])
         samples = f"{count(settings['samples'], 'prompt')} for each depth and length"
         size = f"{samples}, {settings['form']} form, seed {settings['seed']}"
         lines.append(f"{size}; a random guess is right with probability {settings['chance']:.0e}.")
@@ -396,10 +447,3 @@ def _grid(result: NeedleResult, labels: list[str]) -> Table:
 
 def _longest(needles: Sequence[Needle]) -> int:
     return max(len(needle.prompt) + len(needle.answer) for needle in needles)
-
-
-def reach_of(config) -> tuple[int, int] | None:
-    """The most sinks and the widest window of a model's streaming heads; None if it has none."""
-    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
-    split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
-    return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None

@@ -30,9 +30,10 @@ def far_mass(
     keys: Count = 4,
     seed: Seed = 0,
     text=BUILTIN,
+    per: str = "kv_heads",
     progress=None,
 ) -> HeadScores:
-    """Mean attention mass outside sinks + window on the rows where passkeys are repeated; the largest in each group.
+    """Mean attention mass outside sinks + window on the rows where passkeys are repeated.
 
     Args:
         model, tokenizer: in memory; the model is not changed.
@@ -41,6 +42,7 @@ def far_mass(
         keys: passkeys in a sequence.
         seed: seed of the windows of text, the passkeys and their positions.
         text: see `load_text`; the calibration part of the built-in text is used.
+        per: "heads" for the number of each query head; "kv_heads" for the largest number in each KV head's group.
         progress: called with done, total and a label.
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
@@ -58,8 +60,8 @@ def far_mass(
             model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)
             if progress:
                 progress(index + 1, samples, "measuring heads")
-        table = hook.largest_of_groups([total / samples for total in totals])
-    return HeadScores("far-mass", table, origin)
+        table = hook.table([total / samples for total in totals], per)
+    return HeadScores("far-mass", table, origin, per)
 
 
 def mass_outside(weights: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

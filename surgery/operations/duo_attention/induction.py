@@ -37,9 +37,10 @@ def induction(
     repeats: Count = 4,
     seed: Seed = 0,
     text=BUILTIN,
+    per: str = "kv_heads",
     progress=None,
 ) -> HeadScores:
-    """Mean attention mass on earlier copies of a token and on the tokens after them; the largest in each group.
+    """Mean attention mass on earlier copies of a token and on the tokens after them.
 
     Args: as for `far_mass`, and
         repeats: how often a sequence holds the random tokens; less often where a copy would be inside the window.
@@ -73,11 +74,11 @@ def induction(
             if progress:
                 progress(index + 1, samples, "measuring heads")
         means = [total / samples for total in totals]
-        table = hook.largest_of_groups([mean.sum(0) for mean in means])
-        kinds = {name: hook.largest_of_groups([mean[kind] for mean in means]) for kind, name in enumerate(KINDS)}
+        table = hook.table([mean.sum(0) for mean in means], per)
+        kinds = {name: hook.table([mean[kind] for mean in means], per) for kind, name in enumerate(KINDS)}
     origin = {"text": loaded.title, "sha256": loaded.sha256[:12], "sinks": sinks, "window": window}
     origin |= {"samples": samples, "length": length, "period": period, "seed": seed}
-    return HeadScores("induction", table, origin | kinds)
+    return HeadScores("induction", table, origin | kinds, per)
 
 
 KINDS = ("echo", "induction")

@@ -38,7 +38,7 @@ from surgery.operations.duo_attention.scorers import (
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-OWN = ("sinks", "window", "seed", "state")  # settings of a scorer that are this operation's fields, or have no meaning
+OWN = ("sinks", "window", "seed", "state", "per")  # settings of a scorer that are fields here, or have no meaning
 MOST_KEPT = 1 << 20  # most sinks, and most tokens of a window, as in the runtime (surgery_visibility.py)
 
 

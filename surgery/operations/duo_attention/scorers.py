@@ -1,23 +1,32 @@
-"""The registry of head scorers. A scorer measures which KV heads need the far past.
+"""The registry of head scorers. A scorer measures which heads need the far past.
 
 A new scorer is one file and one line in `METHODS`. The file has a function `(model, tokenizer, *, sinks, window, ...,
 progress) -> HeadScores`. Its keyword arguments are the scorer's settings, and their types say which values are
 allowed. If there is a setting `preset`, the file has `PRESETS`: for each preset, the values of the settings that are
-None. The file is imported only when it is used.
+None. A scorer that also has a number for each query head takes `per`; the others say in the registry why they have
+none. The file is imported only when it is used.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from surgery.calibration.head_scores import HeadScores, is_score_file, model_identity, model_name, refuse_not_finite
+from surgery.calibration.head_scores import (
+    ABOVE,
+    KINDS,
+    HeadScores,
+    is_score_file,
+    model_identity,
+    model_name,
+    refuse_not_finite,
+)
 from surgery.errors import (
     OutputExistsError,
     SettingError,
@@ -33,11 +42,20 @@ from surgery.io.key_values import read_key_values
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer: its module in this package, the function in that module, and one line on what it measures."""
+    """A scorer.
+
+    Attributes:
+        module, function: its module in this package, and the function in that module.
+        summary: one line on what it measures.
+        kv_only: why it has no number for each query head; "" if it has.
+        threshold: the score above which a head counts as one that needs the far past; None: the method has none.
+    """
 
     module: str
     function: str
     summary: str
+    kv_only: str = ""
+    threshold: float | None = None
 
     def load(self):
         """The scorer's function; imports its module."""
@@ -50,36 +68,74 @@ class Scorer:
 
 METHODS = {
     "far-mass": Scorer("far_mass", "far_mass", "attention mass beyond sinks + window where passkeys are repeated"),
-    "retrieval": Scorer("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
-    "gates": Scorer("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
-    "fisher": Scorer("fisher", "fisher", "KL that streaming costs on text, by the Fisher information, and far-mass"),
-    "ablation": Scorer("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
+    "retrieval": Scorer(
+        "retrieval",
+        "retrieval",
+        "how often a head looks at the token that it copies (Wu et al.)",
+        threshold=ABOVE,
+    ),
+    "gates": Scorer(
+        "learned_gates",
+        "gates",
+        "a gate for each KV head, optimised on passkeys (DuoAttention)",
+        kv_only="it trains one gate for all query heads of a KV head",
+    ),
+    "fisher": Scorer(
+        "fisher",
+        "fisher",
+        "KL that streaming costs on text, by the Fisher information, and far-mass",
+        kv_only="it estimates what is lost when all query heads of a KV head stream together",
+    ),
+    "ablation": Scorer(
+        "ablation",
+        "ablation",
+        "what answers and plain text lose when one KV head alone streams (KL)",
+        kv_only="it lets all query heads of a KV head stream together",
+    ),
     "induction": Scorer("induction", "induction", "attention to earlier copies of random tokens (RazorAttention)"),
 }
 
 
-def score(model, tokenizer, method: str, *, name: str = "", progress=None, **settings) -> HeadScores:
-    """Measure a model's KV heads.
+def score(
+    model, tokenizer, method: str, *, name: str = "", per: str = "kv_heads", progress=None, **settings
+) -> HeadScores:
+    """Measure a model's heads.
 
     Args:
         model, tokenizer: in memory; the model is not changed.
         method: a name in `METHODS`.
         name: the model's name in the file; default: the name by which it was loaded.
+        per: "kv_heads" or "heads" (query heads).
         progress: called with done, total and a label.
         settings: the method's settings; None means the method's default. `settings_of` lists them.
 
     Raises:
-        SurgeryError: there is no such method, it lacks one of the settings, or it cannot measure this model.
+        SurgeryError: there is no such method, it lacks one of the settings, it has no number for each query head, or
+            it cannot measure this model.
     """
     from surgery.architecture.anatomy import Anatomy
 
+    refuse_heads(method, per)
     function = method_named(method).load()
     options = {key: value for key, value in settings.items() if value is not None}
     refuse_wrong_settings(method, options)
+    options |= {"per": per} if "per" in settings_of(method) else {}
     scores = function(model, tokenizer, progress=progress, **options)
     refuse_not_finite([scores.scores], method)
     model_origin = model_identity(Anatomy.of(model), name or model_name(model.config))
-    return HeadScores(scores.method, scores.scores, {"model": model_origin} | scores.origin)
+    return replace(scores, origin={"model": model_origin} | scores.origin)
+
+
+def refuse_heads(method: str, per: str) -> None:
+    """Raise a SurgeryError if `per` names no kind of head, or one for which the method has no numbers."""
+    scorer = method_named(method)
+    if per not in KINDS:
+        names = ", ".join(kind.replace("_", "-") for kind in KINDS)
+        raise SettingError(f"scores are not measured per {per!r}", exists=names, fix="--per heads for query heads")
+    if per == "heads" and scorer.kv_only:
+        able = ", ".join(name for name, each in METHODS.items() if not each.kv_only)
+        what = f"{method} has no score for each query head: {scorer.kv_only}"
+        raise SettingError(what, exists=f"methods with one: {able}", fix="another --method, or --per kv-heads")
 
 
 def method_named(method: str) -> Scorer:
@@ -212,6 +268,7 @@ def score_to_file(
     from surgery.machine.transformers_logging import quiet_transformers
 
     output = Path(output)
+    refuse_heads(method, settings.get("per") or "kv_heads")
     state = output.with_name(output.name + ".state")
     resumable = "state" in settings_of(method)
     if resume and not resumable:

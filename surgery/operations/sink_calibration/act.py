@@ -1,12 +1,18 @@
 """ACT (Yu et al. 2024, arXiv 2406.15765): find the sinks of each head, and the heads that gain from weaker sinks.
 
-ACT finds a head's sinks in its attention map of the full text: a token is a sink if its column mean is above
-alpha / N. Cached decoding has no such map, so the rule is learned here. Each head gets a linear probe on a token's own
-value. The probe is fitted by least squares to the answers of the rule, and its threshold has the best F1.
+ACT finds a head's sinks in its attention map of a prompt: a token is a sink if its column mean is above alpha / N.
+With `find: map` the runtime does that in every prompt, and only the heads are chosen here. With `find: probe` the rule
+is learned here: each head gets a linear probe on a token's own value. The probe is fitted by least squares to the
+answers of the rule, and its threshold has the best F1. It judges a token by itself, whatever comes after it. But it
+holds alpha / N for the N of the calibration's texts, and does not scale with the length of a prompt.
 
 On held-out texts with SmolLM2-135M (512 tokens, alpha 5), the probes have a recall of 60% and a precision of 64%,
 counted in sinks: near the threshold, probe and rule often differ. Counted in attention on the sinks, the recall is 87%
 and the precision is 96%.
+
+Heads are chosen by the slope of an objective at beta = 1 (`choose_heads`), or as in the paper: each head alone, on
+questions with known answers (`choose_each`). The paper keeps what gains on its samples. Here half of the data is held
+back, and the whole choice is kept only if it is better there (`Trial.settle`).
 """
 
 from __future__ import annotations
@@ -18,8 +24,9 @@ import torch
 
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.sinks import other_sinks, received
+from surgery.io.resume import SavedFigures
 from surgery.machine.progress import begin
-from surgery.operations.sink_calibration.zero_tuning import Trial, frozen, gradients, parameters_of
+from surgery.operations.sink_calibration.zero_tuning import LABELLED, Trial, frozen, gradients, parameters_of
 from surgery.runtime.surgery_act import probe_features, probe_scores
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -27,32 +34,37 @@ RIDGE = 1e-4  # relative to the mean square of the features
 SHARES = (1.0, 0.5, 0.25, 0.125)  # shares to try of the heads whose slope says that less weight on sinks helps
 
 
-def calibrate_sinks(
-    model, targets: dict[int, list[int]], samples: torch.Tensor, *, beta, alpha, objective, progress=None
-) -> dict:
-    """Fit `surgery_sink_probe` and `surgery_log_beta` on half of the texts. Keep beta if it helps on the other half.
+def calibrate_sinks(model, settings, targets: dict[int, list[int]], data, context) -> dict:
+    """Fit the probes, if there are any, and choose the heads whose sinks weigh beta, on half of the data.
+
+    The choice is kept if it helps on the other half.
 
     Args:
-        model: surgical, with both parameters in the layers of `targets`, at identity.
+        model: surgical, with the parameters in the layers of `targets`, at identity.
+        settings: a `SinkCalibration` of method act.
         targets: layer -> query heads that may change.
-        samples: long [texts, length].
-        beta: the share of the weight on its sinks that a chosen head keeps.
-        alpha: a key is a sink if its mean weight is above alpha / N.
-        objective: "ce" or "entropy" (see `zero_tuning.objective`).
-        progress: called with done, total and a label.
+        data: an `ActData`.
+        context: the operation's context.
 
     Returns:
         A record: the agreement of the probes with ACT's rule on the held-out texts, the settings that were tried, the
         record of `Trial.settle`, and the heads that got beta, by layer.
     """
-    train, validation = samples[::2], samples[1::2]
-    probes, betas = parameters_of(model, "surgery_sink_probe"), parameters_of(model, "surgery_log_beta")
-    set_probes(model, {layer: probes[layer] for layer in targets}, train, alpha, progress)
-    record = {"agreement": agreement(model, {i: probes[i] for i in targets}, validation, alpha, progress)}
+    betas, record = parameters_of(model, "surgery_log_beta"), {}
+    if settings.find == "probe":
+        train, validation, alpha = data.texts[::2], data.texts[1::2], settings.threshold
+        probes = {layer: parameters_of(model, "surgery_sink_probe")[layer] for layer in targets}
+        set_probes(model, probes, train, alpha, context.progress)
+        record["agreement"] = agreement(model, probes, validation, alpha, context.progress)
+    kind, items = (LABELLED, data.questions) if settings.labelled else (settings.objective, data.texts)
+    own = [getattr(settings, name) for name in ("find", "trials", "beta", "threshold")]
+    read = [None if data.texts is None else data.texts.tolist(), data.questions]
+    state = SavedFigures(context.state_file("sink-calibration"), [kind, own, targets, *read])
     parameters = [betas[layer] for layer in targets]
     with frozen(model, parameters):
-        trial = Trial(model, parameters, train, validation, objective)
-        record |= choose_heads(trial, list(targets.values()), beta, progress)
+        trial = Trial(model, parameters, items[::2], items[1::2], kind, state)
+        choose = choose_each if settings.trials == "each" else choose_heads
+        record |= choose(trial, targets, settings.beta, context.progress)
     chosen = {str(layer): (betas[layer] < 0).nonzero()[:, 0].tolist() for layer in targets}
     return record | {"heads": {layer: heads for layer, heads in chosen.items() if heads}}
 
@@ -147,39 +159,81 @@ def _each_call(model, layers, samples, alpha: float, visit: Callable, progress, 
                 progress(index + 1, len(samples), label)
 
 
-def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=None) -> dict:
+def choose_heads(trial: Trial, targets: dict[int, list[int]], beta: float, progress=None) -> dict:
     """Give beta to the heads that gain most according to their slope. How many is chosen on the trial's `fit`.
 
     The choice is kept if it is better on the trial's `validation` (see `Trial.settle`).
 
     Args:
         trial: its parameters are log beta [heads] of some layers, at 0.
-        heads: for each layer, the heads that may change.
+        targets: layer -> the heads that may change; in the order of the parameters.
         beta: see `calibrate_sinks`.
 
     Returns:
         A record: every setting that was tried, and the record of `Trial.settle`.
     """
     begin(progress, "choosing heads", len(SHARES))
-    ranked = sorted(
-        ((slope[head].item(), layer, head) for layer, slope in enumerate(gradients(trial)) for head in heads[layer]),
-        reverse=True,
-    )
-    helped = [(layer, head) for slope, layer, head in ranked if slope > 0]
+    slopes = trial.figures.once("slopes", lambda: [slope.tolist() for slope in gradients(trial)])
+    heads = [(index, head) for index, named in enumerate(targets.values()) for head in named]
+    ranked = sorted(((slopes[index][head], index, head) for index, head in heads), reverse=True)
+    helped = [(index, head) for slope, index, head in ranked if slope > 0]
     best, lowest = None, trial.measure("beta 1", trial.nothing, trial.fit)[0].mean().item()
     tried = [{"heads": 0, "fit": lowest}]
-    for index, share in enumerate(SHARES):
+    for step, share in enumerate(SHARES):
         chosen = helped[: math.ceil(share * len(helped))]
-        setting = [log_beta.clone() for log_beta in trial.nothing]
-        for layer, head in chosen:
-            setting[layer][head] = math.log(beta)
+        setting = with_beta(trial, chosen, beta)
         loss = trial.measure(f"beta {beta!r}, {len(chosen)} heads", setting, trial.fit)[0].mean().item()
         tried.append({"heads": len(chosen), "fit": loss})
         if loss < lowest:
             best, lowest = setting, loss
         if progress:
-            progress(index + 1, len(SHARES), "choosing heads")
-    if best is None:
-        trial.set(trial.nothing)
-        return {"tried": tried, "kept": False, "objective": trial.kind}
-    return {"tried": tried} | trial.settle(best)
+            progress(step + 1, len(SHARES), "choosing heads")
+    return {"tried": tried} | _settled(trial, best)
+
+
+def choose_each(trial: Trial, targets: dict[int, list[int]], beta: float, progress=None) -> dict:
+    """Give beta to every head that gains from it alone on the trial's `fit`, as in the paper.
+
+    A head gains if the objective is lower, which for questions is -log of the right choice's share; the paper counts
+    right choices. The choice is kept if all these heads together are better on the trial's `validation` (see
+    `Trial.settle`).
+
+    Args: as for `choose_heads`.
+
+    Returns:
+        A record: `tried`, what no head and all these heads give on `fit`; `alone`, what each head gives alone (layer,
+        head, fit); and the record of `Trial.settle`.
+    """
+    heads = [(index, layer, head) for index, (layer, named) in enumerate(targets.items()) for head in named]
+    begin(progress, "choosing heads", len(heads))
+    nothing = trial.measure("beta 1", trial.nothing, trial.fit)[0].mean().item()
+    alone: list[dict] = []
+    for index, layer, head in heads:
+        setting = with_beta(trial, [(index, head)], beta)
+        loss = trial.measure(f"beta {beta!r}, layer {layer}, head {head}", setting, trial.fit)[0].mean().item()
+        alone.append({"layer": layer, "head": head, "fit": loss})
+        if progress:
+            progress(len(alone), len(heads), "choosing heads")
+    chosen = [(index, head) for (index, _, head), each in zip(heads, alone, strict=True) if each["fit"] < nothing]
+    tried, best = [{"heads": 0, "fit": nothing}], None
+    if chosen:
+        best = with_beta(trial, chosen, beta)
+        together = trial.measure(f"beta {beta!r}, {len(chosen)} heads", best, trial.fit)[0].mean().item()
+        tried.append({"heads": len(chosen), "fit": together})
+    return {"tried": tried, "alone": alone} | _settled(trial, best)
+
+
+def with_beta(trial: Trial, heads: list[tuple[int, int]], beta: float) -> list[torch.Tensor]:
+    """The setting of a trial in which some heads (index of the parameter, head) have beta, and the others have 1."""
+    setting = [log_beta.clone() for log_beta in trial.nothing]
+    for index, head in heads:
+        setting[index][head] = math.log(beta)
+    return setting
+
+
+def _settled(trial: Trial, best: list[torch.Tensor] | None) -> dict:
+    """The record of `Trial.settle`; without a setting to settle, nothing is set."""
+    if best is not None:
+        return trial.settle(best)
+    trial.set(trial.nothing)
+    return {"kept": False, "objective": trial.kind}

@@ -21,6 +21,8 @@ from surgery.machine.progress import begin
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_bias import scores
+from surgery.runtime.surgery_cache import CACHE
+from surgery.runtime.surgery_config import depends_on_prompt
 
 LABELLED = "labelled"  # name of the objective for questions
 GRID = (1.1, 1.25, 1.5, 2.0)  # values of gamma; each 1 / gamma is tried, too
@@ -75,16 +77,32 @@ def objective(model, sample, kind: str) -> torch.Tensor:
 
     It is the cross-entropy per token of the text ("ce"), the mean entropy of the predictions ("entropy"), or -log of
     the right choice's share (LABELLED; see `calibration.scoring.choice_loss`).
+
+    Where a model's answers depend on where the prompt ends (ACT's map), the first half of a text is the prompt, and
+    the predictions are those of the second half, through the cache. The prompt's own tokens cannot be judged: what it
+    says after one of them has already seen the next.
     """
+    by_prompt = depends_on_prompt(model.config)
     if kind == LABELLED:
         from surgery.calibration.scoring import choice_logps, choice_loss
 
-        return choice_loss(choice_logps(model, [sample], cached=False)[0], sample.answer)
+        return choice_loss(choice_logps(model, [sample], cached=by_prompt)[0], sample.answer)
     ids = sample[None].to(model.device)
-    logp = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    if by_prompt:
+        logits, targets = continued(model, ids, ids.shape[1] // 2)
+    else:
+        logits, targets = model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
+    logp = logits.float().log_softmax(-1)
     if kind == "ce":
-        return -logp.gather(-1, ids[0, 1:, None]).mean()
+        return -logp.gather(-1, targets[:, None]).mean()
     return -(logp.exp() * logp).sum(-1).mean()
+
+
+def continued(model, ids: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits [n, vocabulary] that predict the tokens of a text [1, length] from `first` on, and these tokens."""
+    prompted = model(input_ids=ids[:, :first], use_cache=True)
+    rest = model(input_ids=ids[:, first:-1], use_cache=True, **{CACHE: prompted[CACHE]}).logits[0]
+    return torch.cat([prompted.logits[0, -1:], rest]), ids[0, first:]
 
 
 @dataclass

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(gt=0, le=1)]
 FromOne = Annotated[int, Field(ge=1, strict=True)]
 LENGTHS = (8192, 32768)  # lengths of prompts, in tokens, for which a plan says how much is read
-NOT_OF_A_LAYER = {"op", "layers", "heads", "per_layer", "calibration_samples", "calibration_length"}
+NOT_OF_A_LAYER = {
+    "op",
+    "layers",
+    "last_layers_full",
+    "heads",
+    "per_layer",
+    "calibration_samples",
+    "calibration_length",
+}
 HELD = "visibility in prefill"  # not the term "visibility", which duo_attention sets for prefill and decoding
 
 
@@ -49,6 +57,7 @@ class SparsePrefill(Variants, Operation):
         "A recall test, where this card has one, tests that.",
     )
     term: ClassVar[str | None] = HELD
+    LATER: ClassVar[tuple[str, ...]] = ("last_layers_full",)
 
     op: Literal["sparse_prefill"] = "sparse_prefill"
     method: str = Field(description="How the blocks that are read are chosen.")
@@ -59,6 +68,7 @@ class SparsePrefill(Variants, Operation):
         None, description="Compute every n-th row densely and correct the others by it (Delta attention); null: no."
     )
     layers: list[WholeNumber] | None = Field(None, description="Layers that become sparse; default all that see all.")
+    last_layers_full: WholeNumber = Field(0, description="So many last layers stay full; not together with layers.")
     heads: Literal["all", "retrieval"] = Field(
         "all", description="all: every head that sees all; retrieval: those that a head split before it left so."
     )
@@ -81,6 +91,10 @@ class SparsePrefill(Variants, Operation):
         for name, layers in (("layers", self.layers or []), ("per_layer", self.per_layer)):
             if wrong := sorted(layer for layer in layers if layer >= count):
                 return [f"{name} {wrong}: there are layers 0 to {count - 1}"]
+        if self.layers is not None and self.last_layers_full:
+            return ["layers names the layers that become sparse: drop last_layers_full, or layers"]
+        if self.last_layers_full >= count:
+            return [f"last_layers_full is {self.last_layers_full}, and there are {count} layers: none becomes sparse"]
         if self.layers == []:
             return ["layers must not be empty; leave them out for all"]
         if narrow := [i for i in self.layers or [] if anatomy.layers[i].window is not None]:
@@ -96,7 +110,11 @@ class SparsePrefill(Variants, Operation):
     @property
     def unchanged_within(self) -> int:
         entries = [self._entry({}), *(self._entry(changes) for changes in self.per_layer.values())]
-        return min(entry["dense_below"] // entry["block"] * entry["block"] for entry in entries)
+        return min(map(self._dense_until, entries))
+
+    def _dense_until(self, entry: dict[str, Any]) -> int:
+        """The length up to which a layer with this entry reads all of a prompt, whatever the text."""
+        return entry["dense_below"] // entry["block"] * entry["block"]
 
     @property
     def searches(self) -> bool:
@@ -138,7 +156,8 @@ class SparsePrefill(Variants, Operation):
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
         """The requested layers that have a head which sees all keys."""
-        full = [x.index for x in anatomy.layers if x.window is None and len(x.streaming) < x.kv_heads]
+        begin = len(anatomy.layers) - self.last_layers_full
+        full = [x.index for x in anatomy.layers[:begin] if x.window is None and len(x.streaming) < x.kv_heads]
         return set(full if self.layers is None else self.layers) & set(full)
 
     def _entry(self, changes: dict[str, Any]) -> dict[str, Any]:
@@ -162,13 +181,13 @@ class SparsePrefill(Variants, Operation):
         layers = self.term_layers(anatomy)
         entries = {layer: self._entry(self.per_layer.get(layer, {})) for layer in layers}
         first = self._entry({})
-        own = {name: value for name, value in first.items() if name not in ("method", "block", "dense_below")}
-        said = "".join(f", {name} {value}" for name, value in own.items() if value)
-        line = f"prompts beyond {self.dense_below:,} tokens: {self.method} chooses blocks of {self.block} keys{said}"
-        lines = [f"{line}, in {len(layers)} of {len(anatomy.layers)} layers"]
+        lines = [f"{self._line(first)}, in {len(layers)} of {len(anatomy.layers)} layers"]
         if self.per_layer:
             lines.append(f"with settings of their own: layers {', '.join(map(str, sorted(self.per_layer)))}")
-        notes = ["which pattern a head gets is searched on calibration text"] if self.searches else [self._read(first)]
+        if self.last_layers_full:
+            lines.append(f"the last {self.last_layers_full} layers stay full")
+        searched = "which pattern a head gets is searched on calibration text"
+        notes = [searched] if self.searches else self._shares_read(first, anatomy)
         if split := sum(len(anatomy.layers[layer].streaming) for layer in layers):
             notes.append(f"{split} KV heads of these layers stream: they keep their sinks + window")
         kept = [layer.index for layer in anatomy.layers if layer.window is not None]
@@ -181,12 +200,9 @@ class SparsePrefill(Variants, Operation):
                 "that comes in chunks gets other blocks than in one piece"
             )
         else:
-            notes.append(
-                f"a prompt in chunks gets what it gets in one piece where chunks end at multiples of {self.block} "
-                "tokens, counted from a row's first real one; queries of a block that was cut read all keys"
-            )
+            notes.append(self._chunks())
         longest = anatomy.positions
-        if longest and longest <= max(self.dense_below, self.block):
+        if longest and longest <= max(self.dense_below, self.block, self.unchanged_within):
             notes.append(f"this model takes {longest} tokens: no prompt becomes sparse")
         after = [
             layer.with_entry(sparse=entries[layer.index]) if layer.index in entries else layer
@@ -209,8 +225,25 @@ class SparsePrefill(Variants, Operation):
             f"Do not use it for prompts of up to {least}: nothing changes there.",
         )
 
+    def _line(self, entry: dict[str, Any]) -> str:
+        """What a layer with this entry does, with its settings."""
+        own = {name: value for name, value in entry.items() if name not in ("method", "block", "dense_below")}
+        said = "".join(f", {name} {value}" for name, value in own.items() if value)
+        return f"prompts beyond {self.dense_below:,} tokens: {self.method} chooses blocks of {self.block} keys{said}"
+
+    def _chunks(self) -> str:
+        """A note on prompts in chunks."""
+        return (
+            f"a prompt in chunks gets what it gets in one piece where chunks end at multiples of {self.block} "
+            "tokens, counted from a row's first real one; queries of a block that was cut read all keys"
+        )
+
+    def _shares_read(self, entry: dict[str, Any], anatomy: Anatomy) -> list[str]:
+        """Notes on how much of a prompt is read, if the settings alone determine it."""
+        return [self._read(entry)]
+
     def _read(self, entry: dict[str, Any]) -> str:
-        """A note on how much of a prompt is read, if the settings alone determine it."""
+        """How much of a prompt is read, if the settings alone determine it."""
         import torch
 
         from surgery.runtime.surgery_estimators import estimator

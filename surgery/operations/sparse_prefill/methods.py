@@ -11,12 +11,23 @@ Sources: Jiang et al. 2024, "MInference", arXiv 2407.02490 (vertical_slash, stre
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from surgery.operations.base import WholeNumber
-from surgery.operations.sparse_prefill.base import FromOne, Share, SparsePrefill
+from surgery.operations.base import InWords, WholeNumber
+from surgery.operations.sparse_prefill.base import LENGTHS, FromOne, Share, SparsePrefill
+from surgery.operations.sparse_prefill.prompt_share import (
+    NEARLY_ALL,
+    dense_until,
+    last_query_reads,
+    nearly_dense_until,
+    share_read,
+    tops,
+)
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
 
 Tokens = WholeNumber | list[WholeNumber]
 Reduce = Literal["sum", "max", "none"]
@@ -24,6 +35,7 @@ FromNone = Annotated[float, Field(ge=0)]
 ZeroToOne = Annotated[float, Field(ge=0, le=1)]
 Likeness = Annotated[float, Field(ge=-1, le=1)]
 
+SHORT = 2048  # tokens of a prompt, for which the plan of `exact` also says how much is read
 OVER_GROUP = "Over a KV head's query heads; none: a list for each."
 LOCAL = "Nearest blocks that are kept."
 
@@ -118,8 +130,78 @@ class BlockTopK(SparsePrefill):
     """The blocks whose mean key a query likes best (MoBA)."""
 
     method: Literal["block_topk"]
-    top: FromOne | list[FromOne] | None = Field(8, description="Blocks that a query picks (or by query head).")
+    LATER: ClassVar[tuple[str, ...]] = (*SparsePrefill.LATER, "exact")
+
+    top: FromOne | list[FromOne] | None = Field(
+        8, description="Blocks that a query picks, its own among them (or by query head)."
+    )
     votes: ZeroToOne | None = Field(0.0, description="Share of a block's queries that must pick; 0: one of them.")
+    exact: bool | None = Field(
+        False,
+        description="As in the paper: each query of each query head reads the blocks that it picks, and no others. "
+        "false: a block of queries reads what its queries pick together, and the first block.",
+    )
+
+    @property
+    def start_only(self) -> bool:
+        return bool(self.exact)  # MoBA is made for training: an untrained model loses what a mean hides
+
+    def _dense_until(self, entry: dict[str, Any]) -> int:
+        return dense_until(entry)
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        if not entry.get("exact"):
+            return super()._line(entry)
+        top, last = " or ".join(map(str, sorted(set(tops(entry))))), entry.get("last_rows_dense")
+        line = f"prompts beyond {dense_until(entry):,} tokens: each query of each head reads {top} blocks of "
+        return f"{line}{self.block} keys, its own among them" + (f", the last {last} queries all" if last else "")
+
+    def _chunks(self) -> str:
+        if not self.exact:
+            return super()._chunks()
+        return (
+            "a prompt in chunks gets what it gets in one piece, wherever it is cut; a call of one token reads all "
+            "keys, and one of several is a prompt (an assistant's drafts too)"
+        )
+
+    def _shares_read(self, entry: dict[str, Any], anatomy: Anatomy) -> list[str]:
+        if not entry.get("exact"):
+            return super()._shares_read(entry, anatomy)
+        longest = anatomy.positions or max(LENGTHS)
+        lengths = sorted({length for length in (SHORT, *LENGTHS) if length < longest} | {longest})
+        shares = [
+            f"{share_read(entry, length):.0%} at {length:,} tokens (the last {last_query_reads(entry, length):.0%})"
+            for length in lengths
+        ]
+        dense, nearly = dense_until(entry), nearly_dense_until(entry, NEARLY_ALL)
+        more = f", and of up to {nearly:,} more than {NEARLY_ALL:.0%}" if nearly > dense else ""
+        return [
+            f"of the keys before it, a query reads {', '.join(shares)}",
+            f"prompts of up to {dense:,} tokens are read whole{more}: there this is dense attention in all but name, "
+            "and scores say little",
+        ]
+
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        if not self.exact:
+            return super().in_words(before, after, record)
+        entry = self._entry({})
+        least, most = f"{dense_until(entry):,} tokens", max(tops(entry))
+        return InWords(
+            "sparse prefill (MoBA)",
+            f"In a long prompt each query of each head now reads {most} blocks of {self.block} keys: its own, and "
+            "those before it whose mean key fits it best. Decoding reads all, as before.",
+            f"Prompts of more than {least} take less work in attention; the cache is as large as before.",
+            "Use it as a start for training on long text (`surgery heal`), then where long prompts take the time.",
+            f"Do not use it untrained, nor for prompts of up to {least}, where nothing changes.",
+        )
+
+    def limitations(self) -> tuple[str, ...]:
+        more = (
+            "MoBA is made for models that are trained with it. To a model that was not, it is a choice of blocks by "
+            "their mean keys, and what a mean hides is lost. Even the first tokens are read only if picked.",
+            "No Triton kernel computes lists of single queries: PyTorch runs them on every device.",
+        )
+        return (*super().limitations(), *(more if self.exact else ()))
 
 
 class MaxThreshold(SparsePrefill):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TEXT
 from families import TINY, double
+from recalls import plant_answers
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import answer_logits, attention_weights, hook_attention
@@ -21,7 +22,7 @@ from surgery.operations.duo_attention import fisher
 from surgery.operations.duo_attention import learned_gates as gates_module
 from surgery.operations.duo_attention.far_mass import mass_outside
 from surgery.operations.duo_attention.learned_gates import MixedAttention, answer_states, gates, schedule
-from surgery.operations.duo_attention.retrieval import copies
+from surgery.operations.duo_attention.retrieval import NOWHERE, rows_of_passkeys, strongest_tokens
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_attention import surgery_attention
@@ -174,7 +175,9 @@ def test_a_head_that_looks_at_the_token_to_come_scores():
     for head, positions in target.items():
         for row, position in zip([7, 8, 9], positions, strict=True):
             query[0, head, row, position] = 1
-    hits = copies(attention_weights(query, key, sequence.rows, scale=1.0), sequence)
+    tokens = strongest_tokens(attention_weights(query, key, sequence.rows, scale=1.0), sequence)
+    assert tokens.tolist() == [[6, 7, 8], [NOWHERE] * 3, [7, 8, 6], [6, NOWHERE, 8]]
+    hits = tokens == ids[sequence.rows + 1]
     assert hits.tolist() == [[True] * 3, [False] * 3, [False] * 3, [True, False, True]]
 
 
@@ -184,29 +187,118 @@ def test_with_two_passkeys_each_row_has_its_own():
     sequence = Recall(ids, spans=((1, 2), (3, 4)), answers=((6, 7), (8, 9)))
     weights = torch.zeros(1, 1, 2, 9)
     weights[0, 0, :, 1] = 1
-    assert copies(weights, sequence).tolist() == [[True, False]]
+    assert strongest_tokens(weights, sequence).tolist() == [[9, NOWHERE]]
+    assert rows_of_passkeys(sequence) == [slice(0, 1), slice(1, 2)]
 
 
-def test_retrieval_against_eager_attention(tokenizer):
-    model = tiny("llama")
-    got = score(model, tokenizer, "retrieval", **PASSKEYS, text=WORDS)
+@pytest.mark.parametrize("per", ["kv_heads", "heads"])
+def test_retrieval_against_eager_attention(tokenizer, monkeypatch, per):
+    """Of four passkeys one is failed, and one has a wrong token, for which a head copies if it looks at that token."""
+    model, made = tiny("llama"), passkeys(WORDS, tokenizer, **PASSKEYS)
+    wrong = {id_of(made[0]): range(6), id_of(made[1]): [2]}
+    assert all(end - first < 12 for each in made for first, end in each.answers)
+    plant_answers(monkeypatch, lambda sequence: wrong[id_of(sequence)])
+    got = score(model, tokenizer, "retrieval", **PASSKEYS, text=WORDS, per=per)
     eager = double(copy.deepcopy(model).eval())
     eager.set_attn_implementation("eager")
-    hits, steps, right = torch.zeros(2, 8, dtype=torch.float64), 0, 0
-    for each in passkeys(WORDS, tokenizer, **PASSKEYS):
+    total, kept, steps, right = torch.zeros(2, 8, dtype=torch.float64), 0, 0, 0
+    for each in made:
         with torch.no_grad():
-            out = eager(input_ids=each.ids[None], output_attentions=True)
+            attentions = eager(input_ids=each.ids[None], output_attentions=True).attentions
+        index = 0
         for (first, end), (again, upto) in zip(each.spans, each.answers, strict=True):
+            hits, correct = torch.zeros(2, 8, dtype=torch.float64), 0
             for row in range(again - 1, upto - 1):
-                steps += 1
-                right += int(out.logits[0, row].argmax() == each.ids[row + 1])
-                for layer, table in enumerate(out.attentions):
+                written = 0 if index in wrong[id_of(each)] else int(each.ids[row + 1])
+                index, correct = index + 1, correct + (written == each.ids[row + 1]).item()
+                for layer, table in enumerate(attentions):
                     for head in range(8):
                         best = int(table[0, head, row].argmax())
-                        hits[layer, head] += first <= best < end and each.ids[best] == each.ids[row + 1]
-    assert got.origin["steps"] == steps
+                        hits[layer, head] += first <= best < end and each.ids[best] == written
+            steps, right = steps + end - first, right + correct
+            if correct / (end - first) > 0.5:
+                kept, total = kept + 1, total + hits / (end - first)
+    assert (got.origin["steps"], got.origin["passkeys"], got.origin["left_out"]) == (steps, 4, 4 - kept)
+    assert kept == 3
     assert got.origin["answered"] == pytest.approx(right / steps, abs=1e-4)
-    assert got.scores == (hits / steps).view(2, 4, 2).amax(-1).tolist()
+    want = total / kept if per == "heads" else (total / kept).view(2, 4, 2).amax(-1)
+    assert got.scores == want.tolist()
+    assert want.max() > 0
+    assert got.per == per
+
+
+def id_of(sequence: Recall) -> tuple:
+    return tuple(sequence.ids.tolist())
+
+
+def test_a_model_that_repeats_nothing_has_no_retrieval_score(tokenizer):
+    with pytest.raises(
+        SurgeryError, match=r"it repeats none of 4 passkeys \(0% of their tokens are right\)"
+    ) as caught:
+        score(tiny("llama"), tokenizer, "retrieval", **PASSKEYS, text=WORDS)
+    assert "far-mass" in caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("method", [name for name, scorer in METHODS.items() if not scorer.kv_only])
+def test_scores_of_query_heads_and_of_kv_heads_are_one_measurement(method, tokenizer, monkeypatch):
+    plant_answers(monkeypatch)
+    model = tiny("qwen3")
+    queries = score(model, tokenizer, method, **settings(method), per="heads")
+    groups = score(model, tokenizer, method, **settings(method))
+    assert (queries.per, groups.per) == ("heads", "kv_heads")
+    assert [len(row) for row in queries.scores] == [8, 8]
+    if method != "induction":  # there the largest sum is not the sum of the largest
+        assert groups.scores == [[max(row[i : i + 2]) for i in (0, 2, 4, 6)] for row in queries.scores]
+    file = json.loads(json.dumps(queries.to_dict()))
+    assert (file["format"], file["per"]) == (2, "heads")
+    assert "per" not in groups.to_dict()
+
+
+def test_methods_without_a_number_for_each_query_head_say_why(tokenizer):
+    for method, words in (("gates", "one gate"), ("ablation", "stream together"), ("fisher", "stream together")):
+        with pytest.raises(SurgeryError, match=words) as caught:
+            score(tiny("llama"), tokenizer, method, **settings(method), per="heads")
+        assert "far-mass, retrieval, induction" in caught.value.exists
+    with pytest.raises(SurgeryError, match="not measured per 'queries'"):
+        score(tiny("llama"), tokenizer, "far-mass", **SHORT, per="queries")
+
+
+def test_a_file_of_query_heads_is_no_file_of_kv_heads(tmp_path):
+    """Also where the model has as many of both, and their shapes say nothing."""
+    for model, heads in ((tiny("llama"), 8), (TINY["gpt_neox"](), 8)):
+        anatomy, file = Anatomy.of(model), tmp_path / f"{heads}.json"
+        found = HeadScores("retrieval", [[0.25] * heads] * 2, {"model": model_identity(anatomy)}, per="heads")
+        found.save(file)
+        assert load_scores(file, anatomy, per="heads") == found
+        assert load_scores(file, anatomy, per=("heads", "kv_heads")) == found
+        with pytest.raises(SurgeryError, match="these are scores of query heads, and scores of KV heads") as caught:
+            load_scores(file, anatomy)
+        assert "--per kv-heads" in caught.value.fix
+    file = tmp_path / "kv.json"
+    anatomy = Anatomy.of(tiny("llama"))
+    HeadScores("far-mass", [[0.25] * 4] * 2, {}).save(file)
+    with pytest.raises(SurgeryError, match="these are scores of KV heads, and scores of query heads") as caught:
+        load_scores(file, anatomy, per="heads")
+    assert "--per heads" in caught.value.fix
+    file.write_text(json.dumps({"format": 2, "per": "kv_heads", "method": "m", "scores": [[0.0]], "origin": {}}))
+    with pytest.raises(SurgeryError, match="per 'kv_heads' in format 2"):
+        load_scores(file, anatomy, per="heads")
+    file.write_text(json.dumps({"format": 3, "method": "m", "scores": [[0.0]], "origin": {}}))
+    with pytest.raises(SurgeryError, match="format 3, known is 1 for KV heads, 2 for query heads"):
+        load_scores(file, anatomy)
+
+
+def test_how_many_heads_are_above_a_threshold():
+    scores = HeadScores("retrieval", [[0.1, 0.5, 0.0], [0.5, 0.2, 0.1]], per="heads")
+    assert scores.above(0.1) == {
+        "threshold": 0.1, "above": 3, "of": 6, "share": 0.5,
+        "top": [{"layer": 0, "head": 1, "score": 0.5}, {"layer": 1, "head": 0, "score": 0.5},
+                {"layer": 1, "head": 1, "score": 0.2}],
+    }  # fmt: skip
+    assert scores.above(0.5)["above"] == 0
+    many = HeadScores("retrieval", [[1.0] * 25])
+    assert (many.above(0)["above"], len(many.above(0)["top"])) == (25, 20)
 
 
 # --- fisher --------------------------------------------------------------------------------------------------
@@ -474,7 +566,7 @@ def untouched(model) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_scored_model_is_as_it_was(method, family, tokenizer):
+def test_a_scored_model_is_as_it_was(method, family, tokenizer, monkeypatch):
     model = tiny(family).train()
     model.lm_head.eval()
     next(model.parameters()).requires_grad_(False)
@@ -483,6 +575,7 @@ def test_a_scored_model_is_as_it_was(method, family, tokenizer):
     modes = [module.training for module in model.modules()]
     wanted = [p.requires_grad for p in model.parameters()]
     generator = torch.get_rng_state()
+    plant_answers(monkeypatch)
     got = score(model, tokenizer, method, **settings(method), seed=1)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert model.config._attn_implementation == implementation
@@ -498,7 +591,8 @@ def test_a_scored_model_is_as_it_was(method, family, tokenizer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_seed_alone_decides(method, tokenizer):
+def test_the_seed_alone_decides(method, tokenizer, monkeypatch):
+    plant_answers(monkeypatch)
     model, options = tiny("llama"), settings(method) | {"samples": 1}
     one, same, other = (score(model, tokenizer, method, **options, seed=seed) for seed in (1, 1, 5))
     assert one == same
@@ -521,7 +615,8 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(tokenizer, monkeypatc
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision(method, tokenizer):
+def test_half_precision(method, tokenizer, monkeypatch):
+    plant_answers(monkeypatch)
     got = score(tiny("llama").bfloat16(), tokenizer, method, **settings(method))
     assert all(math.isfinite(x) for row in got.scores for x in row)
 

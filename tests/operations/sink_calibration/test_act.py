@@ -244,7 +244,8 @@ def test_the_heads_that_gain_are_chosen_and_kept_if_they_gain_elsewhere(monkeypa
     model = Toy(fit, [[held] * 3, [held] * 3])
     monkeypatch.setattr(zero_tuning, "objective", lambda model, sample, kind: model.objective(sample, kind))
     samples = torch.tensor([[1, 0], [1, 5], [0, 1], [0, 9]])
-    record = choose_heads(Trial(model, list(model.logs), samples[:2], samples[2:]), [[0, 1, 2], [0, 1, 2]], 0.4)
+    targets = {0: [0, 1, 2], 1: [0, 1, 2]}
+    record = choose_heads(Trial(model, list(model.logs), samples[:2], samples[2:]), targets, 0.4)
     assert record["kept"] is kept
     assert [trial["heads"] for trial in record["tried"]] == [0, 4, 2, 1, 1]
     best = min(record["tried"], key=lambda trial: trial["fit"])["heads"]
