@@ -34,7 +34,7 @@ DECIDED = {
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
-    "data": "documents generated haystack packing passkeys questions text",
+    "data": "documents generated haystack packing passkeys questions recall_rows repeats text",
     "evaluation": "ablation check check_code check_layers evaluate figures footprint fresh_process lengths paired "
     "recall result run",
     "evaluation/benchmark": "dense_below models result run",

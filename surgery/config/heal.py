@@ -16,6 +16,7 @@ from surgery.operations.variants import Variants
 
 BUDGETS = ("tokens", "steps", "minutes")
 LARGEST_WEIGHT = 1_000_000  # above it, a float32 sum would lose the other losses
+SHORTEST_RECALL = 64  # tokens of a row that holds lines, text, and some of the lines again
 
 
 def _number(value: object) -> object:
@@ -92,7 +93,15 @@ class Heal(Variants):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    LATER: ClassVar[tuple[str, ...]] = ("alternate", "freeze", "full_from", "mixing_heads")
+    LATER: ClassVar[tuple[str, ...]] = (
+        "alternate",
+        "freeze",
+        "full_from",
+        "mixing_heads",
+        "recall",
+        "sure",
+        "warm_start_of",
+    )
     RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {
         "minutes": ("rank", "alpha", "dropout"),
         "keep_checkpoints": ("keep_adapter",),
@@ -110,6 +119,13 @@ class Heal(Variants):
     mix: Number = Field(0.5, gt=0, lt=1, description="Weight of ce in loss: both.")
     temperature: Number = Field(1.0, gt=0, le=1000, description="Temperature of the distillation.")
     hidden: Number = Field(0.0, ge=0, description="Weight of the distance of hidden states to the base's; 0: none.")
+    sure: Number = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How much more a token counts where the base is sure: its weight is 1 - sure + sure * p, with the "
+        "base's largest probability p (at the temperature). 0: all count the same.",
+    )
     mixing: Literal["none", "head", "channel", "row"] = Field(
         "none",
         description="head: merged KV heads are trained as sums of the base's heads with a weight for each (WGQA), and "
@@ -157,6 +173,13 @@ class Heal(Variants):
     )
     column: str | None = Field(None, min_length=1, description="Column of the text; default text.")
     chat: bool = Field(False, description="Rows are conversations, written out by the chat template.")
+    recall: Number = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the rows in which something said earlier comes back: passages, codes, lists and "
+        "quotations, made from the same text at all distances of a row.",
+    )
     length: Count = Field(512, ge=8, description="Tokens of a row; documents are packed into rows.")
     batch_tokens: Count = Field(4096, ge=8, description="Tokens of one step, over all processes.")
     tokens: Count | None = Field(None, ge=1, description="Train on so many tokens (or steps, or minutes).")
@@ -178,6 +201,11 @@ class Heal(Variants):
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
     warm_start: Count = Field(
         0, ge=0, description="Tokens on which each layer's attention is first fitted to the base's."
+    )
+    warm_start_of: Literal["trained", "attention"] = Field(
+        "trained",
+        description="What that start fits. trained: the parameters of attention that train in full; attention: all of "
+        "its projections (q, k, v, o), their biases and norms, from which low-rank updates then begin.",
     )
 
     eval_every: Count = Field(0, ge=0, description="Score a little held-out text every so many steps; 0: never.")
@@ -211,6 +239,17 @@ class Heal(Variants):
             raise _fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
         if self.stop_at_gate and not self.eval_every:
             raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
+        if self.recall and self.chat:
+            raise _fault(
+                "heal.recall makes rows of running text, and with chat: true rows are conversations",
+                fix="heal.chat=false with a text, or heal.recall=0",
+            )
+        if self.recall and self.length < SHORTEST_RECALL:
+            raise _fault(
+                f"heal.length {self.length} is too short for heal.recall: a row should hold lines, text and some of "
+                "the lines again",
+                fix=f"heal.length={SHORTEST_RECALL}, or heal.recall=0",
+            )
         if unused := unread(self.model_dump()):
             raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
         for name in self.weights if self.teacher == "stored" else ():
@@ -284,6 +323,10 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
         idle |= {"temperature": f"by distillation, and this is loss: {loss_text}"}
     if (defaults | fields)["mixing"] == "none":
         idle |= {"mixing_heads": "with mixing: head, channel or row"}
+    if BASE_LOGITS not in _needs_of(weights):
+        idle |= {"sure": f"where the base's probabilities are asked, and loss: {loss_text} asks none"}
+    if not (defaults | fields)["warm_start"]:
+        idle |= {"warm_start_of": "with warm_start (tokens)"}
     if not _needs_of(weights):
         idle |= {"teacher": f"where a teacher is asked, and loss: {loss_text} asks none"}
     idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}
@@ -325,6 +368,8 @@ class Lora(Heal):
     def _no_adapter_with_mixing(self) -> Lora:
         if self.keep_adapter and self.mixing != "none":
             raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
+        if self.keep_adapter and self.warm_start_of == "attention":
+            raise _fault("heal.keep_adapter: an adapter file would not hold what heal.warm_start makes of attention")
         return self
 
     @property

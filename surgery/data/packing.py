@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import random
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -58,12 +59,25 @@ class Packed(torch.utils.data.Dataset):
         through = torch.arange(length, dtype=torch.int32).expand_as(own_positions).contiguous()
         self.starts = own_positions == 0  # starts of documents
         self.positions = own_positions if isolated else through
+        self.repeating = torch.zeros(len(self.ids), dtype=torch.bool)  # rows in which something comes back
+
+    def mixed_with(self, repeating: Packed, seed: int) -> Packed:
+        """These rows and `repeating` ones, which are marked as such, at random indices; both keep their order."""
+        mixed, count = copy.copy(self), len(self) + len(repeating)
+        mixed.repeating = torch.zeros(count, dtype=torch.bool)
+        mixed.repeating[random.Random(f"{seed} mixed").sample(range(count), len(repeating))] = True
+        for name in ("ids", "positions", "starts"):
+            own, other = getattr(self, name), getattr(repeating, name)
+            tensor = own.new_empty(count, own.shape[1])
+            tensor[mixed.repeating], tensor[~mixed.repeating] = other, own
+            setattr(mixed, name, tensor)
+        return mixed
 
     def select(self, rows: Sequence[int]) -> Packed:
         """These rows alone, in this order."""
         selected = copy.copy(self)
-        tensors = (self.ids, self.positions, self.starts)
-        selected.ids, selected.positions, selected.starts = (tensor[rows] for tensor in tensors)
+        for name in ("ids", "positions", "starts", "repeating"):
+            setattr(selected, name, getattr(self, name)[rows])
         return selected
 
     def __len__(self) -> int:
@@ -81,7 +95,7 @@ class Packed(torch.utils.data.Dataset):
     def sha256(self) -> str:
         """The hash of all rows. Two data sets with the same hash give the same training."""
         digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
-        for tensor in (self.ids, self.positions, self.starts):
+        for tensor in (self.ids, self.positions, self.starts, *([self.repeating] if self.repeating.any() else [])):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 

@@ -62,11 +62,12 @@ def restore_weights_on_error(model, trained: TrainableParameters, mixing: bool) 
     """Restore the weights after an error or an interruption, from a copy of the weights that may change.
 
     Args:
-        trained: the parameters that train; low-rank updates also change the weights that they are merged into.
+        trained: the parameters that train, and those that the layer-wise start fits; low-rank updates also change the
+            weights that they are merged into.
         mixing: whether mixing weights are folded, which changes K and V.
     """
     parameters = dict(model.named_parameters())  # mixing weights do not exist yet
-    names = [*trained.parameters, *(f"{path}.weight" for path in trained.adapted)]
+    names = [*trained.parameters, *trained.started, *(f"{path}.weight" for path in trained.adapted)]
     for layer in Anatomy.of(model).layers if mixing else ():
         names += [
             f"{layer.path}.{projection}.{leaf}" for projection in (layer.layout.k, layer.layout.v) for leaf in LEAVES

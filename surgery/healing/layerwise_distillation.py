@@ -2,7 +2,7 @@
 
 One forward gives every layer a step of its own (`run_teacher_forced`), and no gradient flows from layer to layer.
 Memory holds both models, the outputs of the base's layers and attentions for the rows of one step, and the activations
-of one attention. It also holds a copy of the parameters that train, and AdamW's moments.
+of one attention. It also holds a copy of the parameters that it fits, and AdamW's moments.
 
 The error is the sum of |y − y'|² over tokens, as a share of the same sum of |y|². Each token is weighted by the
 inverse mean square of the layer's input at that token. The first token's input is many times as large as others', and

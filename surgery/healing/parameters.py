@@ -10,7 +10,7 @@ Sources: Hu et al. 2021, "LoRA", arXiv 2106.09685; Ma et al. 2023, "LLM-Pruner",
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
@@ -37,11 +37,13 @@ class TrainableParameters:
         parameters: names of the parameters that train in full.
         adapted: paths of the linear modules that get low-rank updates.
         count: how many numbers train, including low-rank factors.
+        started: names of further parameters, which only the layer-wise start fits (`heal.warm_start_of`).
     """
 
     parameters: tuple[str, ...]
     adapted: tuple[str, ...]
     count: int
+    started: tuple[str, ...] = ()
 
 
 def touched(operations: Iterable[dict]) -> frozenset[str]:
@@ -87,11 +89,12 @@ def select_trainable(
             nothing that would train; nothing is left to train.
     """
     every = _by_method(heal, anatomy, table, rewritten, is_linear, more)
+    every = replace(every, started=_started(heal, anatomy, table, every.parameters))
     if heal.mixing_heads == "train":
         every = _without_own(every, heal, table, more)
     if not heal.freeze:
         return every
-    could = [*every.parameters, *(f"{path}.weight" for path in every.adapted)]
+    could = list(dict.fromkeys([*every.parameters, *(f"{path}.weight" for path in every.adapted), *every.started]))
     frozen = {name for name in could if any(fnmatchcase(name, pattern) for pattern in heal.freeze)}
     idle = [each for each in heal.freeze if not any(fnmatchcase(name, each) for name in could)]
     if idle and not more:
@@ -114,7 +117,20 @@ def _only(
     parameters = tuple(filter(keeps, every.parameters))
     adapted = tuple(path for path in every.adapted if keeps(f"{path}.weight"))
     low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted) if adapted else 0
-    return TrainableParameters(parameters, adapted, _count(parameters, table) + more + low_rank)
+    started = tuple(filter(keeps, every.started))
+    return TrainableParameters(parameters, adapted, count_of(parameters, table) + more + low_rank, started)
+
+
+def _started(heal: Heal, anatomy: Anatomy, table: Table, parameters: tuple[str, ...]) -> tuple[str, ...]:
+    """What the layer-wise start fits besides the parameters that train: what is left of attention, or nothing.
+
+    Where K and V are mixed, their own weights change only if they train: the mixture is what is fitted.
+    """
+    if not heal.warm_start or heal.warm_start_of != "attention":
+        return ()
+    letters = "qo" if heal.mixing != "none" else "qkvo"
+    names = _projections(anatomy, letters, table, every_norm=True)
+    return tuple(name for name in names if name not in set(parameters))
 
 
 def _without_own(every: TrainableParameters, heal: Heal, table: Table, more: int) -> TrainableParameters:
@@ -135,7 +151,7 @@ def _by_method(
     added = [name for name in table if (leaf := name.rpartition(".")[2]).startswith(SURGERY) and leaf != FIXED]
     if heal.method == "full":
         names = [name for name in table if not name.endswith(FIXED)]
-        return TrainableParameters(tuple(names), (), _count(names, table) + more)
+        return TrainableParameters(tuple(names), (), count_of(names, table) + more)
     if heal.method == "parts":
         names = added + _projections(anatomy, rewritten - {"k", "v"} if heal.mixing != "none" else rewritten, table)
         if not names and not more:
@@ -144,12 +160,12 @@ def _by_method(
                 where="heal",
                 fix="heal.method=lora, or heal.method=full",
             )
-        return TrainableParameters(tuple(names), (), _count(names, table) + more)
+        return TrainableParameters(tuple(names), (), count_of(names, table) + more)
     names = added + _projections(anatomy, rewritten & {"k", "v"}, table)
     full_paths = {name.rpartition(".")[0] for name in names}
     adapted = [path for path in _linears(anatomy, table) if path not in full_paths and is_linear(path)]
     low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted)
-    return TrainableParameters(tuple(names), tuple(adapted), _count(names, table) + more + low_rank)
+    return TrainableParameters(tuple(names), tuple(adapted), count_of(names, table) + more + low_rank)
 
 
 def summed_up(names: Iterable[str]) -> list[str]:
@@ -157,19 +173,25 @@ def summed_up(names: Iterable[str]) -> list[str]:
     return sorted({".".join("N" if step.isdigit() else step for step in name.split(".")) for name in names})
 
 
-def _count(names: Iterable[str], table: Table) -> int:
+def count_of(names: Iterable[str], table: Table) -> int:
+    """How many numbers the parameters of these names have."""
     return sum(prod(table[name][1]) for name in names)
 
 
-def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table) -> list[str]:
-    """The parameters of these projections in every layer: weights, biases, and norms that have a row for each head."""
+def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table, every_norm: bool = False) -> list[str]:
+    """The parameters of these projections in every layer: weights, biases, and norms that have a row for each head.
+
+    Args:
+        every_norm: norms that all heads share too.
+    """
     names: list[str] = []
     for layer in anatomy.layers:
         for letter in sorted(letters):
             module = layer.layout.qkv if layer.layout.qkv and letter != "o" else getattr(layer.layout, letter)
             own = [f"{module}.weight", f"{module}.bias"]
-            if layer.norm_per_head and letter in ("q", "k"):
-                own += norm_names(layer, f"{letter}_norm", layer.heads if letter == "q" else layer.kv_heads)
+            if letter in "qk" and (layer.norm_per_head or (every_norm and layer.qk_norm)):
+                norms = norm_names(layer, f"{letter}_norm", layer.heads if letter == "q" else layer.kv_heads)
+                own += norms + [f"{name.removesuffix('weight')}bias" for name in norms if every_norm]
             names += [f"{layer.path}.{name}" for name in own]
     return [name for name in dict.fromkeys(names) if name in table]
 

@@ -11,7 +11,7 @@ from surgery.calibration.cost import GRADIENT
 from surgery.errors import SettingError, TrainingError, UnsupportedModelError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
-from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
+from surgery.healing.parameters import Table, TrainableParameters, count_of, select_trainable, summed_up
 from surgery.healing.sparse_attention import plan_lines, refuse_without_sparse, switch_step
 from surgery.io.printing import Printed
 from surgery.operations.base import Measurement
@@ -40,6 +40,8 @@ class HealPlan(Printed):
         mixed: how many numbers the mixed heads of the base have, which are in memory during the training.
         note: a note for the user on the rows, or "".
         attention: lines on the attention of a model with sparse prefill.
+        fitted: how many numbers the layer-wise start fits.
+        started: how many of them do not train afterwards, or only by low-rank updates.
     """
 
     heal: Heal
@@ -55,6 +57,8 @@ class HealPlan(Printed):
     engine: Engine = field(default_factory=Engine)
     note: str = ""
     attention: tuple[str, ...] = ()
+    fitted: int = 0
+    started: int = 0
 
     @classmethod
     def of(
@@ -89,19 +93,8 @@ class HealPlan(Printed):
         _refuse_alternating(heal, operations, trained, engine, more)
         refuse_without_sparse(heal, anatomy)
         paths = tuple(layer.path for layer in anatomy.layers)
-        fitted = [name for name in trained.parameters if name.startswith(paths)]
-        if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
-            raise SettingError(
-                "a layer-wise start has nothing to train: hard gates of mae only choose, and a choice has no gradient",
-                where="heal.warm_start",
-                fix="heal.warm_start=0",
-            )
-        if heal.warm_start and not more and not fitted:
-            raise SettingError(
-                "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
-                where="heal.warm_start",
-                fix="heal.warm_start=0, or heal.method=full",
-            )
+        fitted = [name for name in (*trained.parameters, *trained.started) if name.startswith(paths)]
+        _refuse_start(heal, operations, fitted, more)
         return cls(
             heal,
             trained,
@@ -116,6 +109,8 @@ class HealPlan(Printed):
             engine,
             note,
             plan_lines(heal, anatomy),
+            count_of(fitted, table | mixing) if heal.warm_start else 0,
+            count_of(trained.started, table),
         )
 
     @property
@@ -143,6 +138,8 @@ class HealPlan(Printed):
         stored = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
         return {
             "weights": -(-4 * self.parameters // shards("weights")) + 4 * self.mixed,
+            # The layer-wise start has a copy and two moments of what it fits, and is over before the training.
+            "layer-wise start": max(0, 4 * (1 + MOMENTS) * (self.fitted - self.trained.count)),
             "gradients": -(-4 * self.trained.count // shards("gradients")),
             "optimizer": -(-4 * MOMENTS * self.trained.count // shards("optimizer")),
             "base": 4 * self.base_parameters,
@@ -170,8 +167,9 @@ class HealPlan(Printed):
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the checkpoints that are on disk at the same time."""
-        return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+        """Bytes of the checkpoints that are on disk at the same time, with what the layer-wise start alone changed."""
+        checkpoints = self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+        return checkpoints + 4 * self.started
 
     def measurements(self) -> tuple[Measurement, ...]:
         """The stages of the training, for the time estimate of `plan`. Reading data from files is not counted."""
@@ -214,8 +212,27 @@ class HealPlan(Printed):
             f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
             f"learning rate {heal.rate:g}",
             *self.attention,
+            *self._further_lines(),
             *([f"note: {self.note}"] if self.note else []),
         ]
+
+    def _further_lines(self) -> list[str]:
+        """Lines on settings that few trainings have."""
+        heal, lines = self.heal, []
+        if heal.recall:
+            rows = f", {recalled(heal):,} of {heal.planned_steps * heal.rows:,} rows" if heal.planned_steps else ""
+            lines.append(
+                f"heal: in {heal.recall:.0%} of the rows something said earlier comes back{rows} (passages, codes, "
+                "lists, quotations)"
+            )
+        if heal.sure:
+            lines.append(f"heal: a token counts {1 - heal.sure:g} + {heal.sure:g} p, p the base's largest probability")
+        if self.started:
+            lines.append(
+                f"heal: the layer-wise start changes {self.started:,} further parameters of attention, which then "
+                f"{'train by low-rank updates or not at all' if self.trained.adapted else 'do not train'}"
+            )
+        return lines
 
     def headline(self) -> str:
         heal = self.heal
@@ -232,6 +249,8 @@ class HealPlan(Printed):
             "in_full": summed_up(set(self.trained.parameters) - self.mixing.keys()),
             "mixing": self.mixing_count,
             "adapted": len(self.trained.adapted),
+            **({"started": self.started} if self.started else {}),
+            **({"recall_rows": recalled(self.heal)} if self.heal.recall else {}),
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,
@@ -259,8 +278,29 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
     return table, 2 * heads * merged[0][1].head_dim * hidden
 
 
+def recalled(heal: Heal) -> int:
+    """About how many of the rows that a training of known length reads have repeats; 0 where the clock ends it."""
+    return round(heal.recall * heal.planned_steps * heal.rows) if heal.planned_steps else 0
+
+
 def _hard_mae(operations: Sequence[dict]) -> bool:
     return any(fields.get("op") == "mae" and fields.get("hard", True) for fields in operations)
+
+
+def _refuse_start(heal: Heal, operations: Sequence[dict], fitted: Sequence[str], more: int) -> None:
+    """Raise where a layer-wise start would fit nothing; `fitted`: what it fits, `more` as for `select_trainable`."""
+    if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
+        raise SettingError(
+            "a layer-wise start has nothing to train: hard gates of mae only choose, and a choice has no gradient",
+            where="heal.warm_start",
+            fix="heal.warm_start=0",
+        )
+    if heal.warm_start and not more and not fitted:
+        raise SettingError(
+            "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
+            where="heal.warm_start",
+            fix="heal.warm_start=0, heal.warm_start_of=attention, or heal.method=full",
+        )
 
 
 def _refuse_alternating(

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, set_seed
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import SELF, documents
 from surgery.data.packing import Packed, isolates_documents
+from surgery.data.recall_rows import ROWS_NEEDED, training_rows
 from surgery.errors import ModelMismatchError, OtherTrainingError, SettingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -59,6 +61,7 @@ from surgery.healing.weighted_gqa import (
 from surgery.io.files import read_json, write_json
 from surgery.io.loading import load_model, read_config
 from surgery.io.model_folder import model_table
+from surgery.io.output_folder import machine_errors
 from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ if TYPE_CHECKING:
 
 
 ENDLESS = 1_000_000  # number of steps where the clock ends the training
-STARTED = "warm-start.json"
+STARTED, STARTED_WEIGHTS = "warm-start.json", "warm-start.safetensors"
 TEACHER = "teacher"  # folder of a stored teacher
 CURVE_ENDS = 5  # the record's first and last loss are means of this many lines of metrics, at most of a quarter
 
@@ -103,6 +106,9 @@ def train(model, job: HealRun) -> dict:
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
         record |= {"in_full": summed_up(set(trained.parameters) - mixing.keys())}
+        if trained.started:
+            count = sum(model.get_parameter(name).numel() for name in trained.started)
+            record["started"] = {"parameters": count, "names": summed_up(trained.started)}
         student = None
         try:
             if mixing:
@@ -183,15 +189,24 @@ def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
 
 
 def _layerwise_start(model, job: HealRun, packed: Packed, trained: TrainableParameters) -> dict | None:
-    """Run the layer-wise distillation if `heal` asks for it. If a checkpoint has its weights, only read its record."""
-    file = job.run / STARTED
+    """Run the layer-wise distillation if `heal` asks for it, or read its result where there is a checkpoint.
+
+    A checkpoint has the parameters that train. What only this start fits (`trained.started`) has a file of its own.
+    """
+    file, weights = job.run / STARTED, job.run / STARTED_WEIGHTS
     if not job.heal.warm_start:
         return None
-    if complete_checkpoints(job.run) and file.is_file():
-        return read_json(file)
     model.to(processes().device)
-    record = warm_start(model, job.base_model(), packed, job.heal, trained.parameters, job.progress)
+    if complete_checkpoints(job.run) and file.is_file() and (weights.is_file() or not trained.started):
+        for name, tensor in load_file(weights).items() if trained.started else ():
+            model.get_parameter(name).data.copy_(tensor)
+        return read_json(file)
+    fitted = [*trained.parameters, *trained.started]
+    record = warm_start(model, job.base_model(), packed, job.heal, fitted, job.progress)
     if processes().is_main_process:
+        if trained.started:
+            with machine_errors(job.run):
+                save_file({name: model.get_parameter(name).detach().cpu() for name in trained.started}, weights)
         write_json(file, record)
     return record
 
@@ -384,7 +399,8 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
                 where=str(job.run),
                 fix="finish that one with its own command, or start again with --overwrite",
             )
-        rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
+        least = ROWS_NEEDED if heal.recall else 1
+        rows, source = known.get("rows") or max(least, _rows_needed(model, heal, trained)), job.base
         run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
         if not known and state.is_main_process:  # the base may now generate text for hours
             write_json(file, run_record)
@@ -396,7 +412,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             folder=job.run if heal.data == SELF else None,
             progress=job.progress,
         )
-        packed = Packed(texts, heal.length, isolated=isolates_documents(model))
+        packed, recall = training_rows(texts, job.tokenizer, heal, isolates_documents(model))
         run_record["data"] = packed.sha256
         if known.get("data", run_record["data"]) != run_record["data"]:
             raise OtherTrainingError(
@@ -406,7 +422,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             )
         if "data" not in known and state.is_main_process:
             write_json(file, run_record)
-    return texts.record | {"rows": len(packed)}, packed
+    return texts.record | {"rows": len(packed)} | recall, packed
 
 
 def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:

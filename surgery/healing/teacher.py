@@ -45,7 +45,7 @@ class Teacher:
         Args:
             outputs: the student's outputs, from a call with `arguments(student, batch, heal.reads_states)`.
             batch: `Packed` rows, tensors [batch, length].
-            heal: its losses and its temperature are read.
+            heal: its losses, its temperature and `sure` are read.
             count: number of tokens to average over, where a step has several batches; default this batch's.
 
         Returns:
@@ -55,7 +55,7 @@ class Teacher:
         labels = batch["labels"].to(outputs.logits.device)
         base, base_states = self.ask(outputs.logits, batch, heal) if heal.loss_needs else (None, None)
         states = outputs.hidden_states[1:] if heal.reads_states else None
-        inputs = LossInputs(predicts(labels), labels, base, states, base_states, heal.temperature)
+        inputs = LossInputs(predicts(labels), labels, base, states, base_states, heal.temperature, heal.sure)
         weighted = {name: (weight, losses.find(name)) for name, weight in heal.weights.items()}
         loss, means = measure(outputs.logits, weighted, inputs, count)
         return loss, {name: float(mean.detach()) for name, mean in means.items()}

@@ -388,6 +388,9 @@ class Clock:
 class Rows(torch.utils.data.Dataset):
     """`count` rows of a data set in shuffled rounds. The n-th row is the same in every process and run.
 
+    Rows in which something comes back (`Packed.repeating`) are spread evenly among the others, so that every step and
+    every short training has its share of them.
+
     Args:
         packed: rows by index.
         count: total number of rows. When all rows of the data are used, the next round begins, shuffled again.
@@ -409,5 +412,17 @@ class Rows(torch.utils.data.Dataset):
         round_index, position = divmod(index, len(self.packed))
         if self._round[0] != round_index:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + round_index)
-            self._round = (round_index, torch.randperm(len(self.packed), generator=generator).tolist())
+            order = torch.randperm(len(self.packed), generator=generator).tolist()
+            self._round = (round_index, _spread(order, getattr(self.packed, "repeating", None)))
         return self._round[1][position]
+
+
+def _spread(order: list[int], repeating: torch.Tensor | None) -> list[int]:
+    """The order with the repeating rows evenly among the others; each kind keeps its order."""
+    if repeating is None or not repeating.any():
+        return order
+    marks = repeating.tolist()
+    plain, others = ([row for row in order if marks[row] == kind] for kind in (False, True))
+    rows, count = len(order), len(others)
+    due = [(2 * position * count + rows) // (2 * rows) for position in range(rows + 1)]  # of the first rows, rounded
+    return [others[due[i]] if due[i + 1] > due[i] else plain[i - due[i]] for i in range(rows)]

@@ -77,12 +77,16 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
             generate is not checked.
     """
     from surgery.data.documents import SELF, documents
+    from surgery.data.recall_rows import ROWS_NEEDED, repeat_rows
+    from surgery.data.repeats import KINDS
     from surgery.io.loading import read_config, read_tokenizer
 
     refuse_settings(heal, read_config(base), judged_by)
     tokenizer = tokenizer or read_tokenizer(base)
     if heal.data != SELF:
-        documents(heal, tokenizer, base, rows_needed=1)
+        texts = documents(heal, tokenizer, base, rows_needed=ROWS_NEEDED if heal.recall else 1)
+        if heal.recall:
+            repeat_rows(texts, tokenizer, heal, most=len(KINDS))
     elif heal.chat:
         user_turn(tokenizer)
 

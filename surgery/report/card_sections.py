@@ -330,12 +330,27 @@ def _how(record: dict) -> list[str]:
     if settings["method"] == "lora" and record.get("in_full"):
         what += f", and in full {', '.join(f'`{name}`' for name in record['in_full'])}"
     lines = [f"{what} ({record['parameters']:,} parameters), towards {losses.goals(settings['loss'])}"]
+    if started := record.get("started"):
+        lines.append(
+            "Before that each layer's attention was fitted to the base's, which also changed "
+            f"{started['parameters']:,} other parameters: {', '.join(f'`{name}`' for name in started['names'])}"
+        )
+    if sure := settings.get("sure"):
+        lines.append(
+            f"A token's loss counted {1 - sure:g} + {sure:g} p, where p is the base's largest probability for it"
+        )
     where = f"{data.get('data')} (sha256 `{str(data.get('sha256'))[:12]}`, {data.get('tokens', 0):,} tokens)"
     machine = f"{record['processes']} process{'es' * (record['processes'] > 1)} on {record['device']}"
     lines.append(
         f"{record['tokens']:,} tokens in {record['steps']:,} steps of {record['step_tokens']:,}, "
         f"{record['minutes']:g} minutes with {machine}, on {where}"
     )
+    if recall := data.get("recall"):
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in recall.items() if kind != "rows")
+        lines.append(
+            f"In {recall['rows']:,} of its {data['rows']:,} rows something said earlier in the row comes back "
+            f"({kinds})"
+        )
     if data.get("rows") and (rounds := record["tokens"] / (data["rows"] * settings["length"])) > 1.5:
         lines.append(f"It read these texts {rounds:.1f} times")
     for earlier in reversed(record.get("earlier") or []):

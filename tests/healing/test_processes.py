@@ -195,6 +195,17 @@ def test_two_processes_heal_one_model_in_memory(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
+def test_two_processes_make_the_same_rows_and_the_same_start(both):
+    """Rows in which something comes back, weights by the base, and a start of parameters that then do not train."""
+    start = ("warm_start=64", "warm_start_of=attention")
+    asked = ("method=parts", "length=64", "batch_tokens=128", "recall=0.4", "sure=0.5", "precision=float32", *start)
+    report, _ = both("torchrun", *asked, steps=10)
+    assert report.data["heal"]["data"]["recall"]["rows"] > 0
+    assert report.data["heal"]["started"]["parameters"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
 def test_two_processes_in_bfloat16(both):
     report, _ = both("torchrun", "method=full", "precision=bfloat16", rough=1e-2)
     assert report.data["heal"]["bfloat16"]

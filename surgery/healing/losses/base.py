@@ -92,6 +92,8 @@ class LossInputs:
         base: the base's probabilities for the same rows.
         states, base_states: hidden states [batch, length, D] of each layer of the student and of the base.
         temperature: the temperature of a distillation.
+        sure: s in the weight 1 − s + s p of a row, where p is the base's largest probability at the temperature. Only
+            losses on logits are weighted.
     """
 
     kept: Tensor
@@ -100,6 +102,15 @@ class LossInputs:
     states: tuple[Tensor, ...] | None = None
     base_states: tuple[Tensor, ...] | None = None
     temperature: float = 1.0
+    sure: float = 0.0
+
+    def row_weights(self, chunk: Chunk) -> Tensor | None:
+        """The weight of each of the chunk's rows [r], in the dtype of its logits; None if all are 1."""
+        if not self.sure:
+            return None
+        if self.base is None:
+            raise ValueError("sure weights rows by the base's probabilities, and there are none")
+        return (1 - self.sure) + self.sure * self.base.largest(chunk, self.temperature)
 
     @cached_property
     def next_tokens(self) -> Tensor:
@@ -150,6 +161,10 @@ class BaseLogits:
 
         return chunk.once(("base", temperature), make)
 
+    def largest(self, chunk: Chunk, temperature: float) -> Tensor:
+        """The base's largest probability for a chunk's rows [r]."""
+        return self.log_probabilities(chunk, temperature)[1].amax(-1)
+
 
 class BaseTopK:
     """The base's k likeliest tokens and the mass of all others: a distribution over k + 1 outcomes.
@@ -163,6 +178,10 @@ class BaseTopK:
     def __init__(self, values: Tensor, indices: Tensor, rest: Tensor):
         self.values, self.indices = values.detach().flatten(0, -2), indices.flatten(0, -2)
         self.rest = rest.detach().flatten()
+
+    def largest(self, chunk: Chunk, temperature: float) -> Tensor:
+        """The base's largest probability for a chunk's rows [r], at the temperature for which it was stored."""
+        return self.of(chunk)[0].amax(-1).exp()
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """log p [r, k], the tokens as long [r, k], and the log of the rest [r], for a chunk's rows on its device."""

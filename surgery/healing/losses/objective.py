@@ -20,6 +20,8 @@ def measure(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum of the losses of one forward, and the unweighted mean of each loss.
 
+    With `inputs.sure` the rows of losses on logits are weighted too: in the sum and its gradient, not in the means.
+
     Args:
         logits: [batch, length, V].
         losses: name -> (weight, loss); at least one.
@@ -47,27 +49,33 @@ class _Chunked(torch.autograd.Function):
         flat, counts = logits.detach().flatten(0, -2), inputs.kept.flatten().to(logits.device)
         wide = torch.promote_types(logits.dtype, torch.float32)
         gradient = torch.empty_like(flat) if wanted else None
-        sums = torch.zeros(len(losses), dtype=torch.float64 if flat.device.type != "mps" else wide, device=flat.device)
+        sum_dtype = torch.float64 if flat.device.type != "mps" else wide
+        sums = torch.zeros(len(losses), dtype=sum_dtype, device=flat.device)
+        weighted_sums = torch.zeros_like(sums)
         step = max(1, CHUNK.get(flat.device.type, LARGE_CHUNK) // flat.shape[1])
         for first in range(0, len(flat), step):
             rows = slice(first, min(first + step, len(flat)))
             chunk, real = Chunk(rows, flat[rows].to(wide)), counts[rows]
-            slope = None
+            slope, row_weights = None, inputs.row_weights(chunk)
             for index, (weight, loss) in enumerate(zip(weights, losses, strict=True)):
                 if wanted:
                     values, slopes = loss.rows_and_slopes(chunk, inputs)
                     slope = slopes.mul_(weight) if slope is None else slope.add_(slopes, alpha=weight)
                 else:
                     values = loss.rows(chunk, inputs)
-                sums[index] += values.masked_fill(~real, 0.0).sum()
+                values = values.masked_fill(~real, 0.0)
+                sums[index] += values.sum()
+                weighted_sums[index] += (values if row_weights is None else values * row_weights).sum()
             if wanted:  # rows that do not count get 0
-                torch.mul(slope, (real.to(wide) / count)[:, None], out=gradient[rows])
-        means = (sums / count).to(wide)
+                share = real.to(wide) / count
+                share = share if row_weights is None else share * row_weights
+                torch.mul(slope, share[:, None], out=gradient[rows])
+        means, weighted_means = ((each / count).to(wide) for each in (sums, weighted_sums))
         ctx.factor = 1.0
         if wanted:
             ctx.save_for_backward(gradient.view(logits.shape))
         ctx.mark_non_differentiable(means)
-        return (means * means.new_tensor(weights)).sum(), means
+        return (weighted_means * means.new_tensor(weights)).sum(), means
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,0 +1,144 @@
+"""`heal.recall` from settings to card: the rows that train, records, resume, stored teacher, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import TEXT
+from families import one_thread  # noqa: F401 (a fixture)
+from safetensors.torch import load_file
+
+from surgery.api import heal as run_heal
+from surgery.config.heal import Heal
+from surgery.healing import trainer as training
+from surgery.healing.callbacks import HealCallback
+from surgery.io.files import read_json
+
+SMALL = ("length=64", "batch_tokens=128", "steps=4", "checkpoint_every=2", "learning_rate=0.01", "method=parts")
+QUICK = ("--no-check", "--no-eval", "-q")
+
+
+class Killed(BaseException):
+    """What stops a run in its process, as a signal would."""
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_text(" ".join([TEXT] * 4))
+    return file
+
+
+@pytest.fixture
+def out(surgery, model, tmp_path):
+    assert surgery("apply", "mqa", model, "-o", "out", *QUICK).code == 0
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def healing(out, model, long_text, tmp_path):
+    def run(to="healed", *more, **options):
+        asked = [*SMALL, f"data={long_text}", "recall=0.25", *more]
+        given = {"check": False, "evaluate": False, "base": model} | options
+        return run_heal(out, output=tmp_path / to, overrides=asked, **given)
+
+    return run
+
+
+def same(one, two) -> bool:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    return all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_rows_are_recorded_and_trained_on(healing, monkeypatch, tmp_path):
+    read, whole = [], training.HealTrainer.compute_loss
+
+    def seen(self, model, inputs, *args, **kwargs):
+        read.extend(map(tuple, inputs["input_ids"].tolist()))
+        return whole(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(training.HealTrainer, "compute_loss", seen)
+    report = healing()
+    data = report.data["heal"]["data"]
+    repeating = data["recall"]["rows"]
+    assert report.data["heal"]["settings"]["recall"] == 0.25
+    assert repeating / data["rows"] == pytest.approx(0.25, abs=0.04)
+    assert repeating == sum(count for kind, count in data["recall"].items() if kind != "rows")
+    assert len(read) == 8
+    plain = healing("plain", "recall=0")
+    assert "recall" not in plain.data["heal"]["data"]
+    card = (tmp_path / "healed/README.md").read_text()
+    assert (
+        f"In {repeating:,} of its {data['rows']:,} rows something said earlier in the row comes back (passage" in card
+    )
+    assert "comes back" not in (tmp_path / "plain/README.md").read_text()
+    assert not same(tmp_path / "healed", tmp_path / "plain")
+
+
+def test_it_goes_on_to_the_same_weights(healing, monkeypatch, tmp_path):
+    healing("whole")
+    begun = HealCallback.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Killed
+        return begun(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
+    with pytest.raises(Killed):
+        healing()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run = read_json(tmp_path / "healed.partial/healing/run.json")
+    assert healing(resume=True).data["heal"]["resumed"]
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    healing("other", "recall=0.5")
+    assert len(run["data"]) == 64
+
+
+def test_a_stored_teacher_and_a_layerwise_start_know_these_rows(healing):
+    record = healing("healed", "teacher=stored", "top_k=64", "warm_start=128").data["heal"]
+    assert record["steps"] == 4
+    assert record["warm_start"]["tokens"] >= 128
+
+
+def test_text_of_the_base(healing, surgery, model, tmp_path):
+    data = healing("healed", "data=self", "steps=8", "recall=0.4").data["heal"]["data"]
+    assert data["recall"]["rows"] >= 1
+    assert data["data"] == "text that the base wrote itself"
+
+
+def test_the_plan_names_them(surgery, model, long_text):
+    asked = ("heal.length=64", "heal.batch_tokens=128", "heal.tokens=1280", f"heal.data={long_text}")
+    shown = " ".join(surgery("plan", "gqa-distill", model, "heal.recall=0.25", *asked).out.split())
+    assert "heal: in 25% of the rows something said earlier comes back, 5 of 20 rows" in shown
+    plan = surgery("plan", "gqa-distill", model, "heal.recall=0.25", *asked, "--json").json["heal"]
+    assert (plan["recall_rows"], plan["settings"]["recall"]) == (5, 0.25)
+    clock = " ".join(surgery("plan", "gqa-distill", model, "heal.recall=0.25", "heal.minutes=1").out.split())
+    assert "in 25% of the rows something said earlier comes back (passages" in clock
+    assert "comes back" not in surgery("plan", "gqa-distill", model, *asked).out
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("heal.length=32",), ["heal.length 32 is too short for heal.recall", "heal.length=64"]),
+        (("heal.chat=true",), ["with chat: true rows are conversations", "heal.recall=0"]),
+        (("heal.recall=1",), ["recall", "less than 1"]),
+        (("heal.recall=-0.5",), ["recall", "at least 0"]),
+        (("heal.recall=often",), ["recall"]),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(refused, model, long_text, asked, says):
+    recall = () if "recall=" in asked[0] else ("heal.recall=0.25",)
+    refused("apply", "gqa-distill", model, f"heal.data={long_text}", *recall, *asked, "-o", "x", says=says)
+
+
+def test_a_text_that_is_too_short_is_refused_before_the_conversion(refused, surgery, model, text, tmp_path):
+    asked = (f"heal.data={text}", "heal.recall=0.25", "heal.length=256", "heal.batch_tokens=256")
+    says = ["too short for heal.recall: it has 400 tokens", "need about 768", "heal.recall=0"]
+    refused("apply", "gqa-distill", model, *asked, "-o", "x", says=says)
+
+
+def test_only_who_sets_it_records_it():
+    assert "recall" not in Heal(method="full", steps=1).identity()
+    assert Heal(method="full", steps=1, recall=0.2).identity()["recall"] == 0.2
