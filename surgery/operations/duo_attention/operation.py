@@ -207,7 +207,8 @@ class DuoAttention(Operation):
         some = (
             f"Half of its KV heads ({count} of {total})" if 2 * count == total else f"{count} of its {total} KV heads"
         )
-        chosen = how_chosen(HeadScores(**{key: record["scores"][key] for key in ("method", "scores", "origin")}))
+        scores = record.get("scores") or {}
+        chosen = how_chosen(scores.get("method", ""), scores.get("origin") or {})
         return InWords(
             f"{count} of {total} KV heads streaming (DuoAttention)",
             f"{some} now keep only {tokens} of a sequence; the others still see all of it.{chosen}",

@@ -203,12 +203,16 @@ def read_settings(method: str, texts: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def how_chosen(scores: HeadScores) -> str:
-    """A sentence for the card, after a space, on the scores by which heads were chosen; "" for an unknown method."""
-    if scores.method not in METHODS:
+def how_chosen(method: str, origin: Mapping[str, Any]) -> str:
+    """A sentence for the card, after a space, on the scores by which heads were chosen; "" for an unknown method.
+
+    Args:
+        origin: the scores' origin, which has the settings.
+    """
+    if method not in METHODS:
         return ""
-    sentence = f" The heads were chosen by the score `{scores.method}`: {METHODS[scores.method].summary}"
-    origin, presets = scores.origin, METHODS[scores.method].presets()
+    sentence = f" The heads were chosen by the score `{method}`: {METHODS[method].summary}"
+    presets = METHODS[method].presets()
     if not presets:
         return f"{sentence}."
     preset = origin.get("preset", next(iter(presets)))

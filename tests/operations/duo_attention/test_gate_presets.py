@@ -263,7 +263,7 @@ def test_the_card_names_the_settings(tokenizer):
     paper = score(tiny(), tokenizer, "gates", **DEPLOYED, preset="paper", text=WORDS, **SMALL)
     assert (
         "preset `paper`, but samples 4, keys 2, words 3, steps 6, train_sinks 3, train_window 11, other lengths."
-        in (how_chosen(paper))
+        in (how_chosen(paper.method, paper.origin))
     )
     mass = score(tiny(), tokenizer, "far-mass", **DEPLOYED, samples=2, length=180, text=WORDS)
-    assert how_chosen(mass).endswith("where passkeys are repeated.")
+    assert how_chosen(mass.method, mass.origin).endswith("where passkeys are repeated.")
