@@ -85,3 +85,8 @@ def reach_of(config) -> tuple[int, int] | None:
     layers = (getattr(config, "surgery", None) or {}).get("layers", [])
     split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
     return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None
+
+
+def longest_sequence(needles: Sequence[Needle]) -> int:
+    """Tokens of the longest prompt together with its answer."""
+    return max(len(needle.prompt) + len(needle.answer) for needle in needles)

@@ -37,7 +37,7 @@ from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
 from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt
-from surgery.evaluation.recall import Outcome, reach_of, run_needles
+from surgery.evaluation.recall import Outcome, longest_sequence, reach_of, run_needles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -113,7 +113,7 @@ class MultiNeedle(CaseProbe):
         depths = spread(self.depths)
         samples = -(-self.cases // len(depths))
         cases = [self._case(tokenizer, text, form, depth, i) for depth in depths for i in range(samples)]
-        refuse_too_long(configs, _longest(cases), "prompt and answer", "a shorter length")
+        refuse_too_long(configs, longest_sequence(cases), "prompt and answer", "a shorter length")
         refuse_other_tokenizer(configs, max(token for case in cases for token in (*case.prompt, *case.answer)))
         draw_settings = {"lengths": [self.length], "depths": list(depths), "samples": samples, "keys": self.keys}
         draw_settings |= {"seed": self.seed, "secret": self.secret, "form": form, "chance": chance(self.secret)}
@@ -163,7 +163,7 @@ class MultiNeedle(CaseProbe):
         return run_needles(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        return 2 * _longest(cases) * kv_bytes  # twice the cache, because growing it copies it
+        return 2 * longest_sequence(cases) * kv_bytes  # twice the cache, because growing it copies it
 
     def is_broken(self, outcome: Outcome) -> bool:
         return outcome.nll - outcome.nll != 0  # NaN and infinity
@@ -219,10 +219,6 @@ class MultiNeedle(CaseProbe):
 
 def _letters_per_token(tokenizer: Any, text: str) -> float:
     return len(text) / max(1, len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-
-
-def _longest(needles: list[Needle]) -> int:
-    return max(len(needle.prompt) + len(needle.answer) for needle in needles)
 
 
 def _secret(draw: random.Random, kind: str) -> str:

@@ -12,7 +12,7 @@ With `without=SCORES.json` the model is asked again with its highest-scored quer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,7 +39,7 @@ from surgery.evaluation.ablation import ROWS, HeadAblation
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.recall import Outcome, reach_of, run_needles
+from surgery.evaluation.recall import Outcome, longest_sequence, reach_of, run_needles
 from surgery.io.printing import count
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class Needles(CaseProbe):
         form = form_for(tokenizer, self.form)
         draw_settings = {"samples": self.repetitions, "seed": self.seed, "secret": self.secret, "form": form}
         needles = make_needles(tokenizer, lengths=self.tokens, depths=self.depth_shares, text=text, **draw_settings)
-        refuse_too_long(configs, _longest(needles), *message)
+        refuse_too_long(configs, longest_sequence(needles), *message)
         refuse_other_tokenizer(configs, max(token for n in needles for token in (*n.prompt, *n.answer)))
         grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
         text_info = {"title": text.title, "sha256": text.sha256[:12]}
@@ -290,7 +290,7 @@ class Needles(CaseProbe):
         return run_needles(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        return 2 * _longest(cases) * kv_bytes  # twice the cache, because growing it copies it
+        return 2 * longest_sequence(cases) * kv_bytes  # twice the cache, because growing it copies it
 
     def is_broken(self, outcome: Outcome) -> bool:
         return not math.isfinite(outcome.nll)
@@ -375,8 +375,8 @@ class Needles(CaseProbe):
             )
         if kept := result.compare():
             where = " outside sinks and window" if result.reach else ""
-            lies = f" and that lie{where}" if where else ""
-            share = f"{kept['kept']} of the {kept['of']} that the base finds{lies} ({percent(kept)})"
+            share = f"{kept['kept']} of the {kept['of']} that the base finds{where and ' and that lie' + where}"
+            share += f" ({percent(kept)})"
             nothing = f"nothing to compare (the base finds no needle{where})"
             lines.append(f"{'kept:':<11}{share if kept['of'] else nothing}")
         if off := record.get("without"):
@@ -447,7 +447,3 @@ def _grid(result: NeedleResult, labels: list[str]) -> Table:
             cells.append(f"{star}{' → '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
         rows.append([f"{depth:.2f}", *cells])
     return Table(("depth", *(f"prompts of {length:,} tokens" for length in result.lengths)), rows, justify="right")
-
-
-def _longest(needles: Sequence[Needle]) -> int:
-    return max(len(needle.prompt) + len(needle.answer) for needle in needles)
