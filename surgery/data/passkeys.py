@@ -183,8 +183,8 @@ def passkeys(
         seed: seed of windows, words, labels and depths.
         keys, words: number of passkeys in a sequence (fewer if there is no room), and number of words in a passkey.
         alphabet: "text": words and labels are from the text, so that any language works, and a passkey has no word
-            twice. "nato": the 26 code words of the NATO alphabet, drawn with replacement, and the labels are ordinal
-            numbers.
+            twice. "nato": the 26 code words of the NATO alphabet, drawn with replacement, and the labels are
+            "number 1" and so on.
 
     Source:
         Xiao et al. 2024 (arXiv 2410.10819), section 2.3, whose passkeys are 32 words of the NATO alphabet.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SettingError
-from surgery.operations.sparse_prefill.prompt_share import dense_until, last_query_reads, share_read
+from surgery.operations.sparse_prefill.prompt_share import block_of, dense_until, last_query_reads, share_read
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -45,13 +45,18 @@ def refuse_without_sparse(heal: Heal, anatomy: Anatomy) -> None:
         raise SettingError(
             "full_from switches sparse prefill off, and no layer of this model has it", where=where, fix=fix
         )
-    if heal.length <= (whole := min(map(dense_until, sparse))):
+    if heal.length <= (whole := min(map(_whole_until, sparse))):
         raise SettingError(
             f"full_from switches sparse prefill off, and rows of {heal.length:,} tokens are read whole anyway: "
             f"attention is sparse beyond {whole:,}",
             where=where,
             fix=f"heal.length={1 << (4 * whole - 1).bit_length()}, or {fix}",
         )
+
+
+def _whole_until(entry: dict) -> int:
+    """Rows of up to so many tokens read all keys in a layer with this entry (`Sparse.applies`)."""
+    return dense_until(entry) if entry.get("exact") else max(entry.get("dense_below", 0), block_of(entry) - 1)
 
 
 def plan_lines(heal: Heal, anatomy: Anatomy) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class HealTrainer(Trainer):
                 module.surgery_call.draws = False
 
     def text_losses(self, model) -> dict[str, float]:
-        """The text's loss under sparse and under full attention, on the rows of the step that would come next."""
+        """The loss under sparse and under full attention, on the training rows of the step that would come next."""
         begin = self.state.global_step * self.heal.rows
         rows = [self.train_dataset[begin + row] for row in range(self.heal.rows)]
         each = self.args.per_device_train_batch_size

@@ -33,8 +33,9 @@ def attend_choices(query, keys, values, chosen, block: int, scale: float, softca
     Returns:
         [1, heads, n, head_dim] and the natural log-sum-exp [1, heads, n], both with a gradient.
     """
-    query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    out, lse = _Tiled.apply(query[0], keys[0], values[0], chosen[0], (block, scale, softcap))
+    wide = torch.promote_types(values.dtype, torch.float32)  # half precision would round scores and each tile's output
+    query, keys, wide_values = (each[0].to(wide) for each in (query, keys, values))
+    out, lse = _Tiled.apply(query, keys, wide_values, chosen[0], (block, scale, softcap))
     return out[None].to(values.dtype), lse[None]
 
 

@@ -12,7 +12,8 @@ step is a prompt again, and the generated tokens are a part of it.)
 
 With `exact`, which block_topk has, each query of each query head reads a list of its own, and all of the above on
 blocks of queries does not apply. A call with more than one query is a prompt, wherever it begins and ends, and its
-queries read what they would read in one piece. A call with one query is decoding, and reads all.
+queries read what they would read in one piece (but for `last_rows_dense`, which counts from the call's end). A call
+with one query is decoding, and reads all.
 
 Positions are counted from a row's first real token: every row of a padded batch runs alone on its real tokens.
 

@@ -539,7 +539,7 @@ def test_figures_of_other_settings_are_measured_anew(tmp_path):
         (["labelled=q.jsonl", "gamma=2"], ["for a gamma that is searched"]),
         (
             ["labelled=q.jsonl", "method=learned", "start=identity"],
-            ["labelled is for method: zero_tuning, not learned"],
+            ["labelled is for method: zero_tuning or act, not learned"],
         ),
     ],
 )

@@ -15,6 +15,7 @@ float32, and a sequence is as long as the model allows at most. No passkey lies 
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -181,7 +182,8 @@ class _Sequences:
         self.lengths = [lengths[order[index % len(order)]] for index in range(settings["samples"])]
         self.recorded_length = lengths if isinstance(settings["length"], list) else lengths[0]
         self._make = {"text": text, "tokenizer": tokenizer, **reach}
-        self._make |= {name: settings[name] for name in ("keys", "words", "alphabet", "seed")}
+        self._make |= {name: settings[name] for name in ("keys", "words", "alphabet")}
+        self._seed, self._several = settings["seed"], len(lengths) > 1
         self._made: dict[int, list[Recall]] = {}
 
     @property
@@ -192,7 +194,9 @@ class _Sequences:
     def __getitem__(self, index: int) -> Recall:
         length = self.lengths[index]
         if length not in self._made:
-            self._made[length] = passkeys(**self._make, length=length, samples=self.lengths.count(length))
+            # With one seed, lengths of which the text has equally many windows would get the same passkeys.
+            seed = random.Random(f"{self._seed} {length}").getrandbits(32) if self._several else self._seed
+            self._made[length] = passkeys(**self._make, length=length, samples=self.lengths.count(length), seed=seed)
         return self._made[length][self.lengths[:index].count(length)]
 
 
@@ -299,7 +303,8 @@ class _Run:
         earlier = {"preset": "short"} | PRESETS["short"]  # of a run that did not record these yet
         theirs = {name: earlier[name] for name in ADDED} | (state.get("settings") or {})
         if theirs != self.settings:
-            differ = ", ".join(key for key in self.settings if theirs.get(key) != self.settings[key])
+            keys = dict.fromkeys((*self.settings, *theirs))
+            differ = ", ".join(key for key in keys if theirs.get(key) != self.settings.get(key))
             raise SurgeryError(
                 f"the unfinished run has another {differ}",
                 where=str(file),

@@ -213,9 +213,9 @@ def how_chosen(method: str, origin: Mapping[str, Any]) -> str:
         return ""
     sentence = f" The heads were chosen by the score `{method}`: {METHODS[method].summary}"
     presets = METHODS[method].presets()
-    if not presets:
+    preset = origin.get("preset", next(iter(presets), ""))
+    if preset not in presets:  # the method has none, or another version measured the scores
         return f"{sentence}."
-    preset = origin.get("preset", next(iter(presets)))
     changed = {key: origin[key] for key, value in presets[preset].items() if key in origin and origin[key] != value}
     other = ", ".join(f"{key} {value}" for key, value in changed.items() if not isinstance(value, list))
     if "length" in changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_preset_is_the_papers_training_in_float64(preset, family, tokenizer):
                 length=length,
                 sinks=3,
                 window=11,
-                seed=0,
+                seed=random.Random(f"0 {length}").getrandbits(32),
                 keys=2,
                 words=3,
                 alphabet="nato",
@@ -140,6 +141,16 @@ def test_a_preset_is_the_papers_training_in_float64(preset, family, tokenizer):
     assert max(distances) > 1e-3
     assert len(set(want.tolist())) > 2, "the gates moved, and not all alike"
     assert (got.origin["preset"], got.origin["sinks"], got.origin["train_window"]) == (preset, 2, 11)
+
+
+def test_sequences_of_several_lengths_share_no_passkey(tokenizer):
+    """Also where the text has equally many windows of them."""
+    settings = PRESETS["paper"] | {"samples": 6, "length": [200, 201, 202], "keys": 1, "words": 8, "seed": 0}
+    settings |= {"alphabet": "text"}  # this tokenizer knows no NATO words
+    made = learned_gates._Sequences(tiny(), tokenizer, WORDS, DEPLOYED, settings)
+    keys = [tuple(each.ids[slice(*each.spans[0])].tolist()) for each in (made[index] for index in range(6))]
+    assert sorted(made.lengths) == [200, 200, 201, 201, 202, 202]
+    assert len(set(keys)) == 6
 
 
 def test_the_papers_values():
