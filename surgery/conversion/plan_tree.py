@@ -46,10 +46,7 @@ def layer_branches(plan: Plan) -> list[tuple[str, list[str]]]:
 
     Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
     """
-    measured = [step for step in plan.steps if step.change.measured]
-    placed = all(
-        _same_kv_heads(step.change.after.layers) or not _same_kv_heads(step.before.layers) for step in measured
-    )
+    measured, placed = any(step.change.measured for step in plan.steps), _placed(plan, "kv_heads")
     branches = []
     for old, new, last in _runs(plan.before.layers, plan.after.layers, not measured, placed):
         path = old.path if last == old.index else old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
@@ -58,7 +55,7 @@ def layer_branches(plan: Plan) -> list[tuple[str, list[str]]]:
 
 
 def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, placed: bool) -> list[str]:
-    if not known and not _heads_placed(plan):
+    if not known and not _placed(plan, "heads"):
         return [f"{old.heads} query heads on {old.kv_heads} KV heads: how many stay in which layer is measured"]
     rows = [f"{arrow(old.heads, new.heads)} query heads of size {old.head_dim}"]
     if not placed:
@@ -77,10 +74,10 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
     return rows
 
 
-def _heads_placed(plan: Plan) -> bool:
-    """Whether it is known how many query heads each layer keeps."""
+def _placed(plan: Plan, kind: str) -> bool:
+    """Whether it is known before the measurement how many heads each layer keeps; `kind`: "heads" or "kv_heads"."""
     changes = [(step.before, step.change.after) for step in plan.steps if step.change.measured]
-    return all(_same_heads(after.layers) or not _same_heads(before.layers) for before, after in changes)
+    return all(_alike(after.layers, kind) or not _alike(before.layers, kind) for before, after in changes)
 
 
 def _runs(before: Sequence[LayerAnatomy], after: Sequence[LayerAnatomy], known: bool, placed: bool) -> list[tuple]:
@@ -119,12 +116,9 @@ def _drawn(branches: Sequence[tuple[str, list[str]]]) -> list[str]:
     return drawn
 
 
-def _same_kv_heads(layers: Sequence[LayerAnatomy]) -> bool:
-    return len({layer.kv_heads for layer in layers}) == 1
-
-
-def _same_heads(layers: Sequence[LayerAnatomy]) -> bool:
-    return len({layer.heads for layer in layers}) == 1
+def _alike(layers: Sequence[LayerAnatomy], kind: str) -> bool:
+    """Whether all layers have as many heads of this kind."""
+    return len({getattr(layer, kind) for layer in layers}) == 1
 
 
 def _readers(layer: LayerAnatomy) -> int | str:

@@ -206,6 +206,12 @@ def percent(figures: dict) -> str:
     return f"{share:.1%}, 95% interval {figures['low']:.1%} to {figures['high']:.1%}"
 
 
+def kept_words(what: str, record: dict) -> str:
+    """ "WHAT kept 3 of 4" for the record of a probe that compares case by case; "" where nothing was compared."""
+    kept = record.get("kept") or {}
+    return f"{what} kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+
+
 def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
     """Interval of a share (Wilson 1927), 95% by default; (0, 1) if there were no cases.
 

@@ -74,8 +74,8 @@ def select_trainable(
     """Select the parameters that train by `heal.method`.
 
     Where heads are mixed, `method: parts` does not train the merged K and V themselves, and no method does so where
-    the base's heads train (`heal.mixing_heads`). What a pattern of
-    `heal.freeze` names does not train, and gets no low-rank update.
+    the base's heads train (`heal.mixing_heads`). What a pattern of `heal.freeze` names does not train, and gets no
+    low-rank update.
 
     Args:
         anatomy: the converted model's anatomy.

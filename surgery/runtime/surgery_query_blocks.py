@@ -40,24 +40,23 @@ def attend_choices(query, keys, values, chosen, block: int, scale: float, softca
 
 
 class _Tiled(torch.autograd.Function):
-    """`attend_choices` for one row of the batch, with a backward pass that holds no scores."""
+    """`attend_choices` for one row of the batch, float32 or wider; its backward pass holds no scores."""
 
     @staticmethod
     def forward(ctx, query, keys, values, chosen, settings):
         block, scale, softcap = settings
         (heads, length, size), kv_heads = query.shape, keys.shape[0]
-        wide = torch.promote_types(query.dtype, torch.float32)
         rows = query.reshape(kv_heads, -1, size)
-        out = torch.zeros_like(rows, dtype=wide)
-        lse = rows.new_full(rows.shape[:2], -torch.inf, dtype=wide)
+        out = torch.zeros_like(rows)
+        lse = rows.new_full(rows.shape[:2], -torch.inf)
         with torch.autocast(query.device.type, enabled=False):
             for head, near, ids, seen in _tiles(chosen, kv_heads, keys.shape[1], block):
                 scores, _ = _scores(rows[head, ids], keys[head, near], seen, scale, softcap)
                 more_lse, here_lse = scores.logsumexp(-1), lse[head, ids]
-                more = (scores - more_lse[:, None]).exp().to(values.dtype) @ values[head, near]
+                more = (scores - more_lse[:, None]).exp() @ values[head, near]
                 total = torch.logaddexp(here_lse, more_lse)
                 here = out[head, ids] * (here_lse - total).exp()[:, None]
-                out[head, ids] = here + more.to(wide) * (more_lse - total).exp()[:, None]
+                out[head, ids] = here + more * (more_lse - total).exp()[:, None]
                 lse[head, ids] = total
         ctx.save_for_backward(query, keys, values, chosen, out, lse)
         ctx.settings = settings
@@ -68,30 +67,27 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, out_gradient, lse_gradient):
         query, keys, values, chosen, out, lse = ctx.saved_tensors
         block, scale, softcap = ctx.settings
-        rows, wide = query.reshape(len(keys), -1, query.shape[-1]), out.dtype
+        rows = query.reshape(len(keys), -1, query.shape[-1])
         # A score's gradient is its weight times (its value.out_gradient - out.out_gradient + lse_gradient).
         above = out_gradient.reshape(out.shape)
         level = (out * above).sum(-1) - lse_gradient.reshape(lse.shape)
-        above = above.to(values.dtype)
-        found = [torch.zeros_like(tensor, dtype=wide) for tensor in (rows, keys, values)]
+        found = [torch.zeros_like(tensor) for tensor in (rows, keys, values)]
         with torch.autocast(query.device.type, enabled=False):
             for head, near, ids, seen in _tiles(chosen, len(keys), keys.shape[1], block):
                 own, its, from_above = rows[head, ids], keys[head, near], above[head, ids]
                 scores, slope = _scores(own, its, seen, scale, softcap)
                 weights = (scores - lse[head, ids][:, None]).exp()
-                found[2][head, near] += weights.to(values.dtype).mT @ from_above
-                slopes = weights * ((from_above @ values[head, near].mT).to(wide) - level[head, ids][:, None])
-                slopes = (slopes if slope is None else slopes * slope).mul_(scale).to(values.dtype)
+                found[2][head, near] += weights.mT @ from_above
+                slopes = weights * (from_above @ values[head, near].mT - level[head, ids][:, None])
+                slopes = (slopes if slope is None else slopes * slope).mul_(scale)
                 found[0][head, ids] += slopes @ its
                 found[1][head, near] += slopes.mT @ own
-        gradients = (each.to(values.dtype) for each in found)
-        return next(gradients).reshape(query.shape), *gradients, None, None
+        return found[0].reshape(query.shape), *found[1:], None, None
 
 
 def _scores(rows, keys, seen, scale: float, softcap) -> tuple:
-    """The scores of a tile, float32 or wider and -inf where unseen, and the slope of the soft-cap, or None."""
-    product = rows @ keys.mT
-    scores, slope = product.to(torch.promote_types(product.dtype, torch.float32)) * scale, None
+    """The scores of a tile, -inf where unseen, and the slope of the soft-cap, or None."""
+    scores, slope = (rows @ keys.mT) * scale, None
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped.square()

@@ -20,7 +20,7 @@ from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, ref
 from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import ModelMismatchError, UnsupportedModelError
-from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
+from surgery.evaluation.paired import NAMES, CaseResult, kept_of, kept_words, percent
 from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TextSource
 from surgery.io.loading import loaded, read_tokenizer
@@ -249,8 +249,7 @@ class Chat(CaseProbe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        kept = record.get("kept") or {}
-        return f"chat kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+        return kept_words("chat", record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:

@@ -24,7 +24,7 @@ from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long, score_window
 from surgery.data.text import BUILTIN, load_text
 from surgery.data.text import windows as text_windows
-from surgery.evaluation.paired import NAMES, CaseResult
+from surgery.evaluation.paired import NAMES, CaseResult, kept_words
 from surgery.evaluation.probes.base import CaseProbe, Effort, Row, Table
 from surgery.evaluation.probes.fields import TextSource
 from surgery.io.loading import loaded, read_config, read_tokenizer
@@ -215,8 +215,7 @@ class MassiveActivations(CaseProbe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        kept = record.get("kept") or {}
-        return f"massive activations kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+        return kept_words("massive activations", record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:

@@ -33,7 +33,7 @@ from surgery.data.haystack import (
 )
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.errors import TextError
-from surgery.evaluation.paired import CaseResult, percent
+from surgery.evaluation.paired import CaseResult, kept_words, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
 from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt
@@ -181,9 +181,7 @@ class MultiNeedle(CaseProbe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        kept = record.get("kept") or {}
-        keys = record["settings"]["keys"]
-        return f"right one of {keys} secrets kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+        return kept_words(f"right one of {record['settings']['keys']} secrets", record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:

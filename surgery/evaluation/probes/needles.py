@@ -36,7 +36,7 @@ from surgery.data.haystack import (
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation import ablation
 from surgery.evaluation.ablation import ROWS, HeadAblation
-from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
+from surgery.evaluation.paired import NAMES, CaseResult, kept_of, kept_words, percent, share_of
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
 from surgery.evaluation.recall import Outcome, longest_sequence, reach_of, run_needles
@@ -332,8 +332,7 @@ class Needles(CaseProbe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        kept = record.get("kept") or {}
-        return f"needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+        return kept_words("needles", record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
