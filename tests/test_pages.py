@@ -235,6 +235,10 @@ def test_a_plot_is_drawn_twice_with_the_same_bytes_and_has_no_date(modules):
         assert "<dc:date>" not in text
         assert plot.says.endswith(".")
         axes = plots.figure(plot).axes[0]
+        xs, ys = map(sorted, (axes.get_xlim(), axes.get_ylim()))
+        points = [point for each in axes.collections for point in each.get_offsets().tolist()]
+        points += [point for line in axes.lines if len(line.get_xydata()) > 2 for point in line.get_xydata().tolist()]
+        assert all(xs[0] <= x <= xs[1] and ys[0] <= y <= ys[1] for x, y in points if x is not None), "cut off"
         assert axes.get_xlabel()
         assert axes.get_ylabel() or axes.get_yticklabels()
 

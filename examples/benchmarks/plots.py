@@ -148,9 +148,9 @@ def gqa(axes: Axes, closed: Results, means: Results) -> None:
     axes.invert_yaxis()
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xscale("log")
-    axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10"])
     axes.minorticks_off()
-    axes.set_xlim(0.1, 10)
+    axes.set_xlim(0.03, 10)
     axes.grid(axis="x", color="#DDDDDD")
     axes.set_xlabel("loss above the base, nats a token (log scale; left is better)")
     axes.legend(loc="upper left")
@@ -286,7 +286,7 @@ PLOTS = {
     "gqa": Plot(
         gqa,
         ("gqa-closed-form", "gqa-means"),
-        "Loss above the base of four ways to merge three KV heads into one, on two texts.",
+        "Loss above the base of five ways to merge three KV heads into one, on two texts.",
     ),
     "duo-attention": Plot(
         duo_attention,

@@ -135,7 +135,8 @@ class ClosedForm(GQA):
         norm = anatomy.layers[0].qk_norm
         projections = [projection for projection in self.refit if not (norm and projection in "qk")]
         fitted = " and ".join(filter(None, [", ".join(projections[:-1]), *projections[-1:]])) or "nothing"
-        fitted += ", where the MLP has one output and no norm behind it" if "mlp" in projections else ""
+        if "mlp" in projections:
+            fitted += " (the MLP's output projection; not in layers of experts, or with a norm after the MLP)"
         calibration = self._calibration(anatomy)
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")

@@ -27,7 +27,8 @@ from surgery.calibration.sinks import other_sinks, received
 from surgery.io.resume import SavedFigures
 from surgery.machine.progress import begin
 from surgery.operations.sink_calibration.zero_tuning import LABELLED, Trial, frozen, gradients, parameters_of
-from surgery.runtime.surgery_act import probe_features, probe_scores
+from surgery.runtime.modeling_surgery import attach, attention_modules
+from surgery.runtime.surgery_act import PART, probe_features, probe_scores
 from surgery.runtime.surgery_attention import surgery_attention
 
 RIDGE = 1e-4  # relative to the mean square of the features
@@ -65,8 +66,23 @@ def calibrate_sinks(model, settings, targets: dict[int, list[int]], data, contex
         trial = Trial(model, parameters, items[::2], items[1::2], kind, state)
         choose = choose_each if settings.trials == "each" else choose_heads
         record |= choose(trial, targets, settings.beta, context.progress)
-    chosen = {str(layer): (betas[layer] < 0).nonzero()[:, 0].tolist() for layer in targets}
-    return record | {"heads": {layer: heads for layer, heads in chosen.items() if heads}}
+    chosen = {layer: (betas[layer] < 0).nonzero()[:, 0].tolist() for layer in targets}
+    if settings.find == "map":
+        leave_unchanged(model, [layer for layer, heads in chosen.items() if not heads])
+    return record | {"heads": {str(layer): heads for layer, heads in chosen.items() if heads}}
+
+
+def leave_unchanged(model, layers: list[int]) -> None:
+    """Take ACT out of layers in which no head has beta. A model without such heads does not depend on the prompt."""
+    entries, modules = model.config.surgery["layers"], attention_modules(model)
+    for layer in layers:
+        parameters = entries[layer].pop("parameters")
+        for name in PART.parameters.keys() & parameters:
+            delattr(modules[layer], name)
+        left = {name: shape for name, shape in parameters.items() if name not in PART.parameters}
+        kept = {key: value for key, value in entries[layer].items() if key not in PART.keys}
+        entries[layer] = kept | ({"parameters": left} if left else {})
+    attach(model)
 
 
 def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, progress=None) -> None:

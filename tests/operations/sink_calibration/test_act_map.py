@@ -435,13 +435,26 @@ def test_the_operation_on_questions_and_its_record(model, asked, find, trials):
     assert ("alone" in record) == (trials == "each")
     if trials == "each":
         assert [(each["layer"], each["head"]) for each in record["alone"]] == [(0, 0), (0, 4), (1, 0), (1, 4)]
-    names = {name.rpartition(".")[2] for name, _ in loaded.named_parameters() if "surgery_" in name}
-    assert names == {"surgery_log_beta"} | ({"surgery_sink_probe"} if find == "probe" else set())
-    layers = loaded.config.surgery["layers"]
-    assert [layer.get("act") for layer in layers] == [{"alpha": ALPHA} if find == "map" else None] * 2
-    chosen = [(m.surgery_log_beta < 0).nonzero()[:, 0].tolist() for m in runtime.attention_modules(loaded)]
-    assert record["heads"] == {str(layer): heads for layer, heads in enumerate(chosen) if heads}
+    own, chosen = {"surgery_log_beta"} | ({"surgery_sink_probe"} if find == "probe" else set()), {}
+    for index, module in enumerate(runtime.attention_modules(loaded)):
+        changed = find == "probe" or str(index) in record["heads"]
+        assert {name for name, _ in module.named_parameters() if "surgery_" in name} == (own if changed else set())
+        entry = {"alpha": ALPHA} if changed and find == "map" else None
+        assert loaded.config.surgery["layers"][index].get("act") == entry
+        if changed and (heads := (module.surgery_log_beta < 0).nonzero()[:, 0].tolist()):
+            chosen[str(index)] = heads
+    assert record["heads"] == chosen
     assert bool(record["heads"]) == record["kept"]
+
+
+def test_a_search_that_keeps_nothing_leaves_no_dependence_on_the_prompt(model, tmp_path):
+    fields = {"find": "map", "threshold": 100.0, **QUICK}  # no token is a sink
+    package.apply(recipe(sink("act", **fields)), str(model), output=tmp_path / "out")
+    plain, loaded = load_model(model), package.load(tmp_path / "out")
+    assert not any("act" in layer or "parameters" in layer for layer in loaded.config.surgery["layers"])
+    ids = batch(plain, (0,))[0]
+    assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, plain(input_ids=ids, use_cache=False).logits)
+    assert loaded(input_ids=ids, **{runtime.CACHE: DynamicCache()}).logits.isfinite().all()
 
 
 def test_a_stopped_search_resumes(model, asked, tmp_path, monkeypatch):
@@ -471,8 +484,10 @@ def test_saved_and_through_both_doors(tmp_path):
     check_both_ways_to_load(models, tmp_path)
 
 
-def test_checked_as_a_file(surgery, model, tmp_path):
+def test_checked_as_a_file(surgery, model, tmp_path, monkeypatch):
     """`surgery check` runs one prompt and a generation each way, and so holds for a map as well."""
+    keep = Trial.settle
+    monkeypatch.setattr(Trial, "settle", lambda self, values: keep(self, values) | {"kept": self.set(values) is None})
     fields = {"find": "map", "threshold": ALPHA, **QUICK}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe(sink("act", **fields))))
     done = surgery("apply", "r.yaml", model, "-o", "out", "--no-eval")
@@ -483,7 +498,7 @@ def test_checked_as_a_file(surgery, model, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "empties" not in card
     assert "fills the empty cache" in card
-    assert "sinks of a prompt" in surgery("inspect", "out").out
+    assert f"sinks of a prompt: mean weight above {ALPHA:g} / N" in surgery("inspect", "out").out
 
 
 def test_layers_by_default_and_as_given():
