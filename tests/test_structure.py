@@ -34,11 +34,11 @@ DECIDED = {
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
-    "data": "documents generated haystack packing passkeys questions recall_rows repeats text",
+    "data": "documents generated haystack name_list packing passkeys questions recall_rows repeats text word_list",
     "evaluation": "ablation check check_code check_layers evaluate figures footprint fresh_process lengths paired "
     "recall result run",
     "evaluation/benchmark": "dense_below models result run",
-    "evaluation/probes": "base fields settings",
+    "evaluation/probes": "base fields recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import ModelMismatchError, SettingError, UnsupportedModelError, nearest
@@ -38,6 +39,14 @@ FORMS = ("auto", "chat", "plain")
 SENTENCE_START = re.compile(r"\n\s*\n|(?<=[.!?])\s+|(?<=[。！？])\s*")
 WORD_START = re.compile(r"\s+")
 CUT = re.compile(r"\S{1,16}\s*")  # the haystack may end after a word, or inside a very long one
+
+
+class Composed(NamedTuple):
+    """A prompt as text, the letters [first, end) of what is asked for, and the first letter of the question."""
+
+    text: str
+    span: tuple[int, int]
+    question: int
 
 
 @dataclass(frozen=True)
@@ -184,28 +193,17 @@ class _NeedleMaker:
         cuts = [m.end() for m in CUT.finditer(hay)]
 
         def ids(cut: int) -> list[int]:
-            text, _, _ = self._compose(hay[:cut].rstrip(), depth, statement, secret, question)
-            return self._ids(text)
+            return self._ids(self._compose(hay[:cut].rstrip(), depth, statement, secret, question).text)
 
         fits = bisect_right(cuts, length, key=lambda cut: len(ids(cut)))
         if not fits:
             raise SettingError(f"{length} tokens are too few for a needle", fix=f"at least {len(ids(cuts[0]))} tokens")
         fitted = hay[: cuts[fits - 1]].rstrip()
-        text, (first, end), question_start = self._compose(fitted, depth, statement, secret, question)
-        prompt = self._ids(text)
-        full = self._ids(f"{text} {secret}")
-        cut = common(prompt, full)  # a token that merges with the secret belongs to the answer
-        if secret not in self.tokenizer.decode(full[cut:]):
-            raise ModelMismatchError(
-                f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(full[cut:])!r}",
-                fix=f"use the secret {'words' if self.secret == 'digits' else 'digits'}",
-            )
-        letters = (first, end, question_start)
-        needle_start, needle_end, question_token = (common(self._ids(text[:letter]), prompt) for letter in letters)
-        if len(self._ids(text[:end])) > needle_end:  # the needle's last letters share a token with what follows
-            needle_end += 1
-        spans = {"span": (needle_start, needle_end), "question": question_token}
-        return Needle(length, depth, sample, seed, secret, tuple(full[:cut]), tuple(full[cut:]), **spans)
+        composed = self._compose(fitted, depth, statement, secret, question)
+        fix = f"use the secret {'words' if self.secret == 'digits' else 'digits'}"
+        return Needle(
+            length, depth, sample, seed, secret, **in_tokens(self.tokenizer, self._ids, secret, composed, fix)
+        )
 
     def _stretch(self, start: int, length: int) -> str:
         """The text from `start` on, with more than enough letters for `length` tokens."""
@@ -222,8 +220,7 @@ class _NeedleMaker:
             if secret not in hay or self.size < 3:  # a short secret may occur everywhere
                 return secret
 
-    def _compose(self, hay: str, depth: float, statement: str, secret: str, question: str):
-        """The text of a prompt, the needle's letters [first, end) in it, and the index of the question in it."""
+    def _compose(self, hay: str, depth: float, statement: str, secret: str, question: str) -> Composed:
         position = _nearest_start(hay, depth * len(hay))
         needle = f"{statement} {secret}."
         before = hay[:position].rstrip()
@@ -231,16 +228,55 @@ class _NeedleMaker:
         first = len(before + gap) if before else 0
         content = f"{before}{gap * bool(before)}{needle}{gap}{hay[position:]}".rstrip() + f"\n\n{question}"
         question_start = len(content) - len(question)
-        if self.form == "plain":
-            return f"{content}\n\n{statement}", (first, first + len(needle)), question_start
-        text = chat_prompt(self.tokenizer, content, fix="use the form plain")
-        shift = text.find(content)
-        if shift < 0:
-            raise UnsupportedModelError("the chat template changes the text of a message", fix="use the form plain")
-        return text + statement, (shift + first, shift + first + len(needle)), shift + question_start
+        text, shift = asked(self.tokenizer, self.form, content, statement)
+        return Composed(text, (shift + first, shift + first + len(needle)), shift + question_start)
 
     def _ids(self, text: str) -> list[int]:
         return self.bos + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def asked(tokenizer, form: str, content: str, statement: str) -> tuple[str, int]:
+    """A prompt of what is read and asked, with the answer's first words behind it, and where the content begins in it.
+
+    Args:
+        form: "chat": the content is a user's message in the chat template; or "plain".
+
+    Raises:
+        SurgeryError: the template raises, or changes the content.
+    """
+    if form == "plain":
+        return f"{content}\n\n{statement}", 0
+    text = chat_prompt(tokenizer, content, fix="use the form plain")
+    shift = text.find(content)
+    if shift < 0:
+        raise UnsupportedModelError("the chat template changes the text of a message", fix="use the form plain")
+    return text + statement, shift
+
+
+def in_tokens(
+    tokenizer, encode: Callable[[str], list[int]], secret: str, composed: Composed, fix: str
+) -> dict[str, Any]:
+    """Prompt, answer, span and question of a `Needle`.
+
+    Args:
+        encode: gives the tokens of a text, those with which every text begins among them.
+        secret: follows the prompt after a space.
+        fix: the remedy in the error.
+
+    Raises:
+        SurgeryError: the tokenizer cannot write the secret.
+    """
+    prompt = encode(composed.text)
+    full = encode(f"{composed.text} {secret}")
+    cut = common(prompt, full)  # a token that merges with the secret belongs to the answer
+    if secret not in tokenizer.decode(full[cut:]):
+        raise ModelMismatchError(
+            f"the tokenizer cannot write {secret!r}: it gives {tokenizer.decode(full[cut:])!r}", fix=fix
+        )
+    first, end, question = (common(encode(composed.text[:at]), prompt) for at in (*composed.span, composed.question))
+    if len(encode(composed.text[: composed.span[1]])) > end:  # its last letters share a token with what follows
+        end += 1
+    return {"prompt": tuple(full[:cut]), "answer": tuple(full[cut:]), "span": (first, end), "question": question}
 
 
 def chat_prompt(tokenizer, content: str, fix: str) -> str:

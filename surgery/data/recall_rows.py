@@ -5,7 +5,8 @@ the documents as labels, random codes, and punctuation. Nothing is in a language
 
 Documents are cut into stretches of a row at most. Stretches are used for these rows in a random order, until the rows
 have their share (`heal.recall`). All other stretches are packed into plain rows, so no text is in both. Within the
-rows with repeats a sentence is left out if it has a word that the judging needles use (`haystack.KEYS`, `WORDS`).
+rows with repeats a sentence is left out if it has a word that the recall tests use (`haystack.KEYS`, `WORDS`,
+`name_list.NAMES`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from surgery.data import haystack
+from surgery.data import haystack, name_list
 from surgery.data.documents import Documents
 from surgery.data.packing import Packed
 from surgery.data.repeats import KINDS, LINE_SHARE, LabelledLine, Marks, RepeatRow
@@ -42,11 +43,10 @@ ROWS_NEEDED = 3  # text of so many rows is enough for a plain row and a row with
 ValueForm = Callable[[random.Random], str]  # draws a value
 BEFORE = "a"  # a text before parts that are written inside a text
 
-# No row with repeats has a word that the judging needles hide or ask for, and no label is a word of their sentences.
-JUDGING_WORDS = frozenset(f"{haystack.KEYS} {haystack.WORDS}".lower().split())
-JUDGING_LABELS = JUDGING_WORDS | frozenset(
-    re.findall("[a-z]+", " ".join(part for pair in haystack.TEMPLATES for part in pair).replace("{key}", "").lower())
-)
+# No row with repeats has a word that the recall tests hide or ask for, and no label is a word of their sentences.
+JUDGING_WORDS = frozenset(f"{haystack.KEYS} {haystack.WORDS} {name_list.NAMES}".lower().split())
+_SENTENCES = " ".join(part for pair in (*haystack.TEMPLATES, *name_list.FACTS) for part in pair)
+JUDGING_LABELS = JUDGING_WORDS | frozenset(re.findall("[a-z]+", re.sub(r"\{\w+\}", "", _SENTENCES).lower()))
 
 
 def training_rows(texts: Documents, tokenizer, heal, isolated: bool = True) -> tuple[Packed, dict]:

@@ -15,7 +15,7 @@ from conftest import TEXT, WORDS
 from families import one_thread  # noqa: F401 (a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 
-from surgery.data import haystack
+from surgery.data import haystack, name_list
 from surgery.data.documents import Documents
 from surgery.data.packing import IGNORED, Packed
 from surgery.data.recall_rows import repeat_rows, training_rows, words_of
@@ -202,17 +202,18 @@ def test_the_same_seed_gives_the_same_rows(tokenizer, builtin):
 
 def needle_words() -> set[str]:
     """By hand, from the tables of the judging needles."""
-    return set(f"{haystack.KEYS} {haystack.WORDS}".lower().split())
+    return set(f"{haystack.KEYS} {haystack.WORDS} {name_list.NAMES}".lower().split())
 
 
 def lines_of(text: str) -> list[str]:
     return [line for line in text.split("\n") if re.fullmatch(r"\S+: \S+( \S+)?", line)]
 
 
-def test_the_judging_needles_share_nothing_with_these_rows(builtin):
+def test_the_recall_tests_share_nothing_with_these_rows(builtin):
     """No key word and no word of a secret, no sentence of a template, no paragraph of the held-out text."""
     tokenizer = byte_tokenizer()
     spoiled = re.sub(r"\bfunction\b", "garden", re.sub(r"\bobject\b", "Oslo", builtin))
+    spoiled = re.sub(r"\bexpression\b", "Alice", spoiled)
     assert spoiled.count("garden") > 20
     rows, _ = repeat_rows(documents_of(spoiled, tokenizer), tokenizer, settings(length=512, recall=0.6))
     written = [tokenizer.decode(row.ids) for row in rows]
@@ -220,11 +221,10 @@ def test_the_judging_needles_share_nothing_with_these_rows(builtin):
     for text in written:
         assert not needle_words() & set(re.findall("[a-z]+", text.lower()))
     whole = "\n".join(written)
-    for statement, question in haystack.TEMPLATES:
-        for part in (statement, question):
-            for fixed in (piece.strip() for piece in part.split("{key}")):
-                assert len(fixed) < 8 or fixed.lower() not in whole.lower()
-    of_templates = {word for pair in haystack.TEMPLATES for part in pair for word in part.lower().split()}
+    sentences = [part for pair in (*haystack.TEMPLATES, *name_list.FACTS) for part in pair]
+    for fixed in (piece.strip() for part in sentences for piece in re.split(r"\{\w+\}", part)):
+        assert len(fixed) < 8 or fixed.lower() not in whole.lower()
+    of_templates = {word for part in sentences for word in part.lower().split()}
     lines = lines_of(whole)
     assert len(lines) > 50
     assert not {line.partition(":")[0].lower() for line in lines} & of_templates

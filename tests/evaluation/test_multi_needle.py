@@ -6,11 +6,10 @@ import json
 import re
 
 import pytest
-import torch
 import yaml
 from families import one_thread  # noqa: F401 (a fixture)
+from readers import Config, Reader, reading_model  # noqa: F401 (the last is a fixture)
 from tokenizers_of_bytes import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery.config import recipe as recipes
 from surgery.data.haystack import KEYS, TEMPLATES
@@ -22,33 +21,14 @@ from surgery.evaluation.probes.settings import make
 from surgery.evaluation.recall import Outcome
 from surgery.report.card import render_card
 from surgery.report.gate import gate
-from surgery.runtime.modeling_surgery import CACHE
 
 DONE = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}, "kl": {"mean": 0.0}}
 SMALL = {"length": 700, "cases": 3, "depths": 3}
 
 
-class Config:
-    vocab_size, max_position_embeddings, surgery = 258, 4096, None
-
-    def get_text_config(self):
-        return self
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("multi") / "base"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.3}
-    LlamaForCausalLM(LlamaConfig(vocab_size=258, bos_token_id=0, eos_token_id=1, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def cases_of(tokenizer, **settings) -> MultiNeedleResult:
@@ -95,42 +75,6 @@ def test_the_same_settings_give_the_same_prompts_and_another_seed_others(tokeniz
     assert cases_of(tokenizer, **(SMALL | {"depths": [0.5], "cases": 1})).cases == one[1:2], "a cell is its own"
 
 
-class Reader:
-    """A model that reads its prompt as text and answers with what `choose` takes from it."""
-
-    device, training = torch.device("cpu"), False
-
-    def __init__(self, tokenizer, choose):
-        self.tokenizer, self.choose, self.answer = tokenizer, choose, []
-
-    def forward(self, input_ids):
-        raise NotImplementedError
-
-    def eval(self):
-        return self
-
-    def modules(self):
-        return [self]
-
-    def train(self, mode):
-        return self
-
-    def __call__(self, input_ids, use_cache, **cache):
-        step = cache.get(CACHE, 0)
-        if not step:
-            said = self.tokenizer.decode(input_ids[0])
-            self.answer = self.tokenizer(f" {self.choose(said)}")["input_ids"]
-        logits = torch.full((1, input_ids.shape[1], 258), -30.0)
-        logits[0, -1, self.answer[step]] = 30.0
-        return Said(logits, step + 1)
-
-
-class Said(dict):
-    def __init__(self, logits, step):
-        super().__init__({CACHE: step})
-        self.logits = logits
-
-
 def test_who_matches_the_key_is_right_and_who_takes_the_first_secret_is_not(tokenizer):
     result = cases_of(tokenizer, keys=4, **SMALL)
 
@@ -160,9 +104,10 @@ def test_gate_and_card_and_sentence_follow(tokenizer):
     assert gate(DONE | {"multi_needle": facts}, {"min_multi_needle": 0.66}) == ("passed", [])
     assert gate(DONE | {"multi_needle": facts}, limit) == ("failed", ["min_multi_needle: 0.6667, the limit is 0.7"])
     none = facts_of(tokenizer, [False], [True])
-    why = "min_multi_needle: the base answers no prompt that counts"
-    assert gate(DONE | {"multi_needle": none}, limit) == gate(DONE, limit) == ("not run", [why])
-    assert MultiNeedle.sentence(facts) == "right one of 4 secrets kept 2 of 3"
+    why = "min_multi_needle: the base answers none of the prompts that count"
+    assert gate(DONE | {"multi_needle": none}, limit) == ("not run", [why])
+    assert gate(DONE, limit) == ("not run", ["min_multi_needle: it was not asked for"])
+    assert MultiNeedle.sentence(facts) == "right one of 4 hidden secrets kept 2 of 3"
     card = render_card({"evaluation": DONE | {"multi_needle": facts}}, None)
     assert "| right one of 4 hidden secrets, share of prompts | 75.0% | 75.0% | 1.000 |" in card
     low, high = (f"{end:.1%}" for end in wilson(2, 3))
@@ -175,36 +120,36 @@ def test_gate_and_card_and_sentence_follow(tokenizer):
     )
 
 
-def test_the_command(surgery, folder, tmp_path):
+def test_the_command(surgery, reading_model, tmp_path):
     options = ("--probe", "multi_needle", "length=700", "cases=2", "depths=2", "keys=3")
-    done = surgery("eval", folder, "--base", folder, *options)
+    done = surgery("eval", reading_model, "--base", reading_model, *options)
     assert done.code == 0, done.err
     row = "right one of 3 hidden secrets, share of prompts  0.0%  0.0%"
-    for words in ("base  converted", row, "2 plain prompts of 700"):
+    for words in ("base  converted", row, "2 plain prompts (3 keys with digits each in a prompt of 700 tokens"):
         assert words in done.out
-    facts = surgery("eval", folder, *options, "--json").json
+    facts = surgery("eval", reading_model, *options, "--json").json
     assert (facts["prompts"], facts["settings"]["keys"], facts["kept"]) == (2, 3, None)
     assert "multi_needle" in surgery("eval", "--help").out
 
 
-def test_a_recipe_from_end_to_end(surgery, folder, tmp_path):
+def test_a_recipe_from_end_to_end(surgery, reading_model, tmp_path):
     step = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 2, "method": "mean"}]}
     block = {"cases": 2, "length": 700, "depths": 1, "min_multi_needle": 0.5}
     step["evaluate"] = {"windows": 1, "length": 64, "probes": {"multi_needle": block}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(step))
-    ran = surgery("apply", "r.yaml", folder, "-o", "out", "--no-check")
+    ran = surgery("apply", "r.yaml", reading_model, "-o", "out", "--no-check")
     assert ran.code == 0, ran.err
     data = json.loads((tmp_path / "out/surgery.json").read_text())
     assert data["evaluation"]["multi_needle"]["base"]["of"] == 2
     assert "cases" not in data["evaluation"]["multi_needle"]
     assert data["gate"]["limits"] == {"min_multi_needle": 0.5}
     assert data["gate"]["status"] == "not run", "this base answers nothing"
-    assert "Several needles (4 keys with digits each" in (tmp_path / "out/README.md").read_text()
+    assert "Several needles in one text (4 keys with digits each" in (tmp_path / "out/README.md").read_text()
     loaded = recipes.load("expand-kv", ["multi_needle.cases=3", "evaluate.probes.multi_needle.min_multi_needle=0.5"])
     assert loaded.evaluate.limits == {"max_kl": 0.001, "min_multi_needle": 0.5}
 
 
-def test_refused(refused, folder, tokenizer):
+def test_refused(refused, reading_model, tokenizer):
     for setting, says in (
         ("keys=1", ["keys should be at least 2; it is 1"]),
         ("keys=17", ["keys should be at most 16; it is 17"]),
@@ -213,7 +158,7 @@ def test_refused(refused, folder, tokenizer):
         ("depths=[2]", ["depth 2.0 is outside"]),
         ("length=2000", ["1024 positions, prompt and answer have 2000 tokens", "a shorter length"]),
     ):
-        refused("eval", folder, "--probe", "multi_needle", setting, says=says)
+        refused("eval", reading_model, "--probe", "multi_needle", setting, says=says)
     with pytest.raises(SurgeryError, match="no room for 16 keys in 400 tokens"):
         cases_of(tokenizer, length=400, keys=16, cases=1)
     with pytest.raises(SurgeryError, match="no room for 4 keys"):

@@ -66,7 +66,7 @@ def test_a_row_of_so_many_tokens_gives_the_base_s_logits_and_a_longer_one_others
         before = model(ids).logits
         surgery.apply(recipe(operation), model, tokenizer=byte_tokenizer())
         after = model(ids).logits
-    assert torch.allclose(before, after, atol=1e-6) is (extra == 0)
+    assert torch.allclose(before, after, atol=1e-5) is (extra == 0)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ REGISTRY = {  # name -> "module:class", in the order in which probes are run and
     "needles": "needles:Needles",
     "choices": "choices:Choices",
     "multi_needle": "multi_needle:MultiNeedle",
+    "repeats": "repeats:Repeats",
+    "lookup": "lookup:Lookup",
     "chat": "chat:Chat",
     "massive": "massive:MassiveActivations",
 }

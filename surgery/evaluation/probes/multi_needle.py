@@ -9,7 +9,6 @@ over the text.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,11 +32,11 @@ from surgery.data.haystack import (
 )
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.errors import TextError
-from surgery.evaluation.paired import CaseResult, kept_words, percent
-from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
+from surgery.evaluation.probes.base import Effort, Limit
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
 from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt
-from surgery.evaluation.recall import Outcome, longest_sequence, reach_of, run_needles
+from surgery.evaluation.probes.recall import RecallProbe
+from surgery.evaluation.recall import longest_sequence, reach_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,13 +54,13 @@ class MultiNeedleResult(NeedleResult):
     COUNT: ClassVar[str] = "prompts"
 
 
-class MultiNeedle(CaseProbe):
+class MultiNeedle(RecallProbe):
     """Several keys with a secret each, hidden in one text, and a question about one of them (RULER's multi-key)."""
 
     name: ClassVar[str] = "multi_needle"
     summary: ClassVar[str] = "several keys with a secret each in one text: is the one found that is asked for"
-    cases_are: ClassVar[str] = "prompts"
     stage: ClassVar[str] = "recall test with several keys"
+    title: ClassVar[str] = "Several needles in one text"
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
     length: int = Field(1024, ge=SHORTEST, description="Tokens of the prompts.")
@@ -91,6 +90,15 @@ class MultiNeedle(CaseProbe):
         check_setting(refuse_settings, (self.length,), spread(self.depths), self.cases, self.secret)
         check_setting(refuse_form, self.form)
         return self
+
+    @classmethod
+    def what(cls, settings: dict) -> str:
+        return f"right one of {settings['keys']} hidden secrets"
+
+    @classmethod
+    def detail(cls, settings: dict) -> str:
+        keys, secret, length = settings["keys"], settings["secret"], settings["lengths"][0]
+        return f"{keys} keys with {secret} each in a prompt of {length:,} tokens, one asked for"
 
     @property
     def effort(self) -> Effort:
@@ -158,61 +166,6 @@ class MultiNeedle(CaseProbe):
                 passages += [stretch[position : match.end()], f"{statements[inserted % len(statements)]} "]
                 position, inserted = match.end(), inserted + 1
         return "".join([*passages, stretch[position:]])
-
-    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
-        return run_needles(model, result.cases, progress)
-
-    def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        return 2 * longest_sequence(cases) * kv_bytes  # twice the cache, because growing it copies it
-
-    def is_broken(self, outcome: Outcome) -> bool:
-        return outcome.nll - outcome.nll != 0  # NaN and infinity
-
-    @classmethod
-    def missing(cls, record: dict) -> str:
-        answered = (record.get("kept") or {}).get("of")
-        return "" if answered else record.get("reason") or "the base answers no prompt that counts"
-
-    @classmethod
-    def rows(cls, record: dict) -> list[Row]:
-        base, out = (record.get(label) or {} for label in ("base", "out"))
-        name = f"right one of {record['settings']['keys']} hidden secrets, share of prompts"
-        return [Row(name, base.get("accuracy"), out.get("accuracy"), "{:.1%}")]
-
-    @classmethod
-    def sentence(cls, record: dict) -> str:
-        return kept_words(f"right one of {record['settings']['keys']} secrets", record)
-
-    @classmethod
-    def paragraph(cls, record: dict) -> str:
-        if record.get("status") != "done":
-            return f"Several needles in one text were **not run**: {record.get('reason') or 'no reason was recorded'}."
-        settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
-        base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
-        line = (
-            f"Several needles ({settings['keys']} keys with {settings['secret']} each in a prompt of "
-            f"{settings['lengths'][0]:,} tokens, one asked for): the base answers {base}, the converted model {out}."
-        )
-        if not kept.get("of"):
-            return line
-        condition = " and that lie outside sinks and window" if record.get("streaming") else ""
-        interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
-        return (
-            f"{line} Of those that the base answers{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
-        )
-
-    @classmethod
-    def lines(cls, result: MultiNeedleResult) -> list[Table | str]:
-        settings, kept = result.settings, result.compare()
-        lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
-        lines.append(
-            f"{len(result.cases)} {settings['form']} prompts of {settings['lengths'][0]:,} tokens, seed "
-            f"{settings['seed']}; a random guess is right with probability {settings['chance']:.0e}."
-        )
-        return [
-            *lines,
-            f"The secrets are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']}).",
-        ]
 
 
 def _letters_per_token(tokenizer: Any, text: str) -> float:

@@ -12,7 +12,6 @@ With `without=SCORES.json` the model is asked again with its highest-scored quer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +24,6 @@ from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
     SECRETS,
-    Needle,
     chance,
     form_for,
     make_needles,
@@ -36,10 +34,11 @@ from surgery.data.haystack import (
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation import ablation
 from surgery.evaluation.ablation import ROWS, HeadAblation
-from surgery.evaluation.paired import NAMES, CaseResult, kept_of, kept_words, percent, share_of
-from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
+from surgery.evaluation.paired import NAMES, kept_words, percent, share_of
+from surgery.evaluation.probes.base import Aliases, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.recall import Outcome, longest_sequence, reach_of, run_needles
+from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_sentence
+from surgery.evaluation.recall import longest_sequence, reach_of
 from surgery.io.printing import count
 
 if TYPE_CHECKING:
@@ -47,38 +46,23 @@ if TYPE_CHECKING:
 
     from surgery.io.loading import ModelSource
 
-ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
 SHORTEST = 64  # tokens of a prompt
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
 @dataclass(repr=False)
-class NeedleResult(CaseResult):
+class NeedleResult(RecallResult):
     """The result of the recall test. `cases` are needles; an outcome is an `Outcome`.
 
     Attributes:
         settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance (that a guess is right).
-        reach: most sinks and widest window of the streaming heads of `out`; None if it has no such heads.
         ablation: the query heads of `out` that were switched off, if any; `changed` has the outcomes.
     """
 
-    reach: tuple[int, int] | None = None
     ablation: HeadAblation | None = None
 
     PROBE: ClassVar[str] = "needles"
     COUNT: ClassVar[str] = "needles"
-    COMPARISON: ClassVar[str] = "kept"
-
-    def counts(self, needle: Needle) -> bool:
-        """Whether a needle counts: no streaming head sees it from the question or the answer."""
-        return self.reach is None or needle.outside(*self.reach)
-
-    def compare(self) -> dict | None:
-        """Of the needles that count and the base finds: how many `out` finds, and their share with a 95% interval."""
-        if "base" not in self.outcomes:
-            return None
-        rows = zip(self.cases, self.outcomes["base"], self.outcomes["out"], strict=True)
-        return kept_of((base.hit, out.hit) for needle, base, out in rows if self.counts(needle))
 
     def cell(self, label: str, length: int, depth: float) -> tuple[int, int]:
         """Hits and needles of one cell of the grid."""
@@ -105,8 +89,7 @@ class NeedleResult(CaseResult):
 
     def side(self, label: str) -> dict:
         """The figures of one model: hits, accuracy with its 95% interval, mean NLL, and the grid."""
-        outcomes = self.outcomes[label]
-        return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes)) | {"grid": self.grid(label)}
+        return super().side(label) | {"grid": self.grid(label)}
 
     def change_figures(self) -> dict:
         """The figures of `out` with query heads off; {} if there were none."""
@@ -115,21 +98,10 @@ class NeedleResult(CaseResult):
         sides = [share_of("hits", (o.hit for o in run), (o.nll for o in run)) for run in self.changed["out"].values()]
         return {"without": self.ablation.to_dict(sides)}
 
-    def about(self) -> dict:
-        """Reach of the streaming heads in tokens, and the number of needles within it; {} without such heads."""
-        if not self.reach:
-            return {}
-        sinks, window = self.reach
-        inside = sum(not self.counts(needle) for needle in self.cases)
-        return {"streaming": {"sinks": sinks, "window": window, "needles_inside": inside}}
-
     def case(self, index: int) -> dict:
-        """One needle with its length, depth, secret and position, and its outcomes."""
-        needle = self.cases[index]
-        data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
-        data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
+        """See `RecallResult.case`; and whether it was found with query heads off."""
         off = [run[index].hit for run in self.changed.get("out", {}).values()]
-        return data | super().case(index) | ({"without": off} if off else {})
+        return super().case(index) | ({"without": off} if off else {})
 
 
 def longest_prompt(config: PretrainedConfig) -> int | None:
@@ -138,7 +110,7 @@ def longest_prompt(config: PretrainedConfig) -> int | None:
     return positions - ANSWER if positions and positions - ANSWER >= SHORTEST else None
 
 
-class Needles(CaseProbe):
+class Needles(RecallProbe):
     """Secrets hidden in a text, one in each prompt: a grid of prompt lengths and depths."""
 
     name: ClassVar[str] = "needles"
@@ -286,20 +258,13 @@ class Needles(CaseProbe):
     def changes(self, label: str, model: Any, result: NeedleResult) -> dict[str, AbstractContextManager]:
         return result.ablation.contexts(model) if result.ablation is not None and label == "out" else {}
 
-    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
-        return run_needles(model, result.cases, progress)
-
-    def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        return 2 * longest_sequence(cases) * kv_bytes  # twice the cache, because growing it copies it
-
-    def is_broken(self, outcome: Outcome) -> bool:
-        return not math.isfinite(outcome.nll)
+    @classmethod
+    def what(cls, settings: dict) -> str:
+        return "hidden passkeys found"
 
     @classmethod
-    def missing(cls, record: dict) -> str:
-        answered = (record.get("kept") or {}).get("of")
-        reason = record.get("reason") or "the base answers no needle that counts"
-        return "" if answered else reason if record else super().missing(record)
+    def detail(cls, settings: dict) -> str:
+        return f"prompts of {', '.join(f'{length:,}' for length in settings['lengths'])} tokens"
 
     @classmethod
     def worst(cls, record: dict) -> tuple[float, str]:
@@ -340,18 +305,14 @@ class Needles(CaseProbe):
         if record.get("status") != "done":
             reason = record.get("reason") or "no reason was recorded"
             return f"The recall test (needles: secrets hidden in a text) was **not run**: {reason}."
-        settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
+        settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
         line = f"Recall test (needles: random {settings.get('secret')} hidden in that text, prompts of {lengths} "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         line += f"tokens): the base finds {base}, the converted model {out}."
         if off := record.get("without"):
             line += f" {ablation.sentence(off, record['out'])}"
-        if not kept.get("of"):
-            return line
-        condition = " and that lie outside sinks and window" if record.get("streaming") else ""
-        interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
-        return f"{line} Of those that the base finds{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
+        return line + kept_sentence(record, "finds")
 
     @classmethod
     def lines(cls, result: NeedleResult) -> list[Table | str]:

@@ -1,0 +1,148 @@
+"""What the recall tests share: prompts with one right answer, which base and converted model are asked for in turn.
+
+A prompt is a `Needle`: what is asked for stands in it once, before the question. An answer is right if decoding with
+the model's own cache gives exactly its tokens. A surgery is judged by the share "kept": the prompts that the converted
+model answers, of those that the base answers. Where streaming heads see the place anyway, through sinks or window, an
+answer proves nothing and does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from surgery.data.haystack import Needle
+from surgery.evaluation.paired import CaseResult, kept_of, kept_words, percent, share_of
+from surgery.evaluation.probes.base import CaseProbe, Row, Table
+from surgery.evaluation.recall import Outcome, longest_sequence, run_needles
+
+ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
+
+
+@dataclass(repr=False)
+class RecallResult(CaseResult):
+    """The result of a recall test. `cases` are needles; an outcome is an `Outcome`.
+
+    Attributes:
+        reach: most sinks and widest window of the streaming heads of `out`; None if it has no such heads.
+    """
+
+    reach: tuple[int, int] | None = None
+
+    COUNT: ClassVar[str] = "prompts"
+    COMPARISON: ClassVar[str] = "kept"
+
+    def counts(self, needle: Needle) -> bool:
+        """Whether a needle counts: no streaming head sees it from the question or the answer."""
+        return self.reach is None or needle.outside(*self.reach)
+
+    def compare(self) -> dict | None:
+        """Of the needles that count and the base finds: how many `out` finds, and their share with a 95% interval."""
+        if "base" not in self.outcomes:
+            return None
+        rows = zip(self.cases, self.outcomes["base"], self.outcomes["out"], strict=True)
+        return kept_of((base.hit, out.hit) for needle, base, out in rows if self.counts(needle))
+
+    def side(self, label: str) -> dict:
+        """The figures of one model: hits, accuracy with its 95% interval, mean NLL."""
+        outcomes = self.outcomes[label]
+        return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes))
+
+    def about(self) -> dict:
+        """Reach of the streaming heads in tokens, and the number of needles within it; {} without such heads."""
+        if not self.reach:
+            return {}
+        sinks, window = self.reach
+        inside = sum(not self.counts(needle) for needle in self.cases)
+        return {"streaming": {"sinks": sinks, "window": window, "needles_inside": inside}}
+
+    def case(self, index: int) -> dict:
+        """One needle with its length, depth, secret and position, and its outcomes."""
+        needle = self.cases[index]
+        data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
+        data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
+        return data | super().case(index)
+
+
+def kept_sentence(record: dict, does: str) -> str:
+    """The sentence of a card on what the converted model keeps, after a space; "" where there is nothing to keep.
+
+    Args:
+        does: what the base does ("answers").
+    """
+    kept = record.get("kept") or {}
+    if not kept.get("of"):
+        return ""
+    condition = " and that lie outside sinks and window" if record.get("streaming") else ""
+    interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
+    return f" Of those that the base {does}{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
+
+
+class RecallProbe(CaseProbe):
+    """A probe whose cases are prompts with one right answer.
+
+    Attributes:
+        title: what is asked, as the subject of a card's sentence ("Names in a list").
+    """
+
+    cases_are: ClassVar[str] = "prompts"
+    title: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def what(cls, settings: dict) -> str:
+        """What a right answer finds, for tables and closing lines ("right one of 4 hidden secrets")."""
+
+    @classmethod
+    @abstractmethod
+    def detail(cls, settings: dict) -> str:
+        """How the prompts are made, in a few words, for the card's sentence."""
+
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
+        return run_needles(model, result.cases, progress)
+
+    def extra_bytes(self, cases: list, kv_bytes: int) -> int:
+        return 2 * longest_sequence(cases) * kv_bytes  # twice the cache, because growing it copies it
+
+    def is_broken(self, outcome: Outcome) -> bool:
+        return not math.isfinite(outcome.nll)
+
+    @classmethod
+    def missing(cls, record: dict) -> str:
+        answered = (record.get("kept") or {}).get("of")
+        reason = record.get("reason") or f"the base answers none of the {cls.cases_are} that count"
+        return "" if answered else reason if record else super().missing(record)
+
+    @classmethod
+    def rows(cls, record: dict) -> list[Row]:
+        base, out = (record.get(label) or {} for label in ("base", "out"))
+        name = f"{cls.what(record['settings'])}, share of prompts"
+        return [Row(name, base.get("accuracy"), out.get("accuracy"), "{:.1%}")]
+
+    @classmethod
+    def sentence(cls, record: dict) -> str:
+        return kept_words(cls.what(record["settings"]), record) if record.get("kept") else ""
+
+    @classmethod
+    def paragraph(cls, record: dict) -> str:
+        if record.get("status") != "done":
+            return f"{cls.title} were **not run**: {record.get('reason') or 'no reason was recorded'}."
+        settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
+        base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
+        line = f"{cls.title} ({cls.detail(settings)}): the base answers {base}, the converted model {out}."
+        return line + kept_sentence(record, "answers")
+
+    @classmethod
+    def lines(cls, result: RecallResult) -> list[Table | str]:
+        settings, kept = result.settings, result.compare()
+        lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
+        lines.append(
+            f"{len(result.cases)} {settings['form']} prompts ({cls.detail(settings)}), seed {settings['seed']}; a "
+            f"random guess is right with probability {settings['chance']:.0e}."
+        )
+        text = settings.get("text")
+        source = f"The text is {text['title']} (sha256 {text['sha256']})." if text else ""
+        return [*lines, *([source] if source else [])]
