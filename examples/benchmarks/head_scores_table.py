@@ -29,7 +29,7 @@ from surgery.calibration.scoring import score_window
 from surgery.data.haystack import make_needles
 from surgery.data.text import load_text, windows
 from surgery.evaluation.paired import wilson
-from surgery.evaluation.probes.needles import run_needles
+from surgery.evaluation.recall import run_needles
 from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
 from surgery.runtime.modeling_surgery import patch

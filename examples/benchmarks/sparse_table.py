@@ -32,7 +32,7 @@ import surgery
 from surgery.calibration.attention_hook import hook_attention
 from surgery.data.haystack import make_needles
 from surgery.data.text import load_text, windows
-from surgery.evaluation.probes.needles import run_needles
+from surgery.evaluation.recall import run_needles
 from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
 from surgery.runtime.modeling_surgery import patch
