@@ -431,8 +431,26 @@ def test_heal_routes_on_text_of_the_base(tiny_llama, tmp_path):
 
     surgery.apply("mqa", tiny_llama, output=tmp_path / "mean", check=False, evaluate=False)
     few = ("mean", str(tiny_llama), "--steps", "1", "--batch-tokens", "512", "--windows", "1", "--rate", "1e-3")
-    own = ("--data", "self", "--write", "700", "--routes", "parts", "--out", "routes.json")
-    printed = run("benchmarks/heal_routes.py", *few, *own, cwd=tmp_path)
-    assert printed.splitlines()[-1].startswith("| parts | 512 |")
+    own = ("--data", "self", "--write", "2500", "--routes", "parts", "--out", "routes.json", "--seeds", "0", "3")
+    asked = ("--recall", "0.5", "--sure", "0.5", "--row", "128")
+    printed = run("benchmarks/heal_routes.py", *few, *own, *asked, cwd=tmp_path)
+    lines = printed.splitlines()
+    assert lines[-2].startswith("| parts | 512 |")
+    assert lines[-1].startswith("| parts, seed 3 | 512 |")
+    record = json.loads((tmp_path / "routes-parts/surgery.json").read_text())["heal"]
+    assert record["data"]["recall"]["rows"] > 0
+    assert (record["settings"]["seed"], record["settings"]["sure"], record["settings"]["length"]) == (3, 0.5, 128)
     texts = [json.loads(line)["text"] for line in (tmp_path / "routes-text.jsonl").read_text().splitlines()]
-    assert sum(len(text.split()) for text in texts) >= 700
+    assert sum(len(text.split()) for text in texts) >= 1000
+
+
+def test_columns_of_heal_routes(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    import heal_routes
+
+    curve = [[100, 60.0, 9.0], [200, 290.0, 8.5], [300, 301.0, 8.0]]
+    assert [heal_routes.at(curve, minutes) for minutes in (0.5, 1, 5, 6)] == ["", "9.000", "8.500", "8.000"]
+    base = {"losses": [2.0], "judges": {"lookup": [[True, True, False], 0.5]}}
+    healed = {"losses": [2.5], "judges": {"lookup": [[True, False, True], 1.25]}}
+    assert heal_routes.cells(base, base) == ["2.000", "2 of 2 (0.50)"]
+    assert heal_routes.cells(healed, base) == ["2.500", "1 of 2 (1.25)"], "what the base misses does not count"

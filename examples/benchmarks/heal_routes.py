@@ -1,19 +1,26 @@
 """The ways to heal, compared: how much of the damage to a converted model does each undo in the same time?
 
     python examples/benchmarks/heal_routes.py START BASE --data FILE --minutes 40 --out routes.json \\
-        [--texts builtin FILE]
+        [--texts builtin FILE] [--recall 0.25 --sure 0.5] [--judges]
 
 START is a folder that `surgery apply` wrote from BASE. Each route trains START for the same minutes (or `--steps`) on
 the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
 is scored. With `--data self`, the base writes `--write` tokens of text once, for all routes.
-The curves, nats against minutes and against tokens, are drawn next to `--out`. `--out` holds the finished routes, and
-the same command resumes. In "layers first", each layer's attention is first fitted to the base's on `--first` tokens
-(K and V, among the parameters that train); then `lora` follows. In "layers first, full", `full` follows. The time of
-the fit is not part of the minutes; "in all" includes it.
+The columns "at N min" have this loss after so many minutes. The curves, nats against minutes and against tokens, are
+drawn next to `--out`. `--out` holds the finished routes, and the same command resumes; a route that was stopped begins
+again. In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
+parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
+full", `full` follows. The time of the fit is not part of the minutes; "in all" includes it.
+
+`--recall` and `--sure` are the settings `heal.recall` and `heal.sure` of every route that trains towards the base
+(`ce` takes `--recall` only). `--judges` adds three recall tests, none of which looks like a row that is trained on:
+needles (12 prompts of 512 and 1,024 tokens), repeats of random words, and a look-up of names. Their columns say how
+many prompts are answered, of those that the base answers.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +32,7 @@ import surgery
 from surgery.config.heal import Heal
 from surgery.data.generated import sample
 from surgery.data.text import begin_of_text
+from surgery.evaluation.probes.settings import make
 from surgery.io.hub import resolve
 from surgery.io.loading import load_model, read_tokenizer
 from surgery.report.plots import Line, Panel, curves
@@ -36,7 +44,14 @@ ROUTES = {
     "lora": {"method": "lora", "loss": "distill"},
     "parts": {"method": "parts", "loss": "distill"},
     "layers first": {"method": "lora", "loss": "distill"},
+    "layers first, all": {"method": "lora", "loss": "distill", "warm_start_of": "attention"},
     "layers first, full": {"method": "full", "loss": "distill"},
+}
+
+JUDGES = {
+    "needles": {"lengths": [512, 1024], "depths": 3, "samples": 2},
+    "repeats": {},
+    "lookup": {},
 }
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,15 +66,25 @@ parser.add_argument("--batch-tokens", type=int, default=2048)
 parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
 parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
 parser.add_argument("--every", type=int, default=8, help="steps between two points of a curve")
+parser.add_argument("--points", nargs="*", type=float, default=[5, 10, 20, 40], help="minutes of the columns of loss")
+parser.add_argument("--recall", type=float, default=0.0, help="share of the rows in which something comes back")
+parser.add_argument("--sure", type=float, default=0.0, help="how much more a token counts of which the base is sure")
+parser.add_argument("--row", type=int, default=512, help="tokens of a row")
+parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every route is trained with each")
+parser.add_argument("--judges", action="store_true", help="also ask needles, repeats and look-ups")
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
 parser.add_argument("--windows", type=int, default=8)
 parser.add_argument("--out", type=Path, required=True)
 
 
-def score(folder, options) -> list[float]:
-    """Nats a token on each held-out text."""
-    found = (surgery.evaluate(folder, options.base, text=text, windows=options.windows) for text in options.texts)
-    return [one.out.cross_entropy for one in found]
+def score(folder, options) -> dict:
+    """Nats a token on each text; of each judge which prompts are answered, and nats a token of the answers."""
+    texts = (surgery.evaluate(folder, options.base, text=text, windows=options.windows) for text in options.texts)
+    found: dict = {"losses": [one.out.cross_entropy for one in texts], "judges": {}}
+    for name, settings in JUDGES.items() if options.judges else ():
+        outcomes = make(name, settings).measure(resolve(str(folder)).path).outcomes["out"]
+        found["judges"][name] = [[one.hit for one in outcomes], statistics.mean(one.nll for one in outcomes)]
+    return found
 
 
 def written(options) -> Path:
@@ -77,11 +102,13 @@ def said(done: int, total: int, label: str) -> None:
     print(f"{label}: {done:,} of {total:,}", file=sys.stderr)
 
 
-def run(route: str, data: str, options) -> dict:
+def run(route: str, seed: int, data: str, options) -> dict:
     """Train a route and return its scores and its curve."""
     folder = options.out.with_name(f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}")
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
-    asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens}
+    asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens, "seed": seed}
+    asked |= {"recall": options.recall, "length": options.row}
+    asked |= {"sure": options.sure} if ROUTES[route]["loss"] != "ce" else {}
     asked |= {"learning_rate": options.rate, "eval_every": options.every, "checkpoint_every": 0}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
     report = surgery.heal(
@@ -94,28 +121,51 @@ def run(route: str, data: str, options) -> dict:
     return {"scores": score(folder, options), "tokens": facts["tokens"], "curve": curve} | times
 
 
+def at(curve: list, minutes: float) -> str:
+    """The last loss of a curve that was measured within so many minutes, for a cell."""
+    return next((f"{loss:.3f}" for _, seconds, loss in reversed(curve) if seconds <= 60 * minutes), "")
+
+
+def cells(scores: dict, base: dict) -> list[str]:
+    """The columns of the texts and the judges."""
+    row = [f"{loss:.3f}" for loss in scores["losses"]]
+    for name, (hits, nll) in scores["judges"].items():
+        known = base["judges"][name][0]
+        row.append(f"{sum(map(min, hits, known))} of {sum(known)} ({nll:.2f})")
+    return row
+
+
 def main() -> None:
     options = parser.parse_args()
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "routes")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("out", "routes", "seeds", "points")
+    }
     measured = Measured(options.out, settings)
     base, start = (measured.once(name, partial(score, getattr(options, name), options)) for name in ("base", "start"))
-    print(f"| route | tokens | minutes | in all | {' | '.join(options.texts)} | won back |")
-    print("| --- | ---: | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
-    print(f"| base | | | | {' | '.join(f'{x:.3f}' for x in base)} | |")
-    print(f"| start | | | | {' | '.join(f'{x:.3f}' for x in start)} | 0% |", flush=True)
+    points = [] if options.steps else [minutes for minutes in options.points if minutes <= options.minutes]
+    columns = [*options.texts, *(f"{name} (nats a token)" for name in base["judges"]), "won back"]
+    columns += [f"at {minutes:g} min" for minutes in points]
+    none = " |" * len(points)
+    print(f"| route | tokens | minutes | in all | {' | '.join(columns)} |")
+    print("| --- | ---: | ---: | ---: |" + " ---: |" * len(columns))
+    print(f"| base | | | | {' | '.join(cells(base, base))} | |{none}")
+    print(f"| start | | | | {' | '.join(cells(start, base))} | 0% |{none}", flush=True)
     data = str(written(options)) if options.data == "self" else options.data
-    for route in options.routes:
-        found = measured.once(route, partial(run, route, data, options))
-        sides = zip(base, start, found["scores"], strict=True)
+    names = {
+        f"{route}, seed {seed}" if seed else route: (route, seed) for route in options.routes for seed in options.seeds
+    }
+    for name, (route, seed) in names.items():
+        found = measured.once(name, partial(run, route, seed, data, options))
+        sides = zip(base["losses"], start["losses"], found["scores"]["losses"], strict=True)
         won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
-        scores = " | ".join(f"{x:.3f}" for x in found["scores"])
         took = f"{found['minutes']:.1f} | {found['in_all']:.1f}"
-        print(f"| {route} | {found['tokens']:,} | {took} | {scores} | {won} |", flush=True)
+        row = [*cells(found["scores"], base), won, *(at(found["curve"], minutes) for minutes in points)]
+        print(f"| {name} | {found['tokens']:,} | {took} | {' | '.join(row)} |", flush=True)
     for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
         lines = {
             route: Line([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])
-            for route in ROUTES
-            if (found := measured.get(route)) and found["curve"]
+            for route, found in measured.items()
+            if found.get("curve")
         }
         picture = options.out.with_name(f"{options.out.stem}-{name}.png")
         panel = Panel(lines, "cross-entropy on held-out text, nats per token")
