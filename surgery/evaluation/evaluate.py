@@ -243,7 +243,7 @@ def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
         return
     report = Report.of(folder)
     recipe = recorded(report.data) if probe.main else None
-    if recipe and (short := recipe.too_short(probe.length, "windows", "length")):
+    if recipe and (short := recipe.too_short(probe.length, "windows", "")):
         result.notes.append(short)
     if reason := record_score(report, base, probe, result.to_dict()):
         result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")

@@ -32,7 +32,7 @@ def too_short(length: int, unchanged: int, op: str, *, rows: str, key: str, posi
         unchanged: number of first tokens of a sequence that the operation `op` leaves unchanged
             (`Operation.unchanged_within`).
         rows: the name of the rows, in the plural ("windows").
-        key: the setting of their length ("evaluate.length").
+        key: the setting of their length ("evaluate.length"); "": the sentence names none.
         positions: the model's largest number of tokens (None: unknown). Rows of that length are never too short.
     """
     if length >= min(JUDGED * unchanged, positions or inf):
@@ -42,4 +42,4 @@ def too_short(length: int, unchanged: int, op: str, *, rows: str, key: str, posi
         seen = f"lie within the {unchanged:,} tokens that {op} leaves unchanged: they show nothing of it"
     else:
         seen = f"show little of {op}, which leaves the first {unchanged:,} of them unchanged"
-    return f"{rows} of {length:,} tokens {seen}; {key}={enough} shows it"
+    return f"{rows} of {length:,} tokens {seen}; {f'{key}={enough} shows' if key else f'{enough:,} tokens show'} it"

@@ -67,7 +67,7 @@ def test_needles_in_words():
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [
-        (10.0, 10.001, "The perplexity equals the base's"),
+        (10.0, 10.001, "The perplexity is within 0.05% of the base's"),
         (10.0, 10.3, "The perplexity is 1.030 times the base's"),
         (10.0, 50.0, "The converted model is not usable as it is: its perplexity is 5 times the base's"),
         (10.0, None, "not usable as it is: its perplexity is not a number"),

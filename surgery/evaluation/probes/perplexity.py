@@ -338,7 +338,7 @@ class Perplexity(Probe):
         if ratio is None or cls.damage(record):
             return super().verdict(record)
         equal = 0.9995 <= ratio < 1.0005
-        words = "The perplexity equals the base's" if equal else f"The perplexity is {ratio:.3f} times the base's"
+        words = "The perplexity is within 0.05% of the base's" if equal else f"The perplexity is {ratio:.3f} times the base's"
         same = record.get("top1_agreement")
         return words + (
             f", and the best token is the same at {same:.1%} of the positions." if same is not None else "."
