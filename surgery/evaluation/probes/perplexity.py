@@ -337,8 +337,8 @@ class Perplexity(Probe):
         ratio = _ratio(record) if record.get("base") else None
         if ratio is None or cls.damage(record):
             return super().verdict(record)
-        equal = 0.9995 <= ratio < 1.0005
-        words = "The perplexity is within 0.05% of the base's" if equal else f"The perplexity is {ratio:.3f} times the base's"
+        near = "within 0.05% of" if 0.9995 <= ratio < 1.0005 else f"{ratio:.3f} times"
+        words = f"The perplexity is {near} the base's"
         same = record.get("top1_agreement")
         return words + (
             f", and the best token is the same at {same:.1%} of the positions." if same is not None else "."
