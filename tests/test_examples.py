@@ -437,7 +437,7 @@ def test_heal_routes_on_text_of_the_base(tiny_llama, tmp_path):
     lines = printed.splitlines()
     assert lines[-2].startswith("| parts | 512 |")
     assert lines[-1].startswith("| parts, seed 3 | 512 |")
-    record = json.loads((tmp_path / "routes-parts/surgery.json").read_text())["heal"]
+    record = json.loads((tmp_path / "routes-parts-3/surgery.json").read_text())["heal"]
     assert record["data"]["recall"]["rows"] > 0
     assert (record["settings"]["seed"], record["settings"]["sure"], record["settings"]["length"]) == (3, 0.5, 128)
     texts = [json.loads(line)["text"] for line in (tmp_path / "routes-text.jsonl").read_text().splitlines()]

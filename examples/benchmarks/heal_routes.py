@@ -7,8 +7,9 @@ START is a folder that `surgery apply` wrote from BASE. Each route trains START 
 the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
 is scored. With `--data self`, the base writes `--write` tokens of text once, for all routes.
 The columns "at N min" have this loss after so many minutes. The curves, nats against minutes and against tokens, are
-drawn next to `--out`. `--out` holds the finished routes, and the same command resumes; a route that was stopped begins
-again. In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
+drawn next to `--out`. `--out` holds the finished routes. The same command resumes, a route from its last checkpoint.
+
+In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
 full", `full` follows. The time of the fit is not part of the minutes; "in all" includes it.
 
@@ -104,16 +105,17 @@ def said(done: int, total: int, label: str) -> None:
 
 def run(route: str, seed: int, data: str, options) -> dict:
     """Train a route and return its scores and its curve."""
-    folder = options.out.with_name(f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}")
+    name = f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}{f'-{seed}' if seed else ''}"
+    folder = options.out.with_name(name)
+    begun = folder.is_dir() or folder.with_name(f"{name}.partial").is_dir()
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
     asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens, "seed": seed}
     asked |= {"recall": options.recall, "length": options.row}
     asked |= {"sure": options.sure} if ROUTES[route]["loss"] != "ce" else {}
-    asked |= {"learning_rate": options.rate, "eval_every": options.every, "checkpoint_every": 0}
+    asked |= {"learning_rate": options.rate, "eval_every": options.every}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
-    report = surgery.heal(
-        options.start, options.base, output=folder, settings=asked, check=False, evaluate=False, overwrite=True
-    )
+    where = {"output": folder, "resume": begun, "check": False, "evaluate": False}
+    report = surgery.heal(options.start, options.base, settings=asked, **where)
     lines = map(json.loads, (folder / "healing" / "metrics.jsonl").read_text().splitlines())
     curve = [[line["tokens"], line["seconds"], line["held_out_loss"]] for line in lines if "held_out_loss" in line]
     facts = report.data["heal"]
