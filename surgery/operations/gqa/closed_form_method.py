@@ -136,7 +136,7 @@ class ClosedForm(GQA):
         projections = [projection for projection in self.refit if not (norm and projection in "qk")]
         fitted = " and ".join(filter(None, [", ".join(projections[:-1]), *projections[-1:]])) or "nothing"
         if "mlp" in projections:
-            fitted += " (the MLP's output projection, which is left as it is beside experts or before a norm)"
+            fitted += " (the MLP's output projection; not refitted in layers with experts or a norm after the MLP)"
         calibration = self._calibration(anatomy)
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
