@@ -12,7 +12,7 @@ from surgery.data.haystack import FORMS, form_for, refuse_form
 from surgery.data.name_list import MOST, make_lookups
 from surgery.evaluation.probes.base import Effort, Limit
 from surgery.evaluation.probes.fields import check_setting
-from surgery.evaluation.probes.recall import RecallProbe, RecallResult
+from surgery.evaluation.probes.recall import RecallProbe, RecallResult, kept_limit
 from surgery.evaluation.recall import longest_sequence, reach_of
 
 NAME_TOKENS = 18  # of a line of the list, about
@@ -40,15 +40,7 @@ class Lookup(RecallProbe):
         "auto", description="chat, plain, or auto (by the tokenizer).", json_schema_extra={"enum": list(FORMS)}
     )
 
-    limits: ClassVar[dict[str, Limit]] = {
-        "min_lookup": Limit(
-            lambda record: record["kept"]["share"],
-            at_least=True,
-            description="Gate: share of the names found by the base that are found, at least.",
-            most=1,
-            words="names kept",
-        )
-    }
+    limits: ClassVar[dict[str, Limit]] = {"min_lookup": kept_limit("names", "found", "names kept")}
 
     @model_validator(mode="after")
     def _refuse_unfit_settings(self) -> Lookup:

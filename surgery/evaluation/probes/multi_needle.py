@@ -35,7 +35,7 @@ from surgery.errors import TextError
 from surgery.evaluation.probes.base import Effort, Limit
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
 from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt
-from surgery.evaluation.probes.recall import RecallProbe
+from surgery.evaluation.probes.recall import RecallProbe, kept_limit
 from surgery.evaluation.recall import longest_sequence, reach_of
 
 if TYPE_CHECKING:
@@ -75,15 +75,7 @@ class MultiNeedle(RecallProbe):
         "auto", description="chat, plain, or auto (by the tokenizer).", json_schema_extra={"enum": list(FORMS)}
     )
 
-    limits: ClassVar[dict[str, Limit]] = {
-        "min_multi_needle": Limit(
-            lambda record: record["kept"]["share"],
-            at_least=True,
-            description="Gate: share of the prompts answered by the base that are answered, at least.",
-            most=1,
-            words="keys kept",
-        )
-    }
+    limits: ClassVar[dict[str, Limit]] = {"min_multi_needle": kept_limit("prompts", "answered", "keys kept")}
 
     @model_validator(mode="after")
     def _refuse_unfit_settings(self) -> MultiNeedle:

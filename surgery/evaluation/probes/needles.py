@@ -37,7 +37,7 @@ from surgery.evaluation.ablation import ROWS, HeadAblation
 from surgery.evaluation.paired import NAMES, kept_words, percent, share_of
 from surgery.evaluation.probes.base import Aliases, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_sentence
+from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_limit, kept_sentence
 from surgery.evaluation.recall import longest_sequence, reach_of
 from surgery.io.printing import count
 
@@ -148,15 +148,7 @@ class Needles(RecallProbe):
         json_schema_extra={"enum": list(ROWS)},
     )
 
-    limits: ClassVar[dict[str, Limit]] = {
-        "min_needles": Limit(
-            lambda record: record["kept"]["share"],
-            at_least=True,
-            description="Gate: share of the needles found by the base that are found, at least.",
-            most=1,
-            words="needles kept",
-        )
-    }
+    limits: ClassVar[dict[str, Limit]] = {"min_needles": kept_limit("needles", "found", "needles kept")}
     aliases: ClassVar[Aliases] = Aliases(
         switch="Run a recall test: hide secrets in a text and ask for them.",
         flags={

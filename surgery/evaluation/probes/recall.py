@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from surgery.data.haystack import Needle
 from surgery.evaluation.paired import CaseResult, kept_of, kept_words, percent, share_of
-from surgery.evaluation.probes.base import CaseProbe, Row, Table
+from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Table
 from surgery.evaluation.recall import Outcome, longest_sequence, run_needles
 
 ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
@@ -65,6 +65,21 @@ class RecallResult(CaseResult):
         data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
         data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
         return data | super().case(index)
+
+
+def kept_limit(cases: str, done: str, words: str) -> Limit:
+    """The limit on the share that is kept.
+
+    Args:
+        cases: what the cases are ("needles"). done: what happens to them ("found"). words: the figure's name.
+    """
+    return Limit(
+        lambda record: record["kept"]["share"],
+        at_least=True,
+        description=f"Gate: share of the {cases} {done} by the base that are {done}, at least.",
+        most=1,
+        words=words,
+    )
 
 
 def kept_sentence(record: dict, does: str) -> str:

@@ -13,7 +13,7 @@ from surgery.data.text import BUILTIN, load_text
 from surgery.data.word_list import LEAD, make_repeats
 from surgery.evaluation.probes.base import Effort, Limit
 from surgery.evaluation.probes.fields import TextSource, TokenLengths
-from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult
+from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_limit
 from surgery.evaluation.recall import longest_sequence, reach_of
 
 if TYPE_CHECKING:
@@ -51,15 +51,7 @@ class Repeats(RecallProbe):
     words: int = Field(2, ge=1, le=64, description="Words of the answer.")
     seed: int = Field(0, description="Seed of what is drawn.")
 
-    limits: ClassVar[dict[str, Limit]] = {
-        "min_repeats": Limit(
-            lambda record: record["kept"]["share"],
-            at_least=True,
-            description="Gate: share of the repeats continued by the base that are continued, at least.",
-            most=1,
-            words="repeats kept",
-        )
-    }
+    limits: ClassVar[dict[str, Limit]] = {"min_repeats": kept_limit("repeats", "continued", "repeats kept")}
 
     @classmethod
     def what(cls, settings: dict) -> str:
