@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXT
 from families import GROUPED, build
+from readers import reading_model  # noqa: F401 (a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -442,6 +443,48 @@ def test_heal_routes_on_text_of_the_base(tiny_llama, tmp_path):
     assert (record["settings"]["seed"], record["settings"]["sure"], record["settings"]["length"]) == (3, 0.5, 128)
     texts = [json.loads(line)["text"] for line in (tmp_path / "routes-text.jsonl").read_text().splitlines()]
     assert sum(len(text.split()) for text in texts) >= 1000
+
+
+def test_judges_of_heal_routes_and_a_route_that_was_stopped(reading_model, tmp_path, monkeypatch, capsys):
+    """In this process, with few prompts: a stop behind the training does not train again."""
+    import surgery
+
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    import heal_routes
+
+    monkeypatch.chdir(tmp_path)
+    surgery.apply("mqa", reading_model, output=tmp_path / "mean", check=False, evaluate=False)
+    (tmp_path / "t.txt").write_text("the cat sat on a mat. " * 200)
+    few = {"repeats": {"distances": [200], "samples": 1, "cue": 2, "words": 1}, "lookup": {"names": 3, "cases": 2}}
+    monkeypatch.setattr(heal_routes, "JUDGES", few)
+    settings = ("--steps", "1", "--batch-tokens", "256", "--row", "128", "--windows", "1", "--data", "t.txt")
+    more = ("--texts", "t.txt", "--judges", "--routes", "parts", "--out", "r.json")
+    monkeypatch.setattr("sys.argv", ["heal_routes.py", "mean", str(reading_model), *settings, *more])
+    score = heal_routes.score
+
+    def stops(folder, options):
+        if "parts" in str(folder):
+            raise KeyboardInterrupt
+        return score(folder, options)
+
+    monkeypatch.setattr(heal_routes, "score", stops)
+    with pytest.raises(KeyboardInterrupt):
+        heal_routes.main()
+    weights = tmp_path / "r-parts" / "model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    monkeypatch.setattr(heal_routes, "score", score)
+    capsys.readouterr()
+    heal_routes.main()
+    assert weights.stat().st_mtime_ns == trained
+    lines = capsys.readouterr().out.splitlines()
+    assert "repeats (nats a token) | lookup (nats a token)" in lines[0]
+    assert re.search(r"\| 0 of 0 \(\d+\.\d\d\) \| 0 of 0 \(\d+\.\d\d\) \|", lines[-1]), "this base answers nothing"
+    monkeypatch.setattr("sys.argv", ["heal_routes.py", "mean", str(reading_model), *settings, *more, "--rate", "1e-3"])
+    with pytest.raises(SystemExit, match="of other settings"):
+        heal_routes.main()
+    (tmp_path / "r.json").unlink()
+    with pytest.raises(SystemExit, match="is of an earlier run: remove it"):
+        heal_routes.main()
 
 
 def test_columns_of_heal_routes(monkeypatch):

@@ -6,17 +6,18 @@
 START is a folder that `surgery apply` wrote from BASE. Each route trains START for the same minutes (or `--steps`) on
 the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
 is scored. With `--data self`, the base writes `--write` tokens of text once, for all routes.
-The columns "at N min" have this loss after so many minutes. The curves, nats against minutes and against tokens, are
-drawn next to `--out`. `--out` holds the finished routes. The same command resumes, a route from its last checkpoint.
+The columns "at N min" have the loss on that text after so many minutes. The curves, nats against minutes and against
+tokens, are drawn next to `--out`. `--out` holds the finished routes. The same command resumes, a route from its last
+checkpoint.
 
 In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
-full", `full` follows. The time of the fit is not part of the minutes; "in all" includes it.
+full", `full` follows. The time of the fit is not part of the minutes; "in all" includes it, and is empty for a route
+that was stopped. Saving a checkpoint counts.
 
-`--recall` and `--sure` are the settings `heal.recall` and `heal.sure` of every route that trains towards the base
-(`ce` takes `--recall` only). `--judges` adds three recall tests, none of which looks like a row that is trained on:
-needles (12 prompts of 512 and 1,024 tokens), repeats of random words, and a look-up of names. Their columns say how
-many prompts are answered, of those that the base answers.
+`--recall` and `--sure` are the settings `heal.recall` and `heal.sure`; `--sure` holds for all routes but `ce`.
+`--judges` adds three recall tests: needles (12 prompts of 512 and 1,024 tokens), repeats of random words, and a
+look-up of names. Their columns say how many prompts are answered, of those that the base answers.
 """
 
 import argparse
@@ -34,8 +35,9 @@ from surgery.config.heal import Heal
 from surgery.data.generated import sample
 from surgery.data.text import begin_of_text
 from surgery.evaluation.probes.settings import make
+from surgery.evaluation.recall import reach_of
 from surgery.io.hub import resolve
-from surgery.io.loading import load_model, read_tokenizer
+from surgery.io.loading import load_model, read_config, read_tokenizer
 from surgery.report.plots import Line, Panel, curves
 
 ROUTES = {
@@ -69,7 +71,7 @@ parser.add_argument("--first", type=int, default=16384, help="layers first: toke
 parser.add_argument("--every", type=int, default=8, help="steps between two points of a curve")
 parser.add_argument("--points", nargs="*", type=float, default=[5, 10, 20, 40], help="minutes of the columns of loss")
 parser.add_argument("--recall", type=float, default=0.0, help="share of the rows in which something comes back")
-parser.add_argument("--sure", type=float, default=0.0, help="how much more a token counts of which the base is sure")
+parser.add_argument("--sure", type=float, default=0.0, help="how much less a token counts of which the base is unsure")
 parser.add_argument("--row", type=int, default=512, help="tokens of a row")
 parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every route is trained with each")
 parser.add_argument("--judges", action="store_true", help="also ask needles, repeats and look-ups")
@@ -81,11 +83,16 @@ parser.add_argument("--out", type=Path, required=True)
 def score(folder, options) -> dict:
     """Nats a token on each text; of each judge which prompts are answered, and nats a token of the answers."""
     texts = (surgery.evaluate(folder, options.base, text=text, windows=options.windows) for text in options.texts)
-    found: dict = {"losses": [one.out.cross_entropy for one in texts], "judges": {}}
+    scores: dict = {"losses": [one.out.cross_entropy for one in texts], "judges": {}}
+    reach = reach_of(read_config(options.start))  # what START's streaming heads see proves nothing
     for name, settings in JUDGES.items() if options.judges else ():
-        outcomes = make(name, settings).measure(resolve(str(folder)).path).outcomes["out"]
-        found["judges"][name] = [[one.hit for one in outcomes], statistics.mean(one.nll for one in outcomes)]
-    return found
+        result = make(name, settings).measure(resolve(str(folder)).path)
+        if result.status != "done":
+            raise SystemExit(f"{name} was not run: {result.reason}")
+        rows = list(zip(result.cases, result.outcomes["out"], strict=True))
+        hits = [outcome.hit for needle, outcome in rows if reach is None or needle.outside(*reach)]
+        scores["judges"][name] = [hits, statistics.mean(outcome.nll for _, outcome in rows)]
+    return scores
 
 
 def written(options) -> Path:
@@ -115,11 +122,16 @@ def run(route: str, seed: int, data: str, options) -> dict:
     asked |= {"learning_rate": options.rate, "eval_every": options.every}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
     where = {"output": folder, "resume": begun, "check": False, "evaluate": False}
-    report = surgery.heal(options.start, options.base, settings=asked, **where)
+    try:
+        report = surgery.heal(options.start, options.base, settings=asked, **where)
+    except surgery.SurgeryError as error:
+        old = f"\n{folder}, or its .partial, is of an earlier run: remove it if its settings were others"
+        raise SystemExit(f"{error}{old * begun}") from None
     lines = map(json.loads, (folder / "healing" / "metrics.jsonl").read_text().splitlines())
     curve = [[line["tokens"], line["seconds"], line["held_out_loss"]] for line in lines if "held_out_loss" in line]
     facts = report.data["heal"]
-    times = {"minutes": facts["minutes"], "in_all": facts["wall_seconds"] / 60}  # with the layer-wise start
+    whole = None if facts["resumed"] else facts["wall_seconds"] / 60  # with the layer-wise start
+    times = {"minutes": facts["minutes"], "in_all": whole}
     return {"scores": score(folder, options), "tokens": facts["tokens"], "curve": curve} | times
 
 
@@ -160,7 +172,7 @@ def main() -> None:
         found = measured.once(name, partial(run, route, seed, data, options))
         sides = zip(base["losses"], start["losses"], found["scores"]["losses"], strict=True)
         won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
-        took = f"{found['minutes']:.1f} | {found['in_all']:.1f}"
+        took = f"{found['minutes']:.1f} | {'' if found['in_all'] is None else format(found['in_all'], '.1f')}"
         row = [*cells(found["scores"], base), won, *(at(found["curve"], minutes) for minutes in points)]
         print(f"| {name} | {found['tokens']:,} | {took} | {' | '.join(row)} |", flush=True)
     for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):

@@ -236,10 +236,12 @@ class _NeedleMaker:
 
 
 def asked(tokenizer, form: str, content: str, statement: str) -> tuple[str, int]:
-    """A prompt of what is read and asked, with the answer's first words behind it, and where the content begins in it.
+    """The prompt: text and question, then the answer's first words. And the letter at which the content begins in it.
 
     Args:
         form: "chat": the content is a user's message in the chat template; or "plain".
+        content: text and question.
+        statement: the answer's first words.
 
     Raises:
         SurgeryError: the template raises, or changes the content.
@@ -259,7 +261,7 @@ def in_tokens(
     """Prompt, answer, span and question of a `Needle`.
 
     Args:
-        encode: gives the tokens of a text, those with which every text begins among them.
+        encode: gives the tokens of a text, with BOS if the tokenizer has one.
         secret: follows the prompt after a space.
         fix: the remedy in the error.
 

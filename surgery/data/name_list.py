@@ -1,4 +1,4 @@
-"""Prompts with a list of names that ask for one of them: "The guest Alice sits at table number 48213." and 11
+"""Prompts with a list of names, and a question about one of them: "The guest Alice sits at table number 48213." and 11
 more such lines, then "The guest Alice sits at table number".
 
 Each line of the list is as good a match as the one that is asked for, so a model must read the name to be right. No
@@ -28,7 +28,7 @@ NUMBERS = range(10_000, 100_000)
 
 
 def make_lookups(tokenizer, *, names: int = 12, cases: int = 24, seed: int = 0, form: str = "auto") -> list[Needle]:
-    """Prompts with a list of names. The name that is asked for goes through the list from its beginning to its end.
+    """Prompts with a list of names. The places that are asked for go from the list's first line to its last.
 
     Args:
         names: how many are in a list, 2 to `MOST`.
@@ -53,11 +53,11 @@ def make_lookups(tokenizer, *, names: int = 12, cases: int = 24, seed: int = 0, 
 
 def _make(tokenizer, names: int, index: int, cases: int, seed: int, form: str) -> Needle:
     draw = random.Random(f"{seed} names {names} {index}")
-    statement, question = FACTS[index % len(FACTS)]
+    statement, question = draw.choice(FACTS)
     drawn = draw.sample(NAMES.split(), names)
     numbers = list(map(str, draw.sample(NUMBERS, names)))
     lines = [f"{statement.format(name=name)} {number}." for name, number in zip(drawn, numbers, strict=True)]
-    place = index * names // cases
+    place = round(index * (names - 1) / max(1, cases - 1))
     before = "".join(f"{line}\n" for line in lines[:place])
     question = question.format(name=drawn[place])
     content = "\n".join(lines) + f"\n\n{question}"

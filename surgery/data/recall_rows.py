@@ -5,7 +5,7 @@ the documents as labels, random codes, and punctuation. Nothing is in a language
 
 Documents are cut into stretches of a row at most. Stretches are used for these rows in a random order, until the rows
 have their share (`heal.recall`). All other stretches are packed into plain rows, so no text is in both. Within the
-rows with repeats a sentence is left out if it has a word that the recall tests use (`haystack.KEYS`, `WORDS`,
+rows with repeats a sentence is left out if it has a key or a secret word of a recall test (`haystack.KEYS`, `WORDS`,
 `name_list.NAMES`).
 """
 
@@ -43,7 +43,8 @@ ROWS_NEEDED = 3  # text of so many rows is enough for a plain row and a row with
 ValueForm = Callable[[random.Random], str]  # draws a value
 BEFORE = "a"  # a text before parts that are written inside a text
 
-# No row with repeats has a word that the recall tests hide or ask for, and no label is a word of their sentences.
+# No row with repeats has a word that needles, multi_needle and lookup hide or ask for, and no label is a word of their
+# sentences. The words of the probe `repeats` are those of the held-out text, which are everybody's words.
 JUDGING_WORDS = frozenset(f"{haystack.KEYS} {haystack.WORDS} {name_list.NAMES}".lower().split())
 _SENTENCES = " ".join(part for pair in (*haystack.TEMPLATES, *name_list.FACTS) for part in pair)
 JUDGING_LABELS = JUDGING_WORDS | frozenset(re.findall("[a-z]+", re.sub(r"\{\w+\}", "", _SENTENCES).lower()))

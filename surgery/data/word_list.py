@@ -1,4 +1,4 @@
-"""Prompts of random words, a few of which come again: the model is asked to go on as the words went before.
+"""Prompts of random words, a few of which come again: does the model write the words that followed them before?
 
     lead . passage (cue, answer) . other words . cue  ->  answer
 
@@ -19,7 +19,8 @@ from surgery.data.haystack import Composed, Needle, in_tokens
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import SettingError, TextError
 
-WORD = re.compile(r"(?<!\w)\w{2,14}(?!\w)")  # in any script; names and numbers of code among them
+WORD = re.compile(r"(?<!\w)\w{2,14}(?!\w)")  # names and numbers of code among them
+LONG_WORD = 16  # tokens of a long word; a prompt may be shorter by one
 LEAD = 24  # words before the passage, so that it is not among the first tokens, which streaming heads keep
 
 
@@ -47,12 +48,25 @@ def make_repeats(
         SurgeryError: an argument makes no sense, the text has too few different words, or the tokenizer cannot write
             them.
     """
-    if not distances or min(distances) < 1 or min(samples, cue, words) < 1:
-        raise SettingError("repeats need a distance, a sample, a cue and a word", fix="distances=200,400 samples=6")
+    refuse_distances(distances)
+    if min(samples, cue, words) < 1:
+        raise SettingError("repeats need a sample, a cue and a word", fix="samples=6 cue=16 words=2")
     loaded = load_text(text, part="held-out")
-    known = sorted(set(WORD.findall(loaded.text)))
+    known, needed = sorted(set(WORD.findall(loaded.text))), LEAD + cue + words
+    if len(known) < needed:
+        raise TextError(
+            f"this text has {len(known):,} different words, and a prompt needs {needed} at least",
+            where=loaded.title,
+            fix="a longer text, or fewer words in cue and answer",
+        )
     maker = _RepeatMaker(tokenizer, loaded.title, known, cue, words)
     return [maker.make(distance, sample, seed) for distance in distances for sample in range(samples)]
+
+
+def refuse_distances(distances: Sequence[int]) -> None:
+    """Raise where there is no distance, or one that is no number of tokens."""
+    if not distances or min(distances) < 1:
+        raise SettingError("repeats need at least one distance of 1 token or more", fix="distances=200,400")
 
 
 class _RepeatMaker:
@@ -80,12 +94,12 @@ class _RepeatMaker:
                 f"a distance of {distance} tokens is too short for {self.cue + self.words} words",
                 fix=f"at least {tokens(0)} tokens, or fewer words",
             )
-        if count == len(rest):
+        if count == len(rest) and distance - tokens(count) > LONG_WORD:
             raise TextError(
                 f"this text has {len(self.known):,} different words, which are too few for a distance of "
                 f"{distance:,} tokens",
                 where=self.title,
-                fix=f"distances up to {tokens(count):,}, or a longer text",
+                fix=f"distances of about {tokens(count):,} at most, or a longer text",
             )
         text = " ".join([own, *rest[:count], cue])
         composed = Composed(text, (len(lead) + 1, len(own)), len(text) - len(cue))

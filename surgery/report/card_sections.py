@@ -150,8 +150,10 @@ def _kept_layers(op: str, record: dict) -> list[str]:
 
 def limits(report: dict) -> str:
     """The list of limitations from the operations, the surgical tier and the measurement."""
-    operations = get(report, "recipe").get("operations") or []
-    lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
+    operations, records = get(report, "recipe").get("operations") or [], report.get("operations") or []
+    unchanged = [index for index, each in enumerate(records) if get(each, "record").get("kept") is False]
+    acting = [fields for index, fields in enumerate(operations) if fields.get("op") and index not in unchanged]
+    lines = list(dict.fromkeys(line for fields in acting for line in _limits_of(fields)))
     if report.get("tier") == "surgical":
         lines.append(
             "A stock class by its name (`LlamaForCausalLM.from_pretrained`) loads this folder without an error and "

@@ -90,25 +90,37 @@ def test_the_command(surgery, reading_model):
     assert "The text is Python" in done.out
 
 
-def test_distances_are_cut_to_what_a_model_takes():
+def test_distances_are_cut_and_prompts_left_out_that_a_model_does_not_take(tokenizer):
     config = TINY["llama"](vocab_size=258, max_position_embeddings=1024).config
     cut = Repeats().cuts(config)["distances"]
     assert cut[:3] == [200, 400, 800]
-    assert 0 < cut[3] < 1024 - 8
+    result = Repeats(distances=cut, samples=2).make_cases(tokenizer, {"out": config})
+    assert result.notes == ["4 of 8 prompts are longer than the 1,024 tokens that the model takes, and were left out"]
+    assert result.settings["distances"] == [200, 400]
+    assert max(len(case.prompt) + len(case.answer) for case in result.cases) <= 1024
     assert Repeats(distances=(200,)).cuts(config) == {}
+
+
+def test_the_same_distance_twice_is_one(tokenizer):
+    assert len(cases_of(tokenizer, distances=[300, 300], samples=2).cases) == 2
 
 
 def test_refused(refused, reading_model, tokenizer):
     for setting, says in (
-        ("distances=0", ["need a distance"]),
+        ("distances=0", ["need at least one distance"]),
+        ("distances=[]", ["need at least one distance"]),
         ("distances=20", ["a distance of 20 tokens is too short for 18 words", "at least"]),
         ("words=0", ["words should be at least 1; it is 0"]),
         ("distances=2000", ["1024 positions, prompt and answer have 2000 tokens", "shorter distances"]),
     ):
         refused("eval", reading_model, "--probe", "repeats", setting, says=says)
     few = Text("few", "0" * 64, " ".join(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60)))
-    with pytest.raises(SurgeryError, match="60 different words, which are too few for a distance of 1,500"):
+    with pytest.raises(SurgeryError, match="60 different words, which are too few for a distance of 1,500") as raised:
         cases_of(tokenizer, text=few, distances=[1500])
+    most = int(re.search(r"of about (\d+) at most", str(raised.value))[1])
+    assert cases_of(tokenizer, text=few, distances=[most]).cases, "the remedy works"
+    with pytest.raises(SurgeryError, match="12 different words, and a prompt needs 42 at least"):
+        cases_of(tokenizer, text=Text("short", "0" * 64, few.text[:47]), distances=[200])
     other = Text("other", "0" * 64, " ".join(chr(0x430 + i % 32) * 2 + chr(0x430 + i // 32) for i in range(900)))
     for needle in cases_of(tokenizer, text=other, distances=[900]).cases:
         assert re.fullmatch(r"[\u0430-\u044f ]+", needle.secret), "a text of another script has words too"

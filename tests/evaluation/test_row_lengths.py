@@ -66,7 +66,7 @@ def test_a_row_of_so_many_tokens_gives_the_base_s_logits_and_a_longer_one_others
         before = model(ids).logits
         surgery.apply(recipe(operation), model, tokenizer=byte_tokenizer())
         after = model(ids).logits
-    assert torch.allclose(before, after, atol=1e-5) is (extra == 0)
+    assert torch.allclose(before, after, atol=1e-5) is (extra == 0)  # the last bit of logits of 10, which is 1e-6
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_plan_evaluation_and_healing_say_so(base, tmp_path):
         result = surgery.evaluate(tmp_path / "out", base, windows=1, length=length)
         shown[length] = [note for note in result.notes if "windows of" in note]
     assert "lie within" in shown[8][0]
-    assert "show little" in shown[16][0]
+    assert shown[16][0].endswith("which leaves the first 8 of them unchanged; 32 tokens show it")
     assert not shown[32]
 
 

@@ -23,7 +23,7 @@ STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
-    "no: none, unless the gate fails. included: in the recipe. needed: run heal.",
+    "training, no: only if the gate fails; included: in the recipe; needed: by heal.",
 )
 
 

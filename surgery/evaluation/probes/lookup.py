@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import FORMS, form_for, refuse_form
 from surgery.data.name_list import MOST, make_lookups
 from surgery.evaluation.probes.base import Effort, Limit
 from surgery.evaluation.probes.fields import check_setting
-from surgery.evaluation.probes.recall import RecallProbe, RecallResult, kept_limit
+from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_limit
 from surgery.evaluation.recall import longest_sequence, reach_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NAME_TOKENS = 18  # of a line of the list, about
 
@@ -29,9 +33,10 @@ class Lookup(RecallProbe):
     """A list of names, something said of each, and a question about one of them."""
 
     name: ClassVar[str] = "lookup"
-    summary: ClassVar[str] = "a list of names: is what the list says of one of them found"
+    summary: ClassVar[str] = "a list of names with a number each: is the right number found"
     stage: ClassVar[str] = "names in a list"
     title: ClassVar[str] = "Names in a list"
+    guess: ClassVar[str] = "a guess among the numbers of the list"
 
     names: int = Field(12, ge=2, le=MOST, description="Names in a list.")
     cases: int = Field(24, ge=1, description="Lists, each with one question.")
@@ -49,16 +54,21 @@ class Lookup(RecallProbe):
 
     @classmethod
     def what(cls, settings: dict) -> str:
-        return f"right one of {settings['names']} names"
+        return f"names found in a list of {settings['names']}"
 
     @classmethod
     def detail(cls, settings: dict) -> str:
-        return f"{settings['names']} names in a list, one asked for"
+        return f"{settings['names']} with a number each, one asked for"
 
     @property
     def effort(self) -> Effort:
         length = NAME_TOKENS * self.names
         return Effort(self.cases * length, length)
+
+    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
+        positions = positions_of(config)
+        most = ((positions or 0) - ANSWER) // NAME_TOKENS
+        return {"names": most} if positions is not None and 2 <= most < self.names else {}
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> LookupResult:
         """The prompts, from `make_lookups`.

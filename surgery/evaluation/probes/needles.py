@@ -255,10 +255,6 @@ class Needles(RecallProbe):
         return "hidden passkeys found"
 
     @classmethod
-    def detail(cls, settings: dict) -> str:
-        return f"prompts of {', '.join(f'{length:,}' for length in settings['lengths'])} tokens"
-
-    @classmethod
     def worst(cls, record: dict) -> tuple[float, str]:
         """See `Probe.worst`; it is reported if half of the needles that the base finds are lost, or more."""
         kept, base, out = (record.get(key) or {} for key in ("kept", "base", "out"))
@@ -273,7 +269,11 @@ class Needles(RecallProbe):
     @classmethod
     def rows(cls, record: dict) -> list[Row]:
         base, out = (record.get(label) or {} for label in ("base", "out"))
-        return [Row("hidden passkeys found, share", base.get("accuracy"), out.get("accuracy"), "{:.0%}")]
+        return [
+            Row(
+                f"{cls.what(record.get('settings') or {})}, share", base.get("accuracy"), out.get("accuracy"), "{:.0%}"
+            )
+        ]
 
     @classmethod
     def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:

@@ -1,4 +1,4 @@
-"""What the recall tests share: prompts with one right answer, which base and converted model are asked for in turn.
+"""What the recall tests share: the base, then the converted model, answer prompts that have one right answer.
 
 A prompt is a `Needle`: what is asked for stands in it once, before the question. An answer is right if decoding with
 the model's own cache gives exactly its tokens. A surgery is judged by the share "kept": the prompts that the converted
@@ -101,10 +101,12 @@ class RecallProbe(CaseProbe):
 
     Attributes:
         title: what is asked, as the subject of a card's sentence ("Names in a list").
+        guess: what is right with the probability `chance` of the settings.
     """
 
     cases_are: ClassVar[str] = "prompts"
-    title: ClassVar[str]
+    title: ClassVar[str] = ""
+    guess: ClassVar[str] = "a random guess"
 
     @classmethod
     @abstractmethod
@@ -112,9 +114,9 @@ class RecallProbe(CaseProbe):
         """What a right answer finds, for tables and closing lines ("right one of 4 hidden secrets")."""
 
     @classmethod
-    @abstractmethod
     def detail(cls, settings: dict) -> str:
         """How the prompts are made, in a few words, for the card's sentence."""
+        return ""
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
         return run_needles(model, result.cases, progress)
@@ -129,6 +131,8 @@ class RecallProbe(CaseProbe):
     def missing(cls, record: dict) -> str:
         answered = (record.get("kept") or {}).get("of")
         reason = record.get("reason") or f"the base answers none of the {cls.cases_are} that count"
+        if (within := record.get("streaming")) and within["needles_inside"] == record.get("out", {}).get("of"):
+            reason = f"all {cls.cases_are} lie within sinks and window, which streaming heads see: ask longer ones"
         return "" if answered else reason if record else super().missing(record)
 
     @classmethod
@@ -148,15 +152,23 @@ class RecallProbe(CaseProbe):
         settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         line = f"{cls.title} ({cls.detail(settings)}): the base answers {base}, the converted model {out}."
+        if inside := (record.get("streaming") or {}).get("needles_inside"):
+            line += f" {inside} of them lie within sinks and window and prove nothing."
         return line + kept_sentence(record, "answers")
 
     @classmethod
     def lines(cls, result: RecallResult) -> list[Table | str]:
         settings, kept = result.settings, result.compare()
         lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
+        if inside := sum(not result.counts(case) for case in result.cases):
+            sinks, window = result.reach or (0, 0)
+            seen = f"they lie within the {sinks} sinks and {window} tokens that streaming heads see"
+            lines.append(f"{inside} of {len(result.cases)} prompts prove nothing and do not count: {seen}.")
+        chance = settings["chance"]
+        share = f"{chance:.0%}" if chance >= 0.01 else f"{chance:.0e}"
+        guess = f"; {cls.guess} is right with probability {share}" if chance else ""
         lines.append(
-            f"{len(result.cases)} {settings['form']} prompts ({cls.detail(settings)}), seed {settings['seed']}; a "
-            f"random guess is right with probability {settings['chance']:.0e}."
+            f"{len(result.cases)} {settings['form']} prompts ({cls.detail(settings)}), seed {settings['seed']}{guess}."
         )
         text = settings.get("text")
         source = f"The text is {text['title']} (sha256 {text['sha256']})." if text else ""

@@ -1,18 +1,18 @@
-"""Repeats of random words at a distance: does the model go on as the words went before (`surgery.data.word_list`)."""
+"""Repeats of random words at a distance: does the model continue them (`surgery.data.word_list`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.text import BUILTIN, load_text
-from surgery.data.word_list import LEAD, make_repeats
+from surgery.data.word_list import LEAD, make_repeats, refuse_distances
 from surgery.evaluation.probes.base import Effort, Limit
-from surgery.evaluation.probes.fields import TextSource, TokenLengths
+from surgery.evaluation.probes.fields import TextSource, TokenLengths, check_setting
 from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_limit
 from surgery.evaluation.recall import longest_sequence, reach_of
 
@@ -38,7 +38,7 @@ class Repeats(RecallProbe):
     """Random words, some of which come again at a distance, and the words that should follow."""
 
     name: ClassVar[str] = "repeats"
-    summary: ClassVar[str] = "random words that come again at a distance: does the model go on with them"
+    summary: ClassVar[str] = "random words that come again at a distance: does the model continue them"
     stage: ClassVar[str] = "repeated words"
     title: ClassVar[str] = "Repeated random words"
 
@@ -52,6 +52,12 @@ class Repeats(RecallProbe):
     seed: int = Field(0, description="Seed of what is drawn.")
 
     limits: ClassVar[dict[str, Limit]] = {"min_repeats": kept_limit("repeats", "continued", "repeats kept")}
+
+    @field_validator("distances")
+    @classmethod
+    def _refuse_no_distance(cls, distances: tuple[int, ...]) -> tuple[int, ...]:
+        check_setting(refuse_distances, distances)
+        return tuple(dict.fromkeys(distances))  # the same distance twice would ask the same prompts twice
 
     @classmethod
     def what(cls, settings: dict) -> str:
@@ -83,9 +89,17 @@ class Repeats(RecallProbe):
         text = load_text(self.text, part="held-out")
         settings = {name: getattr(self, name) for name in ("samples", "cue", "words", "seed")}
         refuse_too_long(configs, max(self.distances), "prompt and answer", "shorter distances")
-        cases = make_repeats(tokenizer, distances=self.distances, text=text, **settings)
-        refuse_too_long(configs, longest_sequence(cases), "prompt and answer", "shorter distances")
+        drawn = make_repeats(tokenizer, distances=self.distances, text=text, **settings)
+        longest = min((p for p in map(positions_of, configs.values()) if p), default=longest_sequence(drawn))
+        cases = [case for case in drawn if longest_sequence([case]) <= longest]
+        if not cases:
+            refuse_too_long(configs, longest_sequence(drawn), "prompt and answer", "shorter distances")
         refuse_other_tokenizer(configs, max(token for case in cases for token in (*case.prompt, *case.answer)))
-        settings |= {"distances": list(self.distances), "form": "plain"}
+        left_out = len(drawn) - len(cases)
+        words = f"prompts are longer than the {longest:,} tokens that the model takes, and were left out"
+        notes = [f"{left_out} of {len(drawn)} {words}"] if left_out else []
+        settings |= {"distances": list(dict.fromkeys(case.length for case in cases)), "form": "plain"}
         settings |= {"text": {"title": text.title, "sha256": text.sha256[:12]}}
-        return RepeatsResult("done", settings | {"chance": 0.0}, cases, reach=reach_of(configs["out"]))
+        result = RepeatsResult("done", settings | {"chance": 0.0}, cases, notes=notes)
+        result.reach = reach_of(configs["out"])
+        return result

@@ -73,14 +73,14 @@ def calibrate_sinks(model, settings, targets: dict[int, list[int]], data, contex
 
 
 def leave_unchanged(model, layers: list[int]) -> None:
-    """Take ACT out of layers in which no head has beta. A model without such heads does not depend on the prompt."""
+    """Take ACT out of layers in which no head has beta. A model in which no head has one depends on no prompt."""
     entries, modules = model.config.surgery["layers"], attention_modules(model)
     for layer in layers:
-        parameters = entries[layer].pop("parameters")
+        parameters = entries[layer]["parameters"]
         for name in PART.parameters.keys() & parameters:
             delattr(modules[layer], name)
         left = {name: shape for name, shape in parameters.items() if name not in PART.parameters}
-        kept = {key: value for key, value in entries[layer].items() if key not in PART.keys}
+        kept = {key: value for key, value in entries[layer].items() if key not in ("parameters", *PART.keys)}
         entries[layer] = kept | ({"parameters": left} if left else {})
     attach(model)
 

@@ -81,6 +81,8 @@ class SinkCalibration(Variants, Operation):
         raise TypeError(f"method {self.method} describes no plan")
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        if record.get("kept") is False:
+            return None
         names = {
             "zero_tuning": ("other weights on the first token (ZeroTuning)", "the first token has another weight"),
             "act": (

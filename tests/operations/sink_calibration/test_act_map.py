@@ -21,7 +21,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
 from surgery.io.loading import load_model, read_tokenizer
 from surgery.operations.sink_calibration import zero_tuning
-from surgery.operations.sink_calibration.act import choose_each
+from surgery.operations.sink_calibration.act import choose_each, leave_unchanged
 from surgery.operations.sink_calibration.operation import SinkCalibration
 from surgery.operations.sink_calibration.zero_tuning import Trial, gradients, objective
 from surgery.runtime import modeling_surgery as runtime
@@ -447,9 +447,33 @@ def test_the_operation_on_questions_and_its_record(model, asked, find, trials):
     assert bool(record["heads"]) == record["kept"]
 
 
+@torch.no_grad()
+def test_layers_without_a_chosen_head_are_left_as_they_were(tmp_path):
+    model, whole = mapped("llama"), mapped("llama")
+    for each in (model, whole):
+        runtime.attention_modules(each)[1].surgery_log_beta.zero_()
+    ids = batch(base("llama"), (0,))[0]
+    leave_unchanged(model, [1])
+    first, second = model.config.surgery["layers"]
+    assert first["act"] == {"alpha": ALPHA}
+    assert list(first["parameters"]) == ["surgery_log_beta"]
+    assert "act" not in second
+    assert "parameters" not in second
+    assert not hasattr(runtime.attention_modules(model)[1], "surgery_log_beta")
+    logits = model(ids, use_cache=False).logits
+    assert torch.equal(logits, whole(ids, use_cache=False).logits)
+    assert not torch.equal(logits, base("llama")(ids, use_cache=False).logits)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits, load_model(tmp_path / "out")(ids, use_cache=False).logits)
+
+
 def test_a_search_that_keeps_nothing_leaves_no_dependence_on_the_prompt(model, tmp_path):
     fields = {"find": "map", "threshold": 100.0, **QUICK}  # no token is a sink
     package.apply(recipe(sink("act", **fields)), str(model), output=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "no setting was kept" in card
+    for untrue in ("judge this model by its answers", "It lowers perplexity"):
+        assert untrue not in card
     plain, loaded = load_model(model), package.load(tmp_path / "out")
     assert not any("act" in layer or "parameters" in layer for layer in loaded.config.surgery["layers"])
     ids = batch(plain, (0,))[0]
