@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from surgery.cli.render.console import console, size
 from surgery.cli.render.durations import about
+from surgery.cli.render.layout import hanging
 from surgery.conversion.estimate import Estimate
 from surgery.io.printing import count
 
@@ -14,6 +15,7 @@ WHILE = {
     "check": "while checking",
     "score": "while scoring",
 }
+INDENT = 9  # columns before what is estimated
 LEAST = 1.0  # seconds from which a part of the run is named
 
 
@@ -24,7 +26,7 @@ def cost(estimate: Estimate) -> None:
     peak = max(groups, key=lambda group: groups[group][1])
     threads = f" on {count(estimate.threads, 'thread')}" if estimate.threads else ""
     out = console()
-    out.print(f"time:    about {about(estimate.seconds)}{threads}" + (f" ({parts})" if parts else ""))
-    out.print(f"memory:  about {size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})")
+    hanging(out, "time:", f"about {about(estimate.seconds)}{threads}" + (f" ({parts})" if parts else ""), INDENT)
+    hanging(out, "memory:", f"about {size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})", INDENT)
     kept = f"; {size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
-    out.print(f"disk:    {size(estimate.output_bytes)}{kept}")
+    hanging(out, "disk:", f"{size(estimate.output_bytes)}{kept}", INDENT)
