@@ -61,6 +61,11 @@ def measure(fields: dict[str, Any] | None, base: Path, tokenizer, args) -> dict[
     row = {key: record[key] for key in kept if key in record}
     row["heads"] = sum(map(len, record["heads"].values()))
     row |= judged(model, base, tokenizer, args)
+    if fields.get("find") == "map":  # layers without a chosen head are as they were: begin again, without a search
+        model = surgery.load(base, dtype=torch.float32).eval()
+        step = {"op": "sink_calibration", "method": "act", "beta": 1.0, "find": "map"}
+        step |= {"layers": fields["layers"]} if "layers" in fields else {}
+        surgery.apply(recipe | {"operations": [step]}, model, tokenizer=tokenizer)
     every = {"heads": set_all(model, record["beta"])}
     return row | {ALL: every | judged(model, base, tokenizer, args)}
 
