@@ -2,12 +2,12 @@
 
     python examples/benchmarks/moh_healing.py [MODEL] --texts builtin NOVEL --out FILE
 
-The model is converted by `moh` once. Each healing trains low-rank updates and gates on `--tokens` tokens of `--data`
-towards the base's probabilities; in the control `heal.freeze` holds the routers. The table gives the loss above the
-base on held-out windows of each text. "old routers" is the model with trained routers, whose routers are then set back
-to those of the start. "other heads" is the share of tokens for which a layer of that model chooses other heads than
-the old routers would; it is the mean over layers, on the first text. `--out` holds what was measured so far, and the
-same command resumes.
+The model is converted by `moh` once, with the router of `--router`. Each healing trains low-rank updates and gates on
+`--tokens` tokens of `--data` towards the base's probabilities; in the control `heal.freeze` holds the routers. The
+table gives the loss above the base on held-out windows of each text. "old routers" is the model with trained routers,
+whose routers are then set back to those of the start. "other heads" is the share of tokens for which a layer of that
+model chooses other heads than the old routers would; it is the mean over layers, on the first text. `--out` holds
+what was measured so far, and the same command resumes.
 """
 
 import argparse
@@ -33,6 +33,7 @@ parser.add_argument("--tokens", type=int, default=32768)
 parser.add_argument("--batch-tokens", type=int, default=512)
 parser.add_argument("--data", default="builtin", help="text to train on: builtin (its calibration part), self, a file")
 parser.add_argument("--balance", type=float, default=0.01)
+parser.add_argument("--router", default="fit", help="the router of the start: fit, random, zero")
 parser.add_argument("--windows", type=int, default=4)
 parser.add_argument("--length", type=int, default=512)
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
@@ -86,7 +87,8 @@ def main() -> None:
     measured = Measured(options.out, {k: v for k, v in vars(options).items() if k not in ("out", "seeds")})
     tokenizer, start = surgery.load_tokenizer(path), options.out.with_name(f"{options.out.stem}-start")
     if not start.is_dir():
-        surgery.apply("moh", path, output=start, gate=False, check=False, evaluate=False)
+        chosen = [f"router={options.router}"]
+        surgery.apply("moh", path, overrides=chosen, output=start, gate=False, check=False, evaluate=False)
 
     def losses(model) -> list[float]:
         found = (surgery.evaluate(model, None, text=text, tokenizer=tokenizer, **counts) for text in options.texts)
