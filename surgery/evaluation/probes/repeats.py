@@ -100,6 +100,5 @@ class Repeats(RecallProbe):
         notes = [f"{left_out} of {len(drawn)} {words}"] if left_out else []
         settings |= {"distances": list(dict.fromkeys(case.length for case in cases)), "form": "plain"}
         settings |= {"text": {"title": text.title, "sha256": text.sha256[:12]}}
-        result = RepeatsResult("done", settings | {"chance": 0.0}, cases, notes=notes)
-        result.reach = reach_of(configs["out"])
-        return result
+        settings |= {"chance": 0.0}
+        return RepeatsResult("done", settings, cases, notes=notes, reach=reach_of(configs["out"]))
