@@ -38,6 +38,7 @@ DECIDED = {
     "evaluation": "ablation check check_code check_layers evaluate figures footprint fresh_process lengths paired "
     "recall result run",
     "evaluation/benchmark": "dense_below models result run",
+    "evaluation/harness": "answers command task_files task_set",
     "evaluation/probes": "base fields recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trainer validate weighted_gqa",

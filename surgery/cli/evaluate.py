@@ -27,6 +27,10 @@ Settings = Annotated[
         autocompletion=completion.probe_settings,
     ),
 ]
+WriteTask = Annotated[
+    Path | None,
+    typer.Option("--write-task", metavar="FOLDER", help="Write the questions as a task of lm-eval; run nothing."),
+]
 ProbeName = Annotated[
     str | None,
     typer.Option(
@@ -52,14 +56,18 @@ def evaluate(
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
 
+    write_task = options.pop("write_task")
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
     chosen = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
+    if write_task is not None:
+        return _write_task(chosen, out, write_task)
     plot = options[PLOT]
     if plot:
         from surgery.report import plots
 
         plots.ready(plot)
-    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
+    advice = interrupt.answers_kept if chosen.resumes else interrupt.nothing_kept
+    with interrupt.advised(advice), progress_bar(quiet or as_json) as progress:
         progress.expect(chosen.stages(base is not None))
         result = run(out, base, probe=chosen, progress=progress)
     if plot and result.status == "done":
@@ -69,6 +77,19 @@ def evaluate(
     if as_json:
         return emit(result.to_dict())
     tables.measured(type(chosen), result, _following(type(chosen), result.to_dict(), out, base))
+
+
+def _write_task(probe: Probe, model: str, folder: Path) -> None:
+    from surgery.evaluation.harness.task_files import write_task
+    from surgery.io.hub import resolve
+
+    written = write_task(probe, resolve(model).path, folder)
+    left_out = (
+        f"; {written.left_out} left out, which lm-eval would read or score otherwise" if written.left_out else ""
+    )
+    typer.echo(f"{written.file}: {written.items} items{left_out}")
+    typer.echo(f"next: surgery eval {shlex.quote(model)} --tasks {shlex.quote(str(written.file))}")
+    typer.echo(f"or:   lm_eval run --model hf --model_args pretrained=MODEL --tasks {shlex.quote(str(written.file))}")
 
 
 def _following(probe: type[Probe], record: dict, out: str, base: str | None) -> str:
@@ -99,12 +120,12 @@ def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
 
 def _by_flags(options: dict[str, Any], texts: list[str], typed: set[str]) -> Probe:
     """The probe whose flag was given, or the main probe, with settings from options."""
-    chosen = [cls for cls in probes.every() if cls.aliases.switch and options[cls.name]]
+    chosen = [cls for cls in probes.every() if _is_asked(cls, options, typed)]
     if texts:
         fix = f"--probe {' or --probe '.join(cls.name for cls in chosen or probes.every())}"
         raise SurgeryError(f"{texts[0]!r} is a setting of a probe", fix=f"name the probe: {fix}")
     if len(chosen) > 1:
-        names = [_option(cls.name) for cls in chosen[:2]]
+        names = [_option(_asking(cls)[0]) for cls in chosen[:2]]
         raise SurgeryError(f"use either {' or '.join(names)}, not both", fix="run the command once for each")
     probe = chosen[0] if chosen else probes.main()
     flags = probe.aliases.flags
@@ -117,6 +138,15 @@ def _by_flags(options: dict[str, Any], texts: list[str], typed: set[str]) -> Pro
     return make(probe.name, settings_by_key, lambda key: spellings.get(key, key))
 
 
+def _asking(cls: type[Probe]) -> list[str]:
+    """The options that ask for a probe: its switch, or those of its settings that do."""
+    return [cls.name] * bool(cls.aliases.switch) + [name for name, flag in cls.aliases.flags.items() if flag.asks]
+
+
+def _is_asked(cls: type[Probe], options: dict[str, Any], typed: set[str]) -> bool:
+    return any(options[name] if name == cls.name and cls.aliases.switch else name in typed for name in _asking(cls))
+
+
 def _refuse_option(name: str, probe: type[Probe]) -> None:
     """Raise for an option that the probe does not read."""
     users = [cls for cls in probes.every() if name in _options_of(cls)]
@@ -125,7 +155,7 @@ def _refuse_option(name: str, probe: type[Probe]) -> None:
         raise SurgeryError(f"{_option(name)} is not for {probe.name}", fix=f"leave it out{switch}")
     names = [cls.name for cls in users]
     what = f"{_option(name)} is only for {' and '.join(names)}"
-    raise SurgeryError(what, fix=f"add {_option(names[0])}, or leave it out")
+    raise SurgeryError(what, fix=f"add {_option(_asking(users[0])[0])}, or leave it out")
 
 
 def _option(name: str) -> str:
@@ -150,6 +180,7 @@ def _parameters() -> list[Parameter]:
         "settings": parameter("settings", Settings, None),
         "base": parameter("base", Base, None),
         "probe": parameter("probe", ProbeName, None),
+        "write_task": parameter("write_task", WriteTask, None),
     }
     for cls in probes.every():
         if cls.aliases.switch:
@@ -179,8 +210,8 @@ def _panel(users: list[type[Probe]]) -> str | None:
     if len(users) > 1:
         return None
     (probe,) = users
-    when = "the usual measure" if probe.main else f"with {_option(probe.name)}"
-    return f"{probe.name.capitalize()} ({when})"
+    asking = " or ".join(map(_option, _asking(probe)))
+    return f"{probe.name.capitalize()} ({'the usual measure' if probe.main else f'with {asking}'})"
 
 
 def _described(function: Callable[..., None]) -> Callable[..., None]:
@@ -188,10 +219,10 @@ def _described(function: Callable[..., None]) -> Callable[..., None]:
     parameters = _parameters()
     function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {each.name: each.annotation for each in parameters}
-    switches = " or ".join(_option(cls.name) for cls in probes.every() if cls.aliases.switch)
+    *others, last = [_option(name) for cls in probes.every() for name in _asking(cls)]
     function.__doc__ = (
-        f"Measure a model, alone or compared with its base: {probes.main().summary}. With {switches}, that instead; "
-        "--probe NAME measures with any probe."
+        f"Measure a model, alone or compared with its base: {probes.main().summary}. With {', '.join(others)} or "
+        f"{last}, that instead; --probe NAME measures with any probe."
     )
     return function
 

@@ -88,6 +88,11 @@ def nothing_kept(args: list[str]) -> str:
     return f"nothing was recorded. Begin again: {_again(args)}"
 
 
+def answers_kept(args: list[str]) -> str:
+    """Advice for a probe that keeps the answers of a model (`Probe.resumes`)."""
+    return f"the answers so far are kept. Go on: {_again(args)}"
+
+
 def _kept(partial: Path) -> str:
     """A clause on the contents of an unfinished folder that a run with --resume reuses."""
     from surgery.data.text import SELF_TEXT

@@ -61,8 +61,8 @@ class Evaluate(_Aliases):
         return next(probe for probe in self.asked if probe.main)
 
     @property
-    def limits(self) -> dict[str, float]:
-        """The limits of the gate: key -> limit."""
+    def limits(self) -> dict[str, Any]:
+        """The limits of the gate: key -> limit; of some probes a dict of limits by item."""
         return probe_settings.bounds(self.model_dump())
 
 

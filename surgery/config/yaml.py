@@ -121,14 +121,23 @@ def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
     for index, step in enumerate(steps if isinstance(steps, list) else []):
         named |= {("operations", index, key): step for key in FILE_FIELDS if isinstance(step, dict)}
     for path, fields in named.items():
-        file, key = fields.get(path[-1]), path[-1] if path[0] == "operations" else ".".join(path)
-        if isinstance(file, str) and isinstance(lines.get(path), int):  # data and overrides are the user's own
-            try:
-                inside_folder(file, where)
-                outside = file.startswith("~")
-            except SurgeryError:
-                outside = True
-            what = f"{key} of a recipe file may not be absolute or hold ..; it is {shown(file)}"
-            error = RecipeError(what, where=line_of(lines, path, where), fix=f"name it in the command: {key}=FILE")
-            faults += [error] if outside else []
+        value, key = fields.get(path[-1]), path[-1] if path[0] == "operations" else ".".join(path)
+        if not isinstance(lines.get(path), int):  # data and overrides are the user's own
+            continue
+        for file in value if isinstance(value, list) else [value]:
+            if isinstance(file, str) and (what := _fault_of_file(file, path[-1], where)):
+                what = f"{key} of a recipe file {what}; it is {shown(file)}"
+                fix = f"name it in the command: {key}=FILE"
+                faults.append(RecipeError(what, where=line_of(lines, path, where), fix=fix))
     return faults
+
+
+def _fault_of_file(file: str, key: str, where: str) -> str:
+    """Why a recipe file may not name this file, as the end of a sentence, or ""."""
+    if key == "names" and any(name.strip().endswith((".yaml", ".yml")) for name in file.split(",")):
+        return "may not name a file of a task, which can run code"
+    try:
+        inside_folder(file, where)
+    except SurgeryError:
+        return "may not be absolute or hold .."
+    return "may not be absolute or hold .." if file.startswith("~") else ""

@@ -73,8 +73,8 @@ def _results(report: dict) -> list:
     evaluation, results = get(report, "evaluation"), []
     if evaluation.get("status", "done") != "done":
         return []
-    for cls, record in probes.done(evaluation) if evaluation else []:
-        about, metrics = cls.metrics(record)
+    found = probes.done(evaluation) if evaluation else []
+    for about, metrics in (each for cls, record in found for each in cls.metrics(record)):
         about = {key: value for key, value in about.items() if value is not None}
         name = str(about.pop("name", None) or "an untitled text")
         for metric in metrics:

@@ -33,8 +33,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
                 exists=", ".join(known),
                 fix=f"use {nearest(name, known) or next(iter(known))}",
             )
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit)):
-            raise RecipeError(f"{name} is {limit!r}, not a number", fix=f"{name}: 0.5")
+        _refuse_no_number(name, limit, known[name][1].by_item)
     if evaluation.get("status") != "done":
         return "not run", [evaluation.get("reason") or "the evaluation was not run"]
 
@@ -48,6 +47,16 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
         elif not bounded.comparison.passed:
             failed.append(f"{bounded.name}: {bounded.comparison.value:.4g}, the limit is {bounded.comparison.limit:g}")
     return ("failed" if failed else "not run" if missing else "passed"), failed + missing
+
+
+def _refuse_no_number(name: str, limit: object, by_item: bool) -> None:
+    """Raise unless a limit is a number or None; `by_item`: unless it is a dict of numbers."""
+    limits = limit.values() if isinstance(limit, dict) else [limit]
+    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and not math.isnan(n) for n in limits)
+    if limit is None or (numbers and isinstance(limit, dict) == by_item):
+        return
+    what = f"{name} is {limit!r}, not {'a number for each item' if by_item else 'a number'}"
+    raise RecipeError(what, fix=f"{name}: {'{piqa: 0.01}' if by_item else 0.5}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class _Bounded(NamedTuple):
 
 
 def _bounded(evaluation: dict, limits: dict) -> Iterator[_Bounded]:
-    """Every known limit that a probe should answer, in the order of `limits`."""
+    """Every known limit that a probe should answer, in the order of `limits`; of a dict of limits, each."""
     known = probes.limits()
     for name, limit in limits.items():
         if limit is None or name not in known:
@@ -102,14 +111,17 @@ def _bounded(evaluation: dict, limits: dict) -> Iterator[_Bounded]:
         record = probes.record_of(evaluation, cls)
         if record.get("status") == UNASKED:
             continue
-        if evaluation.get("base") is None:
-            yield _Bounded(name, f"{name} needs the base model to compare with", None)
-        elif reason := cls.missing(record):
-            yield _Bounded(name, f"{name}: {reason}", None)
-        else:
-            value = bound.figure(record)
-            compared = Comparison(bound.words or name, value, limit, bound.at_least) if finite(value) else None
-            yield _Bounded(name, "", compared)
+        missing = "" if evaluation.get("base") is not None else " needs the base model to compare with"
+        missing = missing or (f": {reason}" if (reason := cls.missing(record)) else "")
+        figure = None if missing else bound.figure(record)
+        for item, most in limit.items() if bound.by_item else [("", limit)]:
+            key, words = f"{name} {item}".rstrip(), f"{bound.words or name} {item}".rstrip()
+            value, absent = figure, missing
+            if bound.by_item and not missing:
+                value = figure.get(item)
+                absent = "" if item in figure else f": not measured; measured: {', '.join(figure)}"
+            compared = Comparison(words, value, most, bound.at_least) if not absent and finite(value) else None
+            yield _Bounded(key, f"{key}{absent}" if absent else "", compared)
 
 
 def damage(evaluation: dict | None) -> list[str]:

@@ -27,23 +27,26 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
     Returns:
         "" if the score was added, otherwise the reason why not.
     """
-    if reason := unrecordable(report.data, base, probe):
+    if reason := unrecordable(report.data, base, probe, result):
         return reason
     if probe.main:
         report.record_evaluation(result)
     else:
-        report.record_probe(probe.name, result)
+        recorded = report.data["evaluation"].get(probe.name) or {}
+        joined = probe.joined(recorded, result) if recorded.get("status") == "done" else None
+        report.record_probe(probe.name, joined or result)
     report.save()
     return ""
 
 
-def unrecordable(data: dict, base: object, probe: Probe) -> str:
+def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = None) -> str:
     """Why a score does not belong in a checkpoint's record, or "".
 
     Args:
         data: the record.
         base: the base of the score: a folder, a name, or a loaded model.
         probe: the probe that gave the score, with its settings.
+        result: `to_dict()` of its result, where it is known already.
     """
     recorded, wanted = data["evaluation"], recipe_probe(data, type(probe))
     if not probe.main:
@@ -51,7 +54,7 @@ def unrecordable(data: dict, base: object, probe: Probe) -> str:
             return "the card has no score of perplexity yet, which comes first (`surgery eval OUT --base MODEL`)"
         recorded = recorded.get(probe.name) or None
         recorded = recorded if recorded and recorded.get("status") == "done" else None
-    if recorded is not None:
+    if recorded is not None and not (result and not probe.main and probe.joined(recorded, result)):
         return KEPT
     if (wanted is None and probe.main) or (wanted and not same_settings(wanted, probe)):
         *names, last = probe.aliases.flags or type(probe).model_fields

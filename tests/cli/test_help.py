@@ -46,7 +46,7 @@ def test_sections(surgery):
     sections = re.findall(r"^(\S.*):$", shown, re.M)
     assert sections == [
         *("Arguments", "Options", "Perplexity (the usual measure)"),
-        *("Needles (with --needles)", "Choices (with --choices)"),
+        *("Needles (with --needles)", "Choices (with --choices)", "Tasks (with --tasks or --ruler)"),
     ]
     needles = shown[shown.index("Needles (with") : shown.index("Choices (with")]
     assert "--depths N" in needles

@@ -232,13 +232,18 @@ class _Bar(BarColumn):
 
 
 class _Count(ProgressColumn):
+    """ "75 %, asked 18 of 24"; a narrow terminal shows its beginning."""
+
     def render(self, task: BarTask) -> Text:
         stage = task.fields["stage"]
-        return Text(", ".join(filter(None, (stage.count, stage.detail))))
+        return Text(", ".join(filter(None, (stage.count, stage.detail))), overflow="ellipsis")
 
 
 class _Time(ProgressColumn):
-    """ "1:12 elapsed, about 4:50 left"; the estimate appears as soon as one step is done."""
+    """ "1:12 elapsed, about 4:50 left"; the estimate appears as soon as one step is done. It is never cut off."""
+
+    def __init__(self):
+        super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: BarTask) -> Text:
         stage = task.fields["stage"]

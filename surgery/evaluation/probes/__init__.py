@@ -23,6 +23,7 @@ REGISTRY = {  # name -> "module:class", in the order in which probes are run and
     "repeats": "repeats:Repeats",
     "lookup": "lookup:Lookup",
     "chat": "chat:Chat",
+    "tasks": "tasks:Tasks",
     "massive": "massive:MassiveActivations",
 }
 

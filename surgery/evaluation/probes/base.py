@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,17 +33,20 @@ class Limit:
 
     Attributes:
         figure: computes the number that is compared with the limit from the probe's record; None if there is none.
+            With `by_item`, a dict of such numbers.
         at_least: True: the number must not be below the limit. False: it must not be above.
         description: text for the schema.
         most: the largest limit that makes sense (1 for a share).
         words: name of the number when it is shown with its limit ("KL").
+        by_item: the limit is a dict of limits, one for each item that is bounded ({"piqa": 0.01}).
     """
 
-    figure: Callable[[dict], float | None]
+    figure: Callable[[dict], Any]
     at_least: bool
     description: str
     most: float | None = None
     words: str = ""
+    by_item: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Flag:
         kind: type of the option.
         least: smallest number allowed.
         metavar: placeholder for the value in the help.
+        asks: the option asks for the probe, as its switch would.
     """
 
     key: str
@@ -63,6 +67,7 @@ class Flag:
     kind: type = str
     least: int | None = None
     metavar: str | None = None
+    asks: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ class Probe(BaseModel):
         main: whether every evaluation runs it (see `surgery.evaluation.probes.main`). Exactly one probe is main.
         drawing: help text of the option that draws `picture`; "": it has no picture.
         alternatives: pairs of settings of which only one may be set.
+        resumes: whether a run that was interrupted goes on when it is started again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -174,6 +180,7 @@ class Probe(BaseModel):
     main: ClassVar[bool] = False
     drawing: ClassVar[str] = ""
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
+    resumes: ClassVar[bool] = False
 
     @classmethod
     def files(cls) -> list[str]:
@@ -264,6 +271,11 @@ class Probe(BaseModel):
         costs = cls.damage(record)
         return (1.0, f"This model is far from its base: {' and '.join(costs)}.") if costs else (0.0, "")
 
+    @classmethod
+    def joined(cls, recorded: dict, record: dict) -> dict | None:
+        """A record with the figures of another that it lacks; None: it lacks none, or the two do not go together."""
+        return None
+
     # --- showing ---
 
     @classmethod
@@ -272,9 +284,9 @@ class Probe(BaseModel):
         return []
 
     @classmethod
-    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
-        """Figures for the Hub: a dict that identifies the data (its `name` and more), and the metrics."""
-        return {}, []
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
+        """Figures for the Hub: for each data set a dict that identifies it (its `name` and more), and the metrics."""
+        return []
 
     @classmethod
     def sentence(cls, record: dict) -> str:
@@ -324,12 +336,14 @@ class CaseProbe(Probe):
     Attributes:
         cases_are: name of the cases in messages ("needles").
         model_first: whether the model runs before its base, because the base scores what the model wrote.
+        task: keys of lm-eval's YAML that score the cases as this probe does; {}: they cannot be written as a task.
         stage: name of the stage in progress reports.
     """
 
     cases_are: ClassVar[str]
     stage: ClassVar[str]
     model_first: ClassVar[bool] = False
+    task: ClassVar[dict[str, Any]] = {}
 
     def stages(self, compared: bool = True) -> list[str]:
         return [self.stage]
@@ -341,6 +355,16 @@ class CaseProbe(Probe):
         Args:
             configs: "base" (if one is given) and "out" -> Transformers config.
         """
+
+    def prepare(self, result: Any, sources: dict[str, ModelSource], progress: Progress | None) -> None:
+        """Do what takes long before a model is loaded. `sources`: label -> folder or loaded model."""
+
+    def finish(self, result: Any, sources: dict[str, ModelSource], progress: Progress | None) -> None:
+        """Do what follows the runs of both models."""
+
+    def question(self, case: Any) -> tuple[Sequence[int], list[Sequence[int]], int]:
+        """A case as tokens: the prompt, its answers, and the index of the right one. Only with a `task`."""
+        raise NotImplementedError
 
     @abstractmethod
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list:
@@ -394,7 +418,10 @@ class CaseProbe(Probe):
         sources = sides(out, base)
         configs = {label: read_config(source) for label, source in sources.items()}
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
+        self.prepare(result, sources, progress)
         order = dict(reversed(sources.items())) if self.model_first else sources
         run_base_then_model(result, order, self, tick if progress else None)
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
+        if result.status == "done":
+            self.finish(result, sources, progress)
         return result

@@ -242,10 +242,10 @@ class Chat(CaseProbe):
         return [Row("greetings and short requests answered, share", base.get("share"), out.get("share"), "{:.0%}")]
 
     @classmethod
-    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
         settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
         answered = Metric("accuracy", "short requests answered", out.get("share"), base.get("share"))
-        return {"name": settings.get("requests") or "short requests"}, [answered]
+        return [({"name": settings.get("requests") or "short requests"}, [answered])]
 
     @classmethod
     def sentence(cls, record: dict) -> str:

@@ -7,7 +7,7 @@ and sum agree where all choices of a question have equally many tokens, as they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
-from surgery.data.questions import encode, make_choices, read_questions
+from surgery.data.questions import Choice, encode, make_choices, read_questions
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, RecipeField, Table
@@ -71,6 +71,14 @@ class Choices(CaseProbe):
     summary: ClassVar[str] = "multiple choice: which ending continues a passage, or the questions of a file"
     cases_are: ClassVar[str] = "questions"
     stage: ClassVar[str] = "multiple choice"
+
+    task: ClassVar[dict[str, Any]] = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "answers",
+        "doc_to_target": "right",
+        # The sum of the log-probabilities decides. The choices of a question have equally many tokens.
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
 
     text: TextSource = Field(BUILTIN, description="Where the passages are from: 'builtin' or a text file.")
     labelled: TextSource | None = Field(
@@ -143,6 +151,9 @@ class Choices(CaseProbe):
         refuse_unfit(configs, questions)
         settings = {"text": {"title": text.title, "sha256": text.sha256[:12]}} | draw_settings
         return ChoiceResult("done", settings, questions)
+
+    def question(self, case: Choice) -> tuple[Sequence[int], list[Sequence[int]], int]:
+        return case.prompt, list(case.choices), case.answer
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Chosen]:
         return ask(model, result.cases, progress)

@@ -71,12 +71,18 @@ def _lengths(value: object) -> object:
     return (value,) if type(value) is int else value
 
 
+def _names(value: object) -> object:
+    value = _list(value)
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
 # Types of settings. A text source is "builtin", a file, or (from Python) a loaded `Text`.
 TextSource = Annotated[
     Any, BeforeValidator(_text), PlainSerializer(_plain_text), WithJsonSchema({"type": "string"}), NamesFile()
 ]
 FileName = Annotated[str, BeforeValidator(_file_name), NamesFile()]
 TokenLengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]  # "512,2k", 512, [512, 2000]
+TaskNames = Annotated[tuple[str, ...], BeforeValidator(_names), NamesFile()]  # "piqa,my.yaml", ["piqa", "my.yaml"]
 Shares = Annotated[tuple[float, ...], BeforeValidator(_list)]
 
 

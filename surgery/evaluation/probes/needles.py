@@ -276,12 +276,12 @@ class Needles(RecallProbe):
         ]
 
     @classmethod
-    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
         settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
         text = settings.get("text") or {}
         about = {key: value for key, value in text.items() if key == "sha256"} | {"tokens": settings.get("lengths")}
         recall = Metric("recall", "hidden passkeys found", out.get("accuracy"), base.get("accuracy"))
-        return {"name": f"passkeys hidden in {text.get('title') or 'a text'}"} | about, [recall]
+        return [({"name": f"passkeys hidden in {text.get('title') or 'a text'}"} | about, [recall])]
 
     @classmethod
     def recall(cls, record: dict) -> float | None:

@@ -263,14 +263,15 @@ class Perplexity(Probe):
         ]
 
     @classmethod
-    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
         text, base, out, kl = (record.get(key) or {} for key in ("text", "base", "out", "kl"))
         about = {key: text[key] for key in ("sha256", "windows", "length") if text.get(key) is not None}
-        return {"name": text.get("title")} | about, [
+        metrics = [
             Metric("perplexity", "perplexity", out.get("perplexity"), base.get("perplexity")),
             Metric("kl_divergence", "KL from the base, nats per token", kl.get("mean")),
             Metric("accuracy", "same best token as the base", record.get("top1_agreement")),
         ]
+        return [({"name": text.get("title")} | about, metrics)]
 
     @classmethod
     def sentence(cls, record: dict) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +108,13 @@ class RecallProbe(CaseProbe):
     title: ClassVar[str] = ""
     guess: ClassVar[str] = "a random guess"
 
+    # An answer is right if each of its tokens is the most probable one: lm-eval's `acc` of a log-likelihood.
+    task: ClassVar[dict[str, Any]] = {
+        "output_type": "loglikelihood",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
     @classmethod
     @abstractmethod
     def what(cls, settings: dict) -> str:
@@ -117,6 +124,9 @@ class RecallProbe(CaseProbe):
     def detail(cls, settings: dict) -> str:
         """How the prompts are made, in a few words, for the card's sentence."""
         return ""
+
+    def question(self, case: Needle) -> tuple[Sequence[int], list[Sequence[int]], int]:
+        return case.prompt, [case.answer], 0
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
         return run_needles(model, result.cases, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -106,6 +106,8 @@ def keys(cls: type[Probe]) -> list[str]:
 def limit_field(limit: Limit) -> tuple[Any, Any]:
     """A limit as a field of a pydantic model."""
     bounds = {"ge": 0} | ({} if limit.most is None else {"le": limit.most})
+    if limit.by_item:
+        return dict[str, Annotated[float, Field(**bounds)]] | None, Field(None, description=limit.description)
     return float | None, Field(None, description=limit.description, **bounds)
 
 
@@ -273,8 +275,8 @@ def _lengths(value: int | Iterable[int]) -> str:
     return ", ".join(f"{length:,}" for length in ([value] if isinstance(value, int) else value))
 
 
-def bounds(evaluate: Mapping[str, Any]) -> dict[str, float]:
-    """The limits that a recipe's `evaluate` sets."""
+def bounds(evaluate: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits that a recipe's `evaluate` sets: numbers, or dicts of numbers by item."""
     blocks, values = evaluate.get("probes") or {}, {}
     for name, (cls, _) in limits().items():
         block = blocks.get(cls.name)

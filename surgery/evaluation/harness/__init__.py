@@ -1,0 +1,26 @@
+"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), run on a model, with a score for every item.
+
+lm-eval is the extra `eval`. It is imported in calls alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+from surgery.errors import MachineError
+
+
+def version() -> str:
+    """The version of lm-eval.
+
+    Raises:
+        MachineError: lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MachineError(
+            "lm-eval, which has the tasks, is not installed",
+            fix="pip install 'attention-surgery[eval]'",
+            code="missing-package",
+        )
+    return importlib.metadata.version("lm_eval")

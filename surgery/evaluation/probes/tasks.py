@@ -1,0 +1,364 @@
+"""Tasks of lm-eval (`surgery.evaluation.harness`), for a model alone or compared with its base item by item.
+
+A task has one metric that judges it: normalised accuracy where it has that, or accuracy, or the first of its own. The
+`drop` is how much worse the converted model is by that metric. Its 95% interval is of the differences of the items,
+since both models read the same ones: for scores from 0 to 1 that of Agresti and Min (2005), which adds half an item
+each way and so is not empty where no item differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from surgery.calibration.scoring import refuse_too_long
+from surgery.errors import ModelMismatchError, SettingError
+from surgery.evaluation import harness
+from surgery.evaluation.harness.answers import answers_file, run
+from surgery.evaluation.harness.command import run_alone
+from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, TaskSet, load_tasks
+from surgery.evaluation.paired import CaseResult
+from surgery.evaluation.probes.base import Aliases, CaseProbe, Flag, Limit, Metric, Row, Table
+from surgery.evaluation.probes.fields import TaskNames, TokenLengths
+from surgery.io.printing import count
+from surgery.machine.progress import begin
+
+if TYPE_CHECKING:
+    from surgery.io.loading import ModelSource
+    from surgery.machine.progress import Progress
+
+TYPICAL = 512  # tokens of a prompt of a task other than RULER's, for the estimate of memory
+SHOWN = 3  # tasks that the closing lines of `apply` name
+READING, ALONE = "reading tasks", "lm_eval alone"  # names of stages
+HALF = 1.959964  # standard errors on each side of a 95% interval
+
+
+@dataclass(repr=False)
+class TaskResult(CaseResult):
+    """The result of the probe. A case is (task, number of the item); an outcome is an `ItemScore`.
+
+    Attributes:
+        tasks, tokenizer: what is run. A result is not stored with them.
+        answers: label -> file with the answers of an interrupted run; {} for loaded models.
+        by_others: the outcomes of `out` by lm-eval's own command; [] if it was not run.
+    """
+
+    tasks: TaskSet | None = None
+    tokenizer: Any = None
+    answers: dict[str, Path] = field(default_factory=dict)
+    by_others: list[ItemScore] = field(default_factory=list)
+
+    PROBE: ClassVar[str] = "tasks"
+    COUNT: ClassVar[str] = "items"
+    COMPARISON: ClassVar[str] = "tasks"
+
+    def scores(self, outcomes: Sequence[ItemScore], task: str) -> list[ItemScore]:
+        """The outcomes of one task."""
+        return [score for (name, _), score in zip(self.cases, outcomes, strict=True) if name == task]
+
+    def side(self, label: str) -> dict:
+        """Every metric of one model: task -> metric -> value."""
+        return {
+            name: {metric: self.tasks.total(name, metric, scores) for metric in self.tasks.metrics(name, scores)}
+            for name, scores in self._by_task(label).items()
+        }
+
+    def compare(self) -> dict:
+        """What each task says, by name: its metric, the values of the models, and the drop with its interval."""
+        return {key: record for name in self._by_task("out") for key, record in self._rows(name).items()}
+
+    def _by_task(self, label: str) -> dict[str, list[ItemScore]]:
+        names = dict.fromkeys(name for name, _ in self.cases)
+        return {name: self.scores(self.outcomes[label], name) for name in names}
+
+    def _rows(self, name: str) -> dict[str, dict]:
+        """The record of a task; in RULER one for each length of the prompts."""
+        out, about = self.scores(self.outcomes["out"], name), self.tasks.about(name)
+        base = self.scores(self.outcomes["base"], name) if "base" in self.outcomes else None
+        metrics = self.tasks.metrics(name, out)
+        if not (name in RULER and self.tasks.lengths):
+            return {name: self._row(name, metrics[0], base, out) | about}
+        return {f"{name} {metric}": self._row(name, metric, base, out) | about for metric in metrics}
+
+    def _row(self, name: str, metric: str, base: list[ItemScore] | None, out: list[ItemScore]) -> dict:
+        higher = self.tasks.higher_is_better(name, metric)
+        numbers = [score.number(metric) for score in out]
+        of = sum(number is not None for number in numbers) or len(out)
+        row = {"metric": metric, "higher_is_better": higher, "of": of, "out": self.tasks.total(name, metric, out)}
+        if base is None:
+            return row
+        row["base"] = self.tasks.total(name, metric, base)
+        row["drop"] = (row["base"] - row["out"]) if higher else (row["out"] - row["base"])
+        pairs = [
+            (one, two)
+            for one, two in zip((score.number(metric) for score in base), numbers, strict=True)
+            if one is not None and two is not None
+        ]
+        sign = 1 if higher else -1
+        drops = [sign * (one - two) for one, two in pairs]
+        if drops and math.isclose(math.fsum(drops) / len(drops), row["drop"], abs_tol=1e-9):  # a mean over the items
+            shares = all(0 <= value <= 1 for pair in pairs for value in pair)
+            row["low"], row["high"] = paired_interval(drops, shares)
+            row["worse"], row["better"] = sum(drop > 0 for drop in drops), sum(drop < 0 for drop in drops)
+        return row
+
+    def about(self) -> dict:
+        """Groups of tasks, tasks that were left out, and whether lm-eval's own command agrees."""
+        data: dict[str, Any] = {}
+        if self.tasks and self.tasks.left_out:
+            data["left_out"] = self.tasks.left_out
+        if self.by_others:
+            same = sum(one == two for one, two in zip(self.outcomes["out"], self.by_others, strict=True))
+            data["by_others"] = {"same": same, "of": len(self.by_others)}
+        return data
+
+    def case(self, index: int) -> dict:
+        """One item: its task, its number and what each model scored."""
+        name, number = self.cases[index]
+        return {"task": name, "item": number} | {
+            label: {key: value for key, value in outcomes[index].values.items() if isinstance(value, int | float)}
+            for label, outcomes in self.outcomes.items()
+        }
+
+    def alone(self) -> str:
+        return ", ".join(f"{name}: {row['metric']} {row['out']:.4g}" for name, row in self.compare().items())
+
+
+def paired_interval(drops: Sequence[float], shares: bool) -> tuple[float, float]:
+    """The 95% interval of a mean of differences; `shares`: whether each is between two scores from 0 to 1.
+
+    For shares, the formula of Agresti and Min (Statistics in Medicine 24, 2005): to the four cells of the table (both
+    right, one, other, neither) half an item each is added. Otherwise the normal interval of a mean.
+    """
+    number, total, squares = len(drops), math.fsum(drops), math.fsum(drop * drop for drop in drops)
+    if shares:
+        number, squares = number + 2, squares + 1
+    mean = total / number
+    degrees = number if shares else max(1, number - 1)
+    spread = math.sqrt(max(0.0, squares - number * mean * mean) / degrees / number)
+    return mean - HALF * spread, mean + HALF * spread
+
+
+class Tasks(CaseProbe):
+    """Tasks of lm-eval: questions with a name, which other projects report too."""
+
+    name: ClassVar[str] = "tasks"
+    summary: ClassVar[str] = "tasks of lm-eval, by name or as YAML files, and RULER"
+    cases_are: ClassVar[str] = "items"
+    stage: ClassVar[str] = "tasks"
+    resumes: ClassVar[bool] = True
+
+    names: TaskNames = Field((), description="Tasks, groups and tags of lm-eval, and YAML files of tasks.")
+    ruler: TokenLengths = Field((), description="Also RULER's tasks, with prompts of these many tokens: 4096.")
+    limit: int | None = Field(None, ge=1, description="The first items of each task; null: all.")
+    fewshot: int | None = Field(None, ge=0, description="Solved examples before a question; null: as the task says.")
+    chat: bool = Field(False, description="Write prompts out by the chat template.")
+    batch: int = Field(1, ge=1, description="Requests in one forward pass.")
+    both_ways: bool = Field(
+        False,
+        description="Also run lm-eval's own command on the converted model, as others would: it runs the code in the "
+        "folder (trust_remote_code). Both must agree.",
+    )
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "max_drop": Limit(
+            lambda record: {name: row.get("drop") for name, row in record["tasks"].items()},
+            at_least=False,
+            description="Gate: for a task, how much worse its metric may be than the base's, at most: {piqa: 0.01}.",
+            words="drop of",
+            by_item=True,
+        )
+    }
+    aliases: ClassVar[Aliases] = Aliases(
+        flags={
+            "tasks": Flag("names", "Run these tasks of lm-eval: names, YAML files.", metavar="NAME,NAME", asks=True),
+            "ruler": Flag("ruler", "Run RULER with prompts of these many tokens.", metavar="N,N,...", asks=True),
+            "limit": Flag("limit", "Ask only the first items of each task.", int, 1),
+        },
+    )
+
+    # --- measuring ---
+
+    @property
+    def asking(self) -> Asking:
+        """How the tasks are asked."""
+        return Asking(limit=self.limit, fewshot=self.fewshot, chat=self.chat, batch=self.batch)
+
+    def stages(self, compared: bool = True) -> list[str]:
+        return [READING, self.stage, *([ALONE] if self.both_ways else [])]
+
+    def refuse(self, base: ModelSource) -> None:
+        harness.version()
+        if not self.names and not self.ruler:
+            known = "`lm_eval ls tasks` lists them"
+            raise SettingError("no task is named", exists=known, fix="name one: names=piqa, or --tasks piqa")
+
+    def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> TaskResult:
+        """A result without items: `prepare` reads the tasks.
+
+        Raises:
+            SurgeryError: lm-eval is not installed, no task is named, or RULER's prompts are longer than a model's
+                positions.
+        """
+        self.refuse("")
+        settings: dict[str, Any] = {"lm_eval": harness.version(), "names": list(self.names), "ruler": list(self.ruler)}
+        settings |= vars(self.asking)
+        refuse_too_long(configs, max(self.ruler, default=0), "RULER's prompts", "shorter lengths")
+        return TaskResult("done", settings, [], tokenizer=tokenizer)
+
+    def prepare(self, result: TaskResult, sources: dict[str, ModelSource], progress: Progress | None) -> None:
+        """Read the tasks, and find the answers of an earlier run.
+
+        Raises:
+            SurgeryError: as for `load_tasks`; `both_ways` and the model is not a folder.
+        """
+        folders = {label: Path(each) for label, each in sources.items() if isinstance(each, str | Path)}
+        if self.both_ways and "out" not in folders:
+            raise SettingError("both_ways needs a folder", fix="save the model first, or leave both_ways out")
+        said = (lambda done, total: progress(done, total, READING)) if progress else None
+        result.tasks = load_tasks(self.names, self.ruler, result.tokenizer, progress=said)
+        chosen = result.tasks.items(self.limit)
+        result.cases = [(name, number) for name, numbers in chosen.items() for number in numbers]
+        result.answers = {label: answers_file(folder) for label, folder in folders.items()}
+        reasons = dict.fromkeys(result.tasks.left_out.values())
+        for reason in reasons:
+            names = [name for name, why in result.tasks.left_out.items() if why == reason]
+            result.notes.append(f"left out: {', '.join(names)}. {reason[:1].upper()}{reason[1:]}")
+
+    def run(self, model: Any, result: TaskResult, progress: Callable[[int], None]) -> list[ItemScore]:
+        label = "base" if "base" in result.answers and "base" not in result.outcomes else "out"
+
+        def tick(done: int, total: int) -> None:
+            progress(done * len(result.cases) // max(1, total))
+
+        options = {"answers": result.answers.get(label), "progress": tick}
+        scores = run(model, result.tokenizer, result.tasks, self.asking, **options)
+        return [score for each in scores.values() for score in each]
+
+    def finish(self, result: TaskResult, sources: dict[str, ModelSource], progress: Progress | None) -> None:
+        """Refuse a comparison of different prompts; run the model the other way."""
+        if "base" in result.outcomes:
+            pairs = zip(result.outcomes["base"], result.outcomes["out"], strict=True)
+            if differing := sum(one.prompt != two.prompt for one, two in pairs):
+                what = f"the models were asked different prompts for {differing} of {len(result.cases)} items"
+                raise ModelMismatchError(what, fix="use a task whose prompts are not drawn anew each time")
+        if not self.both_ways:
+            return
+        begin(progress, ALONE)
+        scores = run_alone(Path(sources["out"]), result.tasks, self.asking)
+        result.by_others = [score for each in scores.values() for score in each]
+
+    def extra_bytes(self, cases: list, kv_bytes: int) -> int:
+        return 2 * self.batch * max(self.ruler, default=TYPICAL) * kv_bytes  # twice the cache, as growing it copies it
+
+    def is_broken(self, outcome: ItemScore) -> bool:
+        return any(isinstance(value, float) and not math.isfinite(value) for value in outcome.values.values())
+
+    # --- judging ---
+
+    @classmethod
+    def missing(cls, record: dict) -> str:
+        return "" if record.get("status") == "done" else record.get("reason") or super().missing(record)
+
+    @classmethod
+    def joined(cls, recorded: dict, record: dict) -> dict | None:
+        """The tasks of both; a task that is recorded already keeps its figures."""
+        tasks = recorded.get("tasks") or {}
+        new = {name: row for name, row in record["tasks"].items() if name not in tasks}
+        if not new or "drop" not in next(iter(new.values())):
+            return None
+        sides = {label: dict(recorded.get(label) or {}) for label in ("base", "out")}
+        for label, side in sides.items():
+            side.update({name: each for name, each in record[label].items() if name not in side})
+        items = recorded["items"] + sum(row["of"] for row in new.values())
+        return recorded | sides | {"tasks": tasks | new, "items": items}
+
+    # --- showing ---
+
+    @classmethod
+    def rows(cls, record: dict) -> list[Row]:
+        return [
+            Row(f"{name}, {_metric(row)}", row.get("base"), row["out"], "{:.4g}", ratio=False)
+            for name, row in record["tasks"].items()
+        ]
+
+    @classmethod
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
+        return [
+            ({"name": name, "items": row["of"]}, [Metric(row["metric"], _metric(row), row["out"], row.get("base"))])
+            for name, row in record["tasks"].items()
+        ]
+
+    @classmethod
+    def sentence(cls, record: dict) -> str:
+        rows = record["tasks"]
+        if len(rows) <= SHOWN:
+            return ", ".join(f"{name} {row['base']:.3f} → {row['out']:.3f}" for name, row in rows.items())
+        worst = max(rows, key=lambda name: rows[name]["drop"])
+        return f"{len(rows)} tasks, most lost in {worst} ({rows[worst]['base']:.3f} → {rows[worst]['out']:.3f})"
+
+    @classmethod
+    def paragraph(cls, record: dict) -> str:
+        if record.get("status") != "done":
+            return f"Tasks of lm-eval were **not run**: {record.get('reason') or 'no reason was recorded'}."
+        drops = [
+            f"{name} {_drop(row)}, {count(row['of'], 'item')}"
+            for name, row in record["tasks"].items()
+            if "drop" in row
+        ]
+        tasks = f"Tasks of lm-eval {record['settings']['lm_eval']}"
+        worse = "how much worse this model is than its base, with 95 % intervals over the same items"
+        return f"{tasks}: {worse}: {'; '.join(drops)}."
+
+    @classmethod
+    def lines(cls, result: TaskResult) -> list[Table | str]:
+        record, both = result.to_dict(), "base" in result.outcomes
+        headers = ["task", "metric", "items", *(["base", "converted", "drop, 95% interval"] if both else ["model"])]
+        rows = [
+            [
+                name,
+                _metric(row),
+                f"{row['of']:,}",
+                *([f"{row['base']:.4g}"] if both else []),
+                f"{row['out']:.4g}",
+                *([_drop(row)] if both else []),
+            ]
+            for name, row in record["tasks"].items()
+        ]
+        lines: list[Table | str] = [Table(tuple(headers), rows)]
+        if both:
+            lines.append("drop: how much worse the converted model is. Both answered the same items.")
+        if others := record.get("by_others"):
+            same = f"the same score for {others['same']:,} of {others['of']:,} items"
+            lines.append(f"lm_eval alone, which loads the model with trust_remote_code, gives {same}.")
+        return lines
+
+    @classmethod
+    def verdict(cls, record: dict) -> str:
+        """The tasks in which the model is worse, or better, than chance explains."""
+        rows = record["tasks"]
+        worse = [name for name, row in rows.items() if row.get("low") is not None and row["low"] > 0]
+        better = [name for name, row in rows.items() if row.get("high") is not None and row["high"] < 0]
+        told = [
+            f"The converted model is {word} in {', '.join(names)}"
+            for word, names in (("worse", worse), ("better", better))
+            if names
+        ]
+        return f"{'; '.join(told)}: more than chance explains." if told else ""
+
+
+def _metric(row: dict) -> str:
+    """The metric of a task as people read it; RULER names it by the length of the prompts."""
+    return "RULER" if row["metric"].isdigit() else row["metric"]
+
+
+def _drop(row: dict) -> str:
+    """The drop of a task with its interval."""
+    if row.get("low") is None:
+        return f"{row['drop']:.4f}"
+    return f"{row['drop']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
