@@ -115,6 +115,7 @@ def evaluate_needles(
     top: int | None = None,
     draws: int | None = None,
     off: str | None = None,
+    late: bool | None = None,
 ) -> NeedleResult:
     """Run the recall test: hide secrets in a text and count those that a model, and its base if given, finds.
 
@@ -134,11 +135,12 @@ def evaluate_needles(
         without: a score file of query heads (`surgery score MODEL --per heads`).
         top: how many heads are off; default: those that score above 0.1.
         draws: random draws (5).
+        late: the question comes in a call of its own, after the text is read.
         off: "all": heads are off for all tokens; "answer": from the last token of the prompt on.
     """
     given = _given(text=text, lengths=lengths, length=length, depths=depths, samples=samples)
     given |= _given(cases=cases, seed=seed, secret=secret, form=form)
-    given |= _given(without=without, top=top, draws=draws, off=off)
+    given |= _given(without=without, top=top, draws=draws, off=off, late=late)
     return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))
 
 

@@ -25,7 +25,12 @@ class Outcome:
 
 
 def run_needles(
-    model, needles: Sequence[Needle], progress: Callable[[int], None] | None = None, cached: bool = True
+    model,
+    needles: Sequence[Needle],
+    progress: Callable[[int], None] | None = None,
+    *,
+    cached: bool = True,
+    late: bool = False,
 ) -> list[Outcome]:
     """Ask a loaded model for every needle. The model's mode is restored.
 
@@ -37,30 +42,36 @@ def run_needles(
         progress: called with the number of needles done.
         cached: False runs prompt and answer in one forward without a cache, which is faster. The figures are the same
             for a head split, but not for a method that acts in prefill only.
+        late: the question is read in a call of its own after the text, as in a conversation about a document. A
+            method that chooses what to read, or to keep, by the prompt does not know the question then.
     """
     import torch
 
     outcomes = []
     with loaded(model), torch.no_grad():
         for needle in needles:
-            outcomes.append(_outcome(needle, (_cached_logits if cached else _uncached_logits)(model, needle)))
+            logits = _cached_logits(model, needle, late) if cached else _uncached_logits(model, needle)
+            outcomes.append(_outcome(needle, logits))
             if progress:
                 progress(len(outcomes))
     return outcomes
 
 
-def _cached_logits(model, needle: Needle):
+def _cached_logits(model, needle: Needle, late: bool):
     """Logits that predict each of the answer's tokens, computed one by one with the cache."""
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
 
-    inputs, cache = list(needle.prompt), {}
-    for token in needle.answer:
-        ids = torch.tensor([inputs], device=model.device)
+    cut = needle.question if late else 0
+    calls = [*filter(None, (needle.prompt[:cut], needle.prompt[cut:])), *((token,) for token in needle.answer[:-1])]
+    cache, first = {}, len(calls) - len(needle.answer)
+    for number, tokens in enumerate(calls):
+        ids = torch.tensor([tokens], device=model.device)
         step = model(input_ids=ids, use_cache=True, **cache, **last_logits(model, 1))
-        yield step.logits[0, -1]
-        inputs, cache = [token], {CACHE: step[CACHE]}
+        cache = {CACHE: step[CACHE]}
+        if number >= first:
+            yield step.logits[0, -1]
 
 
 def _uncached_logits(model, needle: Needle):

@@ -230,6 +230,59 @@ def test_it_is_greedy_generation_and_the_nll_of_one_forward(tokenizer, split):
             assert outcome.nll == pytest.approx(-logp.gather(-1, answer[:, None]).mean().item(), abs=1e-4)
 
 
+def test_a_late_question_is_read_in_a_call_of_its_own(needles):
+    needle = needles[0]
+    total, question = len(needle.prompt), needle.question
+    knows = Fake(lambda step: needle.answer[step] if step >= 0 else 0, total)
+    assert run_needles(knows, [needle], late=True)[0].hit
+    rest = [(1, total + step) for step in range(len(needle.answer) - 1)]
+    assert knows.fed == [(question, 0), (total - question, question), *rest]
+
+
+def test_who_must_know_the_question_while_reading_fails_a_late_one(needles):
+    class Chooses(Fake):
+        """Keeps of a text what its last tokens ask for, as a cache that is cut by the prompt's last queries."""
+
+        def forward(self, input_ids, use_cache, **cache):
+            if input_ids.shape[1] > 1:
+                read = input_ids[0].tolist()
+                asked = [needle.prompt[-5:] == tuple(read[-5:]) for needle in needles]
+                hidden = [list(n.prompt[slice(*n.span)]) for n in needles]
+                both = any(
+                    one and any(read[at : at + len(tokens)] == tokens for at in range(len(read)))
+                    for one, tokens in zip(asked, hidden, strict=True)
+                )
+                self.knows = getattr(self, "knows", False) or both
+            return super().forward(input_ids, use_cache, **cache)
+
+    for needle in needles[:2]:
+        for late in (False, True):
+            model = Chooses(None, len(needle.prompt))
+            model.says = lambda step, model=model, needle=needle: needle.answer[step] if model.knows else 0
+            assert run_needles(model, [needle], late=late)[0].hit is not late
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_late_question_changes_nothing_where_no_method_reads_it_first(tokenizer, split):
+    model = tiny()
+    if split:
+        patch(model, {"layers": [{"streaming": [0], "sinks": 4, "window": 20}, {"streaming": [], "sinks": 0}]})
+    cases = make_needles(tokenizer, lengths=(300,), depths=2, samples=1)
+    for early, late in zip(run_needles(model, cases), run_needles(model, cases, late=True), strict=True):
+        assert late.hit is early.hit
+        assert late.nll == pytest.approx(early.nll, abs=1e-4)
+
+
+def test_late_is_said_and_recorded(tokenizer):
+    model = tiny()
+    options = {"lengths": (300,), "depths": 1, "samples": 1, "form": "plain"}
+    for settings, said in ((options, False), (options | {"late": True}, True)):
+        result = make("needles", settings).measure(model, tokenizer=tokenizer)
+        assert ("the question in a later call" in str(result)) is said
+        assert ("late" in result["settings"]) is said
+        assert ("the question in a later call" in Needles.paragraph(result.to_dict())) is said
+
+
 def test_the_model_is_left_as_it_was(needles):
     model = tiny().train()
     run_needles(model, needles[:1])

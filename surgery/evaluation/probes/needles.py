@@ -37,7 +37,7 @@ from surgery.evaluation.ablation import ROWS, HeadAblation
 from surgery.evaluation.paired import NAMES, kept_words, percent, share_of
 from surgery.evaluation.probes.base import Aliases, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_limit, kept_sentence
+from surgery.evaluation.probes.recall import ANSWER, LATE, RecallProbe, RecallResult, kept_limit, kept_sentence
 from surgery.evaluation.recall import longest_sequence, reach_of
 from surgery.io.printing import count
 
@@ -301,7 +301,8 @@ class Needles(RecallProbe):
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
         line = f"Recall test (needles: random {settings.get('secret')} hidden in that text, prompts of {lengths} "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
-        line += f"tokens): the base finds {base}, the converted model {out}."
+        late = LATE if settings.get("late") else ""
+        line += f"tokens{late}): the base finds {base}, the converted model {out}."
         if off := record.get("without"):
             line += f" {ablation.sentence(off, record['out'])}"
         return line + kept_sentence(record, "finds")
@@ -334,7 +335,7 @@ class Needles(RecallProbe):
         if off := record.get("without"):
             lines += ablation.lines(off, record["out"])
         samples = f"{count(settings['samples'], 'prompt')} for each depth and length"
-        size = f"{samples}, {settings['form']} form, seed {settings['seed']}"
+        size = f"{samples}, {settings['form']} form, seed {settings['seed']}{LATE if settings.get('late') else ''}"
         lines.append(f"{size}; a random guess is right with probability {settings['chance']:.0e}.")
         return [
             *lines,

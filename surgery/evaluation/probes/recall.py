@@ -12,13 +12,20 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
 
 from surgery.data.haystack import Needle
 from surgery.evaluation.paired import CaseResult, kept_of, kept_words, percent, share_of
 from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Table
 from surgery.evaluation.recall import Outcome, longest_sequence, run_needles
 
+if TYPE_CHECKING:
+    from surgery.io.loading import ModelSource
+    from surgery.machine.progress import Progress
+
+LATE = ", the question in a later call"  # in tables and sentences
 ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
 
 
@@ -104,6 +111,8 @@ class RecallProbe(CaseProbe):
         guess: what is right with the probability `chance` of the settings.
     """
 
+    late: bool = Field(False, description="The question comes in a call of its own, after the text is read.")
+
     cases_are: ClassVar[str] = "prompts"
     title: ClassVar[str] = ""
     guess: ClassVar[str] = "a random guess"
@@ -129,7 +138,10 @@ class RecallProbe(CaseProbe):
         return case.prompt, [case.answer], 0
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
-        return run_needles(model, result.cases, progress)
+        return run_needles(model, result.cases, progress, late=self.late)
+
+    def prepare(self, result: Any, sources: dict[str, ModelSource], progress: Progress | None) -> None:
+        result.settings |= {"late": True} if self.late else {}
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 2 * longest_sequence(cases) * kv_bytes  # twice the cache, because growing it copies it
@@ -161,7 +173,8 @@ class RecallProbe(CaseProbe):
             return f"{cls.title} were **not run**: {record.get('reason') or 'no reason was recorded'}."
         settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
-        line = f"{cls.title} ({cls.detail(settings)}): the base answers {base}, the converted model {out}."
+        late = LATE if settings.get("late") else ""
+        line = f"{cls.title} ({cls.detail(settings)}{late}): the base answers {base}, the converted model {out}."
         if inside := (record.get("streaming") or {}).get("needles_inside"):
             line += f" {inside} of them lie within sinks and window and prove nothing."
         return line + kept_sentence(record, "answers")
@@ -177,9 +190,9 @@ class RecallProbe(CaseProbe):
         chance = settings["chance"]
         share = f"{chance:.0%}" if chance >= 0.01 else f"{chance:.0e}"
         guess = f"; {cls.guess} is right with probability {share}" if chance else ""
-        lines.append(
-            f"{len(result.cases)} {settings['form']} prompts ({cls.detail(settings)}), seed {settings['seed']}{guess}."
-        )
+        late = LATE if settings.get("late") else ""
+        made = f"({cls.detail(settings)}), seed {settings['seed']}{late}{guess}"
+        lines.append(f"{len(result.cases)} {settings['form']} prompts {made}.")
         text = settings.get("text")
         source = f"The text is {text['title']} (sha256 {text['sha256']})." if text else ""
         return [*lines, *([source] if source else [])]
