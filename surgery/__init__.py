@@ -57,6 +57,8 @@ _PUBLIC = {
     "evaluate": "api",
     "evaluate_choices": "api",
     "evaluate_needles": "api",
+    "compare": "api",
+    "sweep": "api",
     "heal": "api",
     "SurgeryCallback": "healing.callbacks",
     "load": "api",
@@ -117,6 +119,7 @@ __all__ = [
     "__version__",
     "apply",
     "check",
+    "compare",
     "evaluate",
     "evaluate_choices",
     "evaluate_needles",
@@ -127,6 +130,7 @@ __all__ = [
     "push",
     "register",
     "save",
+    "sweep",
     "text_windows",
 ]
 

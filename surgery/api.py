@@ -26,6 +26,7 @@ from surgery.conversion.fit import fits
 from surgery.conversion.plan import Plan, make_plan
 from surgery.data.text import Text
 from surgery.errors import CheckError, SurgeryError, shown
+from surgery.evaluation.comparison.run import compare as compare
 from surgery.evaluation.evaluate import evaluate as evaluate
 from surgery.evaluation.evaluate import evaluate_choices as evaluate_choices
 from surgery.evaluation.evaluate import evaluate_needles as evaluate_needles
@@ -34,6 +35,7 @@ from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
+from surgery.search.sweep import sweep as sweep
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,15 +29,16 @@ DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
-    "cli": "completion convert doctor evaluate help inspect interrupt main measure options",
+    "cli": "compare completion convert doctor evaluate help inspect interrupt main measure options",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack name_list packing passkeys questions recall_rows repeats text word_list",
-    "evaluation": "ablation check check_code check_layers evaluate figures footprint fresh_process lengths paired "
-    "recall result run",
+    "evaluation": "ablation base_runs check check_code check_layers evaluate figures footprint fresh_process lengths "
+    "paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
+    "evaluation/comparison": "measures result run",
     "evaluation/harness": "answers command task_files task_set",
     "evaluation/probes": "base fields recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
@@ -58,6 +59,7 @@ DECIDED = {
     "recipes": "",
     "report": "card card_metadata card_sections card_summary gate head_map lineage plots report summary timing "
     "verdict",
+    "search": "sweep",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
@@ -68,6 +70,7 @@ MANY = {
     "evaluation": "evaluate evaluate_choices evaluate_needles",
     "data": "calibration make_needles passkeys",
     "evaluation/benchmark": "bench",
+    "search": "sweep",
     "healing": "of store",
     "operations/duo_attention": "ablation far_mass fisher gates induction retrieval",
     "operations/moh": "route",

@@ -93,6 +93,11 @@ def answers_kept(args: list[str]) -> str:
     return f"the answers so far are kept. Go on: {_again(args)}"
 
 
+def figures_kept(args: list[str]) -> str:
+    """Advice for the verbs that measure several models: finished figures stay in their folder."""
+    return f"the figures so far are kept. Go on: {_again(args)}"
+
+
 def _kept(partial: Path) -> str:
     """A clause on the contents of an unfinished folder that a run with --resume reuses."""
     from surgery.data.text import SELF_TEXT

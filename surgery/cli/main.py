@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from surgery.cli import compare as compare_verbs
 from surgery.cli import convert as convert_verbs
 from surgery.cli import evaluate as evaluate_verb
 from surgery.cli import inspect as inspect_verbs
@@ -35,6 +36,8 @@ VERBS = {  # in the order of `--help`: verb -> its function, and its line in the
     "heal": (convert_verbs.heal, "Train a converted model towards its base."),
     "check": (measure_verbs.check, "Verify files, weights and loading of an output."),
     "eval": (evaluate_verb.evaluate, "Measure perplexity and recall, compared with the base."),
+    "compare": (compare_verbs.compare, "Measure several models beside their base, in one table."),
+    "sweep": (compare_verbs.sweep, "Try values of a setting, and compare the results."),
     "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),
     "push": (convert_verbs.push, "Upload to the Hub (private by default)."),
     "doctor": (inspect_verbs.doctor, "Report what works on this machine."),

@@ -60,7 +60,7 @@ def _refuse_no_number(name: str, limit: object, by_item: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LimitedFigure:
     """A figure and its limit."""
 
     words: str
@@ -81,7 +81,7 @@ class Comparison:
         return f"{self.words} {shown} {sign} {self.limit}"
 
 
-def comparisons(evaluation: dict | None, limits: dict) -> list[Comparison]:
+def comparisons(evaluation: dict | None, limits: dict) -> list[LimitedFigure]:
     """Every measured figure that has a limit, with this limit; limits and evaluation are as for `gate`."""
     if not evaluation or evaluation.get("status") != "done":
         return []
@@ -98,7 +98,7 @@ class _Bounded(NamedTuple):
 
     name: str
     missing: str
-    comparison: Comparison | None
+    comparison: LimitedFigure | None
 
 
 def _bounded(evaluation: dict, limits: dict) -> Iterator[_Bounded]:
@@ -120,7 +120,7 @@ def _bounded(evaluation: dict, limits: dict) -> Iterator[_Bounded]:
             if bound.by_item and not missing:
                 value = figure.get(item)
                 absent = "" if item in figure else f": not measured; measured: {', '.join(figure)}"
-            compared = Comparison(words, value, most, bound.at_least) if not absent and finite(value) else None
+            compared = LimitedFigure(words, value, most, bound.at_least) if not absent and finite(value) else None
             yield _Bounded(key, f"{key}{absent}" if absent else "", compared)
 
 

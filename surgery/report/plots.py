@@ -92,6 +92,52 @@ class Panel:
     log_y: bool = False
 
 
+@dataclass(frozen=True)
+class Point:
+    """A labelled point; `filled`: whether its marker is."""
+
+    x: float
+    y: float
+    filled: bool = True
+
+
+def points(
+    path: str | Path, marks: Mapping[str, Point], *, x_label: str, y_label: str, title: str = "", filled: str = ""
+) -> Path:
+    """Draw labelled points, both axes from 0.
+
+    Args:
+        path: the file to write, .png, .svg or .pdf.
+        marks: label -> point.
+        filled: what a filled marker means, for the legend; "": no legend.
+
+    Raises:
+        SurgeryError, MachineError: as for `heat_maps`.
+    """
+    _require(path)
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = _figure((7.4, 4.8))
+        axis = figure.subplots()
+        for number, (label, point) in enumerate(marks.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(
+                point.x, point.y, MARKERS[number % len(MARKERS)], color=colour, markersize=8,
+                markerfacecolor=colour if point.filled else "white", markeredgewidth=1.6, clip_on=False,
+            )  # fmt: skip
+            axis.annotate(label, (point.x, point.y), xytext=(8, 5), textcoords="offset points", fontsize=9)
+        axis.set_xlim(0, 1.18 * max([1.0, *(point.x for point in marks.values())]))
+        axis.set_ylim(0, 1.15 * max([point.y for point in marks.values()] or [1.0]) or 1.0)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        if filled:
+            for word, face in ((filled, "black"), ("fewer", "white")):
+                axis.plot([], [], "o", color="black", markerfacecolor=face, label=word)
+            axis.legend(loc="best", framealpha=0.85)
+        return _write(figure, path, title)
+
+
 def heat_maps(
     path: str | Path,
     panels: Mapping[str, Cells],

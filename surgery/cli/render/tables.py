@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,9 @@ from surgery.evaluation.benchmark.result import SPLIT
 from surgery.evaluation.probes.base import Probe, Result
 from surgery.evaluation.probes.base import Table as Data
 from surgery.io.printing import count
+
+if TYPE_CHECKING:
+    from surgery.evaluation.comparison.result import Comparison
 
 SHOWN = {SPLIT: "converted"}  # name of a model in a benchmark's record -> what a person reads
 
@@ -45,6 +49,19 @@ def check_verdict(data: dict, folder: str) -> None:
     compare = f"surgery eval {quoted} --base {shlex.quote(base or 'MODEL')}"
     following = f"surgery push {quoted} OWNER/NAME" if data["evaluation"] else compare
     hanging(out, "", f"{count(passed, 'check')} passed{more}. next: {following}", 0)
+
+
+def comparison(found: Comparison) -> None:
+    """Print a comparison: what the models can do, then what they cost, a row for each model."""
+    out = console()
+    for words in (found.quality, found.cost):
+        if words:
+            show(out, _as_rich(found.table(words)))
+            for _, column in words:
+                hanging(out, "", f"{column.title}: {column.what}", 0, "dim")
+            out.print()
+    for note in found.all_notes:
+        hanging(out, "note: ", note, 6)
 
 
 def measured(probe: type[Probe], result: Result, following: str = "") -> None:

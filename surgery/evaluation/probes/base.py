@@ -21,6 +21,7 @@ from surgery.machine.progress import PERCENT
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from surgery.evaluation.base_runs import BaseRuns
     from surgery.io.loading import ModelSource
 
 Progress = Callable[[int, int, str], None]
@@ -228,6 +229,7 @@ class Probe(BaseModel):
         tokenizer: Any = None,
         progress: Progress | None = None,
         allow_pickle: bool = False,
+        shared: BaseRuns | None = None,
     ) -> Result:
         """Run the base, then the model, never both in memory, and compare.
 
@@ -236,6 +238,7 @@ class Probe(BaseModel):
             tokenizer: required for loaded models; default: the tokenizer of the base, or of `out` without a base.
             progress: called as progress(done, total, label); the label names the stage.
             allow_pickle: whether the base may have .bin weights only.
+            shared: what this base scored for other models already; what it scores now is added.
 
         Raises:
             SurgeryError: this probe cannot measure these models.
@@ -404,6 +407,7 @@ class CaseProbe(Probe):
         tokenizer: Any = None,
         progress: Progress | None = None,
         allow_pickle: bool = False,
+        shared: BaseRuns | None = None,
     ) -> CaseResult:
         """See `Probe.measure`. Pickled weights are refused; `progress` is called after each case."""
 
@@ -420,7 +424,20 @@ class CaseProbe(Probe):
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
         self.prepare(result, sources, progress)
         order = dict(reversed(sources.items())) if self.model_first else sources
-        run_base_then_model(result, order, self, tick if progress else None)
+        known = None
+        if shared and base is not None and not self.model_first:  # otherwise the base scores what this model wrote
+            asked = f"{self.name} {self.model_dump_json()}"
+            known = shared.answers(asked, result.cases)
+        if known is not None:
+            result.outcomes["base"] = known
+        run_base_then_model(
+            result,
+            {label: source for label, source in order.items() if label not in result.outcomes},
+            self,
+            tick if progress else None,
+        )
+        if shared and known is None and "base" in result.outcomes and not self.model_first:
+            shared.keep_answers(asked, result.cases, result.outcomes["base"])
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
         if result.status == "done":
             self.finish(result, sources, progress)

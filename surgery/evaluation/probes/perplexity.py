@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ from surgery.calibration.scoring import score_model
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.data.text import windows as text_windows
 from surgery.errors import MachineError, ModelError, ModelMismatchError, RecipeMismatchError
+from surgery.evaluation.base_runs import BaseRuns
 from surgery.evaluation.figures import Evaluation, Side
 from surgery.evaluation.footprint import footprint
 from surgery.evaluation.paired import sides
@@ -50,6 +52,7 @@ UNKNOWN = 0.2  # share of unknown tokens above which a note says that the text d
 NO_MODEL = 10_000  # a base with a higher perplexity is no language model
 DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond either limit a model is reported as not usable
 
+SCORED = ("cross_entropy", "perplexity", "nonfinite_tokens")  # figures of a side that come from its run
 STAGES = {"base": "scoring the base", "out": "scoring the converted model"}  # label -> what progress reports
 SCORING = "scoring the model"  # the same if there is no base
 
@@ -126,6 +129,7 @@ class Perplexity(Probe):
         tokenizer: Any = None,
         progress: Progress | None = None,
         allow_pickle: bool = False,
+        shared: BaseRuns | None = None,
     ) -> Evaluation:
         """See `Probe.measure`; `progress` is called after each window.
 
@@ -158,7 +162,8 @@ class Perplexity(Probe):
             result.status, result.reason = "not run", reason
             return result
         top_k = min(self.top_k, vocabulary)
-        scores = self._run(result, sources, samples, top_k, progress, allow_pickle)
+        kept = shared.windows(samples, top_k) if shared and base is not None else None
+        scores = self._run(result, sources, samples, top_k, progress, allow_pickle, kept)
         if base is not None:
             kl = scores["kl"]
             percentile = kl.quantile(0.99) if kl.isfinite().all() else kl.max()
@@ -193,8 +198,12 @@ class Perplexity(Probe):
         unknown = 0.0 if token is None else (samples == token).double().mean().item()
         return text, samples, vocabulary, unknown
 
-    def _run(self, result, sources, samples, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
-        """Score one model after the other; returns the scores of the last one, compared with the first."""
+    def _run(self, result, sources, samples, top_k: int, progress, allow_pickle: bool, kept: Path | None) -> dict:
+        """Score one model after the other; returns the scores of the last one, compared with the first.
+
+        Args:
+            kept: a folder that keeps what the base scored, and may have it already; None: a temporary folder.
+        """
 
         def tick(label: str, done: int) -> None:
             if progress:
@@ -202,14 +211,22 @@ class Perplexity(Probe):
 
         try:
             with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
-                folder = Path(temporary) if "base" in sources else None
+                folder = kept or (Path(temporary) if "base" in sources else None)
                 for label, source in sources.items():
+                    if kept and label == "base" and (known := BaseRuns.figures(kept)):
+                        result.base = replace(result.base, **known)
+                        continue
+                    for file in kept.glob("*.safetensors") if kept and label == "base" else ():
+                        file.unlink()  # of a run that was interrupted, perhaps while it was written
                     may_be_pickle = allow_pickle and label == "base"
                     tick_of_side = partial(tick, label)
                     tick_of_side(0)
                     scores = score_model(source, samples, folder, top_k, tick_of_side, may_be_pickle)
                     gc.collect()  # otherwise a model in a reference cycle would stay in memory during the next run
-                    _sum_up(getattr(result, label), scores["loss"], label)
+                    side = getattr(result, label)
+                    _sum_up(side, scores["loss"], label)
+                    if kept and label == "base":
+                        BaseRuns.keep_figures(kept, {name: getattr(side, name) for name in SCORED})
         except OSError as error:
             raise MachineError(
                 f"cannot keep the base's log-probabilities: {error}", where=tempfile.gettempdir()

@@ -1,0 +1,106 @@
+"""The verbs that put several models beside their base: compare and sweep."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from surgery.cli import completion, interrupt
+from surgery.cli.options import Base, Json, Quiet, RecipeName, emit
+
+if TYPE_CHECKING:
+    from surgery.evaluation.comparison.result import Comparison
+
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Keep figures and picture here; a run goes on from it.")
+]
+Text = Annotated[str, typer.Option(metavar="FILE", help="The text to measure on: builtin, or a UTF-8 text file.")]
+Only = Annotated[
+    str, typer.Option(metavar="NAME,...", help="Measure only this: loss-512, loss-2048, choices, needles, ...")
+]
+Without = Annotated[str, typer.Option(metavar="NAME,...", help="Leave this out, such as speed.")]
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Two folders or more of one base.", autocompletion=completion.outputs),
+    ],
+    base: Base = None,
+    out: Folder = Path("comparison"),
+    text: Text = "builtin",
+    only: Only = "",
+    without: Without = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure several models beside their base: loss, KL, choices, needles, chat, KV cache, speed. One table."""
+    from surgery.cli.render.console import progress_bar
+    from surgery.evaluation.comparison import measures
+    from surgery.evaluation.comparison.run import compare as run
+    from surgery.evaluation.comparison.run import stages
+
+    chosen = {"only": _names(only), "leave_out": _names(without)}
+    asked = measures.chosen(**chosen)
+    with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
+        progress.expect(stages(models, asked))
+        found = run(models, base, folder=out, text=text, **chosen, progress=progress)
+    _show(found, out, as_json)
+
+
+def sweep(
+    recipe: RecipeName,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The model to convert.", autocompletion=completion.models),
+    ],
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE,VALUE...",
+            help="Settings of the recipe; with several values, each is tried.",
+            autocompletion=completion.recipe_settings,
+        ),
+    ],
+    out: Folder = Path("sweep"),
+    text: Text = "builtin",
+    only: Only = "",
+    without: Without = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model with each value of a setting, measure it as `compare` does, and keep no weights."""
+    from surgery.cli.render.console import progress_bar
+    from surgery.evaluation.comparison import measures
+    from surgery.search.sweep import sweep as run
+
+    chosen = {"only": _names(only), "leave_out": _names(without)}
+    measures.chosen(**chosen)
+    with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
+        found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
+    _show(found, out, as_json)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _show(found: Comparison, out: Path, as_json: bool) -> None:
+    """Print the table, and draw the picture next to the figures."""
+    from surgery.cli.render import tables
+    from surgery.errors import SurgeryError
+    from surgery.evaluation.comparison.run import FILE, PICTURE
+
+    picture = out / PICTURE
+    try:
+        drawn = found.plot(picture) is not None
+    except SurgeryError:  # without matplotlib the table is all
+        drawn = False
+    if as_json:
+        return emit(found.to_dict())
+    tables.comparison(found)
+    files = f"{out / FILE} and {picture}" if drawn else str(out / FILE)
+    typer.echo(f"kept in {files}. A model is added with: surgery compare ... -o {shlex.quote(str(out))}")

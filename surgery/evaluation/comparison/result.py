@@ -1,0 +1,127 @@
+"""The result of a comparison: a row for each model, the base first. It can be printed, drawn and written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.evaluation.comparison.measures import MEASURES, RECALL, Column, Measure
+from surgery.io.printing import Block, Printed, Table, count
+
+BASE = "base"
+ENOUGH = 0.9  # share of the needles from which a marker is filled
+DRAWN = ("cache", "loss-2048")  # the picture has the cache of the one against the KL of the other
+
+
+@dataclass
+class Comparison(Printed):
+    """Several models beside their base.
+
+    Attributes:
+        base: name of the base.
+        measures: what was measured.
+        records: model -> measurement -> its record; in each the base beside the model.
+        taken: model -> the measurements whose figures stood in its surgery.json.
+        settings: text and machine.
+        notes: remarks for the reader.
+    """
+
+    base: str
+    measures: tuple[Measure, ...]
+    records: dict[str, dict[str, dict]]
+    taken: dict[str, list[str]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[tuple[Measure, Column]]:
+        """The columns of the table, with their measurements."""
+        return [(measure, column) for measure in self.measures for column in measure.columns]
+
+    def cell(self, model: str, measure: Measure, column: Column) -> str:
+        """The text of a cell; of the base the first record that has its figure."""
+        if model != BASE:
+            return column.cell(self.records[model].get(measure.name), "out")
+        cells = [column.cell(records.get(measure.name), BASE) for records in self.records.values()]
+        return next(filter(None, cells), "")
+
+    @property
+    def quality(self) -> list[tuple[Measure, Column]]:
+        """The columns that say what a model can do."""
+        return [each for each in self.columns if not each[0].is_cost]
+
+    @property
+    def cost(self) -> list[tuple[Measure, Column]]:
+        """The columns that say what a model costs."""
+        return [each for each in self.columns if each[0].is_cost]
+
+    def table(self, columns: Sequence[tuple[Measure, Column]]) -> Table:
+        """These columns, a row for each model."""
+        titles = ["", *(column.title for _, column in columns)]
+        models = [BASE, *self.records]
+        return Table(tuple(titles), [[model, *(self.cell(model, *each) for each in columns)] for model in models])
+
+    def headline(self) -> str:
+        return f"{count(len(self.records), 'model')} beside {self.base}"
+
+    def blocks(self) -> list[Block]:
+        tables: list[Block] = []
+        for columns in filter(None, (self.quality, self.cost)):
+            words = [f"{column.title}: {column.what}" for _, column in columns]
+            tables += [self.table(columns), "", *words, ""]
+        return [*tables, *(f"note: {note}" for note in self.all_notes)]
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes, and which figures were taken from surgery.json."""
+        taken = [f"{model} ({', '.join(names)})" for model, names in self.taken.items() if names]
+        return [*self.notes, *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data: the rows of the table as numbers, and the records that they come from."""
+        rows = [
+            {"model": model} | {column.title: self.number(model, measure, column) for measure, column in self.columns}
+            for model in (BASE, *self.records)
+        ]
+        data = {"base": self.base, "settings": self.settings, "rows": rows, "records": self.records}
+        return data | ({"taken": self.taken} if any(self.taken.values()) else {}) | {"notes": self.notes}
+
+    def number(self, model: str, measure: Measure, column: Column) -> float | None:
+        """The number of a cell; None where it was not measured."""
+        sides = [(self.records[model], "out")] if model != BASE else [(each, BASE) for each in self.records.values()]
+        for records, side in sides:
+            record = records.get(measure.name)
+            if record and record.get("status", "done") == "done" and (value := column.value(record, side)) is not None:
+                return value
+        return None
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw what each model saves and loses: its cache at 8,192 tokens against its KL from the base.
+
+        A filled marker: it keeps nine tenths of the needles that the base finds. Errors are those of
+        `surgery.report.plots.points`.
+        """
+        from surgery.report.plots import Point, points
+
+        (cache,), (loss,) = ([m for m in MEASURES if m.name == name] for name in DRAWN)
+        x_axis, y_axis = (cache, cache.columns[-1]), (loss, loss.columns[-1])
+        whole, marks = self.number(BASE, *x_axis), {}
+        asked = any(self._kept(model) is not None for model in self.records)
+        for model in self.records:
+            x, y, kept = self.number(model, *x_axis), self.number(model, *y_axis), self._kept(model)
+            if whole and x is not None and y is not None:
+                marks[model] = Point(x / whole, y, filled=not asked or (kept is not None and kept >= ENOUGH))
+        return points(
+            path,
+            marks | ({BASE: Point(1.0, 0.0)} if marks else {}),
+            x_label="KV cache at 8,192 tokens, share of the base's",
+            y_label="KL from the base, nats a token",
+            title=f"{self.base}: what is saved, and what is lost",
+            filled=f"keeps {ENOUGH:.0%} of the needles" if asked else "",
+        )
+
+    def _kept(self, model: str) -> float | None:
+        """The share of needles that a model keeps; None: it was not asked."""
+        return ((self.records[model].get(RECALL) or {}).get("kept") or {}).get("share")

@@ -1,0 +1,1 @@
+"""Choosing a recipe: trying the values of its settings."""

@@ -1,0 +1,304 @@
+"""Several models beside their base: the table's numbers, one run of the base, resuming, what is refused; sweeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import TEXT
+from families import one_thread  # noqa: F401 (a fixture)
+
+import surgery as package
+from surgery.errors import SurgeryError
+from surgery.evaluation.comparison import measures
+from surgery.evaluation.comparison import run as running
+from surgery.evaluation.comparison.measures import MEASURES, Column, chosen
+from surgery.search.sweep import combinations, split
+
+ONLY = ["loss-512", "choices", "cache"]
+SMALL = {"loss-512": (("windows", 2), ("length", 64)), "choices": (("items", 6), ("context", 12))}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The same measurements on fewer and shorter texts."""
+    from dataclasses import replace
+
+    found = tuple(replace(m, settings=SMALL.get(m.name, m.settings)) for m in MEASURES)
+    monkeypatch.setattr(measures, "MEASURES", found)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Sentences of words that the tiny tokenizer knows."""
+    words = TEXT.split()
+    sentences = [" ".join(words[at : at + 9]).capitalize() + "." for at in range(0, len(words) - 9, 3)]
+    (tmp_path / "words.txt").write_text(" ".join(sentences).lower().replace(".", " ."), encoding="utf-8")
+    return tmp_path / "words.txt"
+
+
+@pytest.fixture
+def made(model, tmp_path):
+    """A merged and a streaming child of the tiny model."""
+    for name, recipe, fields in (
+        ("merged", "gqa", {"method": "mean"}),
+        ("short", "streaming", {"sinks": 1, "window": 3}),
+    ):
+        package.apply(recipe, model, output=tmp_path / name, check=False, evaluate=False, **fields)
+    return tmp_path
+
+
+def test_the_table_has_what_each_probe_says_alone(made, model, text):
+    found = package.compare([made / "merged", made / "short"], model, folder=made / "c", text=str(text), only=ONLY)
+    rows = {row["model"]: row for row in found.to_dict()["rows"]}
+    assert list(rows) == ["base", str(made / "merged"), str(made / "short")]
+    for name in ("merged", "short"):
+        alone = package.evaluate(made / name, model, text=str(text), windows=2, length=64)
+        row = rows[str(made / name)]
+        assert row["loss 512"] == alone["out"]["cross_entropy"]
+        assert rows["base"]["loss 512"] == alone["base"]["cross_entropy"]
+        right = package.evaluate_choices(made / name, model, text=str(text), items=6, context=12)
+        assert row["choices"] == right["out"]["right"]
+        assert row["KV/token"] == alone["out"]["kv_bytes_per_token"]
+    base, merged, short = rows.values()
+    assert base["KV/token"] == 2 * 2 * 3 * 8 * 2  # K and V, layers, KV heads, head size, bytes
+    assert base["KV at 8k"] == base["KV/token"] * 8192 / 2**20
+    assert merged["KV/token"] == base["KV/token"] / 3
+    assert (short["KV/token"], short["KV at 8k"]) == (0, 4 * base["KV/token"] / 2**20)
+    assert "choices: multiple-choice questions right" in str(found)
+    assert len(str(found).splitlines()[1].split()) == 3, "a model, its loss, its choices"
+
+
+def test_the_base_runs_once(made, model, text, monkeypatch):
+    from surgery.evaluation import paired
+    from surgery.evaluation.probes import perplexity
+
+    loaded, scored = [], []
+    of_cases, of_windows = paired.loaded, perplexity.score_model
+    monkeypatch.setattr(paired, "loaded", lambda source, *rest: (loaded.append(source), of_cases(source, *rest))[1])
+    monkeypatch.setattr(
+        perplexity, "score_model", lambda source, *rest: (scored.append(source), of_windows(source, *rest))[1]
+    )
+    models = [made / "merged", made / "short"]
+    first = package.compare(models, model, folder=made / "c", text=str(text), only=ONLY)
+    assert loaded == scored == [model, *models]
+    again = package.compare(models, model, folder=made / "c", text=str(text), only=ONLY)
+    assert loaded == scored == [model, *models], "what is finished is not measured again"
+    assert again.to_dict() == first.to_dict()
+    apart = package.compare(models, model, folder=made / "d", text=str(text), only=ONLY)
+    assert apart.to_dict() == first.to_dict(), "and it would be the same"
+
+
+def test_a_comparison_that_was_stopped_goes_on(made, model, text, monkeypatch):
+    models, measured = [made / "merged", made / "short"], []
+    whole = package.compare(models, model, folder=made / "whole", text=str(text), only=ONLY).to_dict()
+    measure = running._measured
+
+    def stop(measured_now, *rest):
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(measured_now.name)
+        return measure(measured_now, *rest)
+
+    monkeypatch.setattr(running, "_measured", stop)
+    with pytest.raises(KeyboardInterrupt):
+        package.compare(models, model, folder=made / "c", text=str(text), only=ONLY)
+    measured.clear()
+    assert package.compare(models, model, folder=made / "c", text=str(text), only=ONLY).to_dict() == whole
+    assert measured == ["choices", "cache"]
+
+
+def test_a_model_that_changed_is_measured_again_and_one_can_be_added(made, model, text):
+    models = [made / "merged", made / "short"]
+    package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
+    shutil.rmtree(made / "merged")
+    package.apply("gqa", model, output=made / "merged", check=False, evaluate=False, method="first")
+    found = package.compare([*models, model], model, folder=made / "c", text=str(text), only=["loss-512"])
+    alone = package.evaluate(made / "merged", model, text=str(text), windows=2, length=64)
+    rows = {row["model"]: row["loss 512"] for row in found.to_dict()["rows"]}
+    assert rows[str(made / "merged")] == alone["out"]["cross_entropy"]
+    assert rows[str(model)] == rows["base"]
+
+
+def test_figures_of_the_record_are_taken(made, model, text):
+    probes = {"perplexity": {"windows": 2, "length": 64}, "choices": {"items": 6, "context": 12}}
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    recipe |= {"evaluate": {"text": str(text), "probes": probes}}
+    package.apply(recipe, model, output=made / "scored", check=False, gate=False)
+    record = json.loads((made / "scored/surgery.json").read_text())
+    models = [made / "scored", made / "merged"]
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=ONLY)
+    assert found.taken == {str(made / "scored"): ["loss-512", "choices"], str(made / "merged"): []}
+    assert "taken from surgery.json" in str(found)
+    rows = {row["model"]: row for row in found.to_dict()["rows"]}
+    assert rows[str(made / "scored")]["loss 512"] == record["evaluation"]["out"]["cross_entropy"]
+    mine, other = (rows[str(path)] for path in models)
+    assert {**mine, "model": ""} == {**other, "model": ""}, "the same weights, measured now"
+
+
+def test_what_cannot_be_asked_is_left_empty_with_the_reason(made, model, text):
+    models = [made / "merged", made / "short"]
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=["chat", "cache"])
+    record = found.to_dict()["records"][str(made / "merged")]["chat"]
+    assert record["status"] == "not run"
+    assert "chat template" in record["reason"]
+    assert found.to_dict()["rows"][1]["chat"] is None
+    assert found.cell(str(made / "merged"), *found.columns[0]) == ""
+
+
+def test_speed_is_beside_the_base(made, model, text, monkeypatch):
+    monkeypatch.setattr(running, "PROMPT", 64)
+    monkeypatch.setattr(running, "ROUNDS", 1)
+    models = [made / "merged", made / "short"]
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=["speed"])
+    for row in found.to_dict()["rows"]:
+        assert row["prompt"] > 0
+        assert row["decode"] > 0
+    assert found.to_dict()["rows"][0] == {"model": "base", "prompt": 1.0, "decode": 1.0}
+
+
+def test_the_command_prints_draws_and_says_json(surgery, made, model, text):
+    args = ("compare", made / "merged", made / "short", "--base", model, "-o", "c", "--text", text)
+    ran = surgery(*args, "--only", "loss-2048,cache")
+    assert ran.code == 0, ran.err
+    assert "KV/token" in ran.out
+    assert (made / "c/compare.png").stat().st_size > 5000
+    data = surgery(*args, "--only", "loss-2048,cache", "--json").json
+    assert [row["model"] for row in data["rows"]] == ["base", str(made / "merged"), str(made / "short")]
+    kept = json.loads((made / "c/compare.json").read_text())
+    assert kept["comparison"]["rows"] == data["rows"]
+
+
+def test_a_cell_of_a_measurement_that_was_not_run_is_empty():
+    column = Column("x", "", lambda record, side: record[side], "{:.2f}", lambda record, side: 7)
+    assert column.cell({"status": "done", "out": 1.0}, "out") == "1.00/7"
+    assert column.cell({"status": "not run"}, "out") == column.cell(None, "out") == ""
+    assert column.cell({"status": "done", "out": None}, "out") == ""
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_one_model_or_the_same_twice(refused, made, model):
+    says = ["1 model to compare", "name two or more", "surgery eval"]
+    refused("compare", made / "merged", "--base", model, says=says)
+    refused("compare", "merged", made / "merged", "--base", model, says=["is named twice"])
+
+
+def test_models_of_another_base_or_tokenizer_all_at_once(refused, made, model, tmp_path):
+    import torch
+
+    from surgery.io.loading import load_model
+
+    torch.manual_seed(1)
+    stranger = shutil.copytree(model, tmp_path / "stranger")
+    changed = load_model(model)
+    torch.nn.init.normal_(changed.model.embed_tokens.weight)
+    changed.save_pretrained(stranger)
+    package.apply("gqa", stranger, output=made / "other", check=False, evaluate=False, method="mean")
+    speaks = shutil.copytree(model, tmp_path / "speaks")
+    core = json.loads((speaks / "tokenizer.json").read_text())
+    words = core["model"]["vocab"]
+    words["the"], words["cat"] = words["cat"], words["the"]
+    (speaks / "tokenizer.json").write_text(json.dumps(core))
+    says = ["other is of another base", "speaks has another tokenizer", "compare models of one base"]
+    refused("compare", made / "merged", made / "other", speaks, "--base", model, says=says)
+
+
+def test_no_base_is_known(refused, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    refused("compare", model, copy, says=["no base is named", "--base MODEL"])
+
+
+def test_a_measurement_that_is_not(refused, made, model):
+    says = ["there is no measurement 'loss-513'", "choices", "did you mean 'loss-512'?"]
+    refused("compare", made / "merged", made / "short", "--base", model, "--only", "loss-513", says=says)
+    everything = ",".join(m.name for m in MEASURES)
+    refused(
+        "compare", made / "merged", made / "short", "--base", model, "--without", everything,
+        says=["no measurement is left"],
+    )  # fmt: skip
+    assert [m.name for m in chosen(leave_out=["speed"])] == [m.name for m in MEASURES][:-1]
+
+
+def test_a_folder_of_another_comparison(made, model, text, surgery):
+    models = [made / "merged", made / "short"]
+    package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
+    ran = surgery("compare", *models, "--base", model, "-o", "c", "--only", "loss-512")
+    assert ran.code == 2
+    assert "another base or on another text" in ran.err
+    (made / "c/compare.json").write_text("{")
+    ran = surgery("compare", *models, "--base", model, "-o", "c", "--only", "loss-512", "--text", text)
+    assert ran.code == 2
+    assert "these figures cannot be read" in ran.err
+
+
+def test_a_model_without_a_record_is_noted(made, model, text):
+    copy = shutil.copytree(model, made / "copy")
+    found = package.compare([made / "merged", copy], model, folder=made / "c", text=str(text), only=["cache"])
+    assert any("copy has no surgery.json" in note for note in found.notes)
+    assert not any("merged" in note for note in found.notes)
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_split_outside_of_brackets():
+    assert split("1,2, 3") == ["1", "2", "3"]
+    assert split("[0, 1],[2]") == ["[0, 1]", "[2]"]
+    assert split("{a: 1, b: 2}") == ["{a: 1, b: 2}"]
+    tries = combinations(["kv_heads=1,3", "method=mean", "keep_layers=[0],[1]"])
+    assert list(tries) == [
+        "kv_heads=1 keep_layers=[0]", "kv_heads=1 keep_layers=[1]",
+        "kv_heads=3 keep_layers=[0]", "kv_heads=3 keep_layers=[1]",
+    ]  # fmt: skip
+    assert tries["kv_heads=3 keep_layers=[1]"] == ["kv_heads=3", "method=mean", "keep_layers=[1]"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["kv_heads=1"], "no setting has two values"),
+        (["kv_heads"], "is not of the form key=value,value"),
+        (["kv_heads=1,"], "is not of the form key=value,value"),
+        (["kv_heads=1,1"], "a value of kv_heads is given twice"),
+        (["kv_heads=1,2", "kv_heads=3"], "kv_heads is given twice"),
+    ],
+)
+def test_a_sweep_is_refused(settings, says):
+    with pytest.raises(SurgeryError, match=says):
+        combinations(settings)
+
+
+def test_a_sweep_is_what_apply_and_compare_say(surgery, model, text, tmp_path):
+    ran = surgery(
+        "sweep", "streaming", model, "window=3,9", "sinks=1", "-o", "s", "--text", text, "--only", "loss-512,cache",
+        "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    rows = {row.pop("model"): row for row in ran.json["rows"]}
+    assert list(rows) == ["base", "window=3", "window=9"]
+    for window in (3, 9):
+        out = tmp_path / f"w{window}"
+        package.apply("streaming", model, output=out, check=False, evaluate=False, window=window, sinks=1)
+        alone = package.evaluate(out, model, text=str(text), windows=2, length=64)
+        assert rows[f"window={window}"]["loss 512"] == alone["out"]["cross_entropy"]
+        assert rows[f"window={window}"]["KV at 8k"] == rows["base"]["KV/token"] * (window + 1) / 2**20
+    assert not list((tmp_path / "s").glob("weights*")), "no weights are kept"
+
+
+def test_a_sweep_goes_on_and_refuses_before_it_converts(surgery, model, text, tmp_path, monkeypatch):
+    args = ("sweep", "streaming", model, "sinks=1", "-o", "s", "--text", text, "--only", "loss-512", "--json")
+    first = surgery(*args, "window=3,9").json
+    applied = []
+    monkeypatch.setattr("surgery.search.sweep.apply_to_folder", lambda *rest: applied.append(rest))
+    assert surgery(*args, "window=3,9").json["rows"] == first["rows"]
+    assert not applied
+    ran = surgery("sweep", "gqa", model, "kv_heads=1,2", "-o", "t", "--text", text)
+    assert ran.code == 2
+    assert "kv_heads" in ran.err or "KV heads" in ran.err
+    assert not applied
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"version": 1}))
+    assert surgery("sweep", "r.yaml", model, "kv_heads=1,3").code == 2
