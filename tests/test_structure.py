@@ -35,8 +35,8 @@ DECIDED = {
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack name_list packing passkeys questions recall_rows repeats text word_list",
-    "evaluation": "ablation base_runs check check_code check_layers evaluate figures footprint fresh_process lengths "
-    "paired recall result run",
+    "evaluation": "ablation base_runs check check_code check_layers conversation evaluate figures footprint "
+    "fresh_process lengths paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",
     "evaluation/harness": "answers command task_files task_set",

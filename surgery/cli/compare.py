@@ -1,4 +1,4 @@
-"""The verbs that put several models beside their base: compare and sweep."""
+"""The verbs that put models beside their base: try, compare and sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surgery.cli import completion, interrupt
-from surgery.cli.options import Base, Json, Quiet, RecipeName, emit
+from surgery.cli.options import Base, Json, ModelName, Quiet, RecipeName, emit
 
 if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
@@ -22,6 +22,36 @@ Only = Annotated[
     str, typer.Option(metavar="NAME,...", help="Measure only this: loss-512, loss-2048, choices, needles, ...")
 ]
 Without = Annotated[str, typer.Option(metavar="NAME,...", help="Leave this out, such as speed.")]
+
+
+def attempt(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What the model is asked.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Let this model answer first.", autocompletion=completion.models),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Write this many tokens at most.")] = 200,
+    plain: Annotated[bool, typer.Option("--plain", help="Go on with the text; no chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let a model answer a prompt, with its most probable tokens, and say its speed and the bytes of its KV cache."""
+    from surgery.cli.render import tables
+    from surgery.evaluation.conversation import reply
+    from surgery.io.hub import resolve
+
+    sources = {name: resolve(name).path for name in (base, model) if name is not None}
+    answers = []
+    for name, path in sources.items():
+        if not as_json and base is not None:
+            typer.echo(f"{name}:")
+        say = (lambda text: None) if as_json else (lambda text: typer.echo(text, nl=False))
+        found = reply(path, prompt, plain=plain, most=tokens, say=say)
+        answers.append({"model": name} | vars(found))
+        if not as_json:
+            tables.reply(found)
+    if as_json:
+        emit({"prompt": prompt, "answers": answers})
 
 
 def compare(

@@ -36,6 +36,7 @@ VERBS = {  # in the order of `--help`: verb -> its function, and its line in the
     "heal": (convert_verbs.heal, "Train a converted model towards its base."),
     "check": (measure_verbs.check, "Verify files, weights and loading of an output."),
     "eval": (evaluate_verb.evaluate, "Measure perplexity and recall, compared with the base."),
+    "try": (compare_verbs.attempt, "Let a model answer a prompt, beside its base."),
     "compare": (compare_verbs.compare, "Measure several models beside their base, in one table."),
     "sweep": (compare_verbs.sweep, "Try values of a setting, and compare the results."),
     "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),

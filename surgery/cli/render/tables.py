@@ -18,6 +18,7 @@ from surgery.io.printing import count
 
 if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
+    from surgery.evaluation.conversation import Reply
 
 SHOWN = {SPLIT: "converted"}  # name of a model in a benchmark's record -> what a person reads
 
@@ -49,6 +50,17 @@ def check_verdict(data: dict, folder: str) -> None:
     compare = f"surgery eval {quoted} --base {shlex.quote(base or 'MODEL')}"
     following = f"surgery push {quoted} OWNER/NAME" if data["evaluation"] else compare
     hanging(out, "", f"{count(passed, 'check')} passed{more}. next: {following}", 0)
+
+
+def reply(found: Reply) -> None:
+    """Print the figures of an answer, below it."""
+    speed = f", then {found.tokens_per_second:,.1f} tokens a second" if found.tokens_per_second else ""
+    end = "" if found.ended else ", cut off"
+    words = f"{count(found.prompt_tokens, 'token')} read in {found.prompt_seconds:.1f} s{speed}"
+    out = console()
+    out.print()
+    out.print(f"[{count(found.tokens, 'token')}{end}; {words}; KV cache {size(found.cache_bytes)}]", markup=False)
+    out.print()
 
 
 def comparison(found: Comparison) -> None:

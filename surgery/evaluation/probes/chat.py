@@ -315,7 +315,7 @@ def _prompt(tokenizer: Any, request: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer."""
     named = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
     ends = [token for value in named for token in (value if isinstance(value, list) else [value])]
@@ -324,7 +324,7 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 def _answers(model: Any, cases: list[Request], tokenizer: Any, most: int, tick: Callable[[int], None]) -> list[Answer]:
     """Greedy answers, decoded with the model's own cache; `generate` would apply sampling from a generation config."""
-    ends, answers = _ends(model, tokenizer), []
+    ends, answers = end_tokens(model, tokenizer), []
     with loaded(model):
         for case in cases:
             ids, broken = _greedy(model, case.prompt, ends, most)
