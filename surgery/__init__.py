@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "plan": "api",
     "apply": "api",
+    "applied": "api",
     "check": "api",
     "evaluate": "api",
     "evaluate_choices": "api",
@@ -117,6 +118,7 @@ __all__ = [
     "TrainingError",
     "WeightRewrite",
     "__version__",
+    "applied",
     "apply",
     "check",
     "compare",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -151,6 +152,46 @@ def apply(
     refuse_folder_settings("edited", **settings, engine=engine == "streaming")
     refuse_no_model(model)
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
+
+
+def applied(
+    recipe: AnyRecipe,
+    model: PreTrainedModel,
+    *,
+    tokenizer: AnyTokenizer | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+    **fields: Any,
+) -> AbstractContextManager[Report]:
+    """Apply a recipe to a loaded model for the length of a `with` block, and undo it at its end.
+
+        with surgery.applied("duo-attention", model, tokenizer=tokenizer) as report:
+            ...  # the converted model
+
+    Afterwards the model is as before, also if the block raises: weights, config, class, hooks, attention and
+    generation config. Blocks may be nested. If a recipe rewrites weights, those of all layers are kept in memory twice
+    inside the block.
+
+    Args:
+        recipe, model, tokenizer, overrides, progress, fields: as for `apply`; the model is loaded and in eval mode.
+
+    Raises:
+        SurgeryError: on entry, as for `apply`; or the model is in training mode, or the recipe heals. At the end of
+            the block: the weights were trained or moved inside, or an inner block is still open; the model then stays
+            converted.
+    """
+    from surgery import pipeline
+
+    refuse_swapped(recipe, model)
+    refuse_no_tokenizer(tokenizer)
+    refuse_no_function(progress=progress)
+    if isinstance(model, str | Path):
+        raise SurgeryError(
+            "a block converts a loaded model, and this is a name", where="model", fix=f"surgery.load({str(model)!r})"
+        )
+    refuse_no_model(model)
+    resolved = recipes.load(recipe, texts(overrides), **fields)
+    return pipeline.AppliedBlock(resolved, model, tokenizer, RunOptions(progress=progress))
 
 
 @made_on_cpu()

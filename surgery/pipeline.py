@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.edit import snapshot
 from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeError, SurgeryError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe
@@ -113,6 +117,70 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
 
         heal_model(model, base, recipe.heal, (), tokenizer, replace(options, on_plan=None))
     return report
+
+
+APPLIED = "_surgery_applied"  # attribute of a model: the blocks of `applied` that are open, the outermost first
+
+
+class AppliedBlock(AbstractContextManager["Report"]):
+    """A recipe that is applied to a loaded model for the length of a `with` block; see `surgery.applied`."""
+
+    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions):
+        self._recipe, self._model, self._tokenizer, self._options = recipe, model, tokenizer, options
+        self._entered = False
+
+    def __enter__(self) -> Report:
+        model, where = self._model, type(self._model).__name__
+        if self._entered:
+            fix = "call surgery.applied again"
+            raise SurgeryError("this block was entered already, which is possible only once", where=where, fix=fix)
+        if model.training:
+            fix = "model.eval() first; to train a converted model, use surgery.apply"
+            raise SurgeryError("the model is in training mode", where=where, fix=fix)
+        if self._recipe.heal is not None:
+            raise RecipeError("a healing is not undone", where="heal", fix="heal=null, or surgery.apply")
+        self._entered = True
+        self._restore = snapshot(model, _rewritten(self._recipe, model))
+        self._generation = getattr(model, "generation_config", None)
+        self._kept = deepcopy(vars(self._generation)) if self._generation is not None else {}
+        try:
+            report = apply_in_memory(self._recipe, model, self._tokenizer, self._options)
+        except BaseException:
+            self._undo()
+            raise
+        setattr(model, APPLIED, (*getattr(model, APPLIED, ()), self))
+        self._weights = _state_of_weights(model)
+        return report
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        model, where = self._model, type(self._model).__name__
+        if kind is None and getattr(model, APPLIED, ())[-1:] != (self,):
+            what = "a block of surgery.applied that was opened later is still open"
+            raise SurgeryError(what, where=where, fix="leave the inner block first")
+        if kind is None and _state_of_weights(model) != self._weights:
+            what = "the weights were trained or moved inside the block, which is not undone: the model stays converted"
+            fix = "to train a converted model, use surgery.apply; move it to its device and dtype before the block"
+            raise SurgeryError(what, where=where, fix=fix)
+        self._undo()
+
+    def _undo(self) -> None:
+        self._restore()
+        if self._generation is not None:
+            vars(self._generation).clear()
+            vars(self._generation).update(self._kept)
+
+
+def _rewritten(recipe: Recipe, model: Any) -> list[Any]:
+    """The weights that a recipe may change in place: those of all layers, if any operation rewrites weights."""
+    if all(operation.term is not None for operation in recipe.operations):
+        return []
+    layers = {layer.path.rpartition(".")[0] for layer in Anatomy.of(model).layers}
+    return [weight for path in layers for weight in model.get_submodule(path).parameters()]
+
+
+def _state_of_weights(model: Any) -> list[tuple]:
+    """What changes where a weight is trained, cast or moved."""
+    return [(id(w), getattr(w, "_version", 0), w.dtype, w.device) for w in model.parameters()]
 
 
 def _judge_healed(

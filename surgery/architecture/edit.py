@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
@@ -62,12 +62,16 @@ def own_config(model) -> None:
             module.config = deepcopy(module.config, memo)
 
 
-def snapshot(model) -> Callable[[], None]:
-    """Remember the state of a model: classes, modules, parameters, hooks and configs, without copying any weight.
+def snapshot(model, weights: Iterable[Tensor] = ()) -> Callable[[], None]:
+    """Remember the state of a model: classes, modules, parameters, hooks and configs.
+
+    Args:
+        weights: parameters whose values are copied; no other weight is.
 
     Returns:
-        A function that restores this state. Tensors whose values were changed in place stay changed.
+        A function that restores this state. Other tensors whose values were changed in place stay changed.
     """
+    values = [(weight, weight.detach().clone()) for weight in {id(each): each for each in weights}.values()]
     modules = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     known = {id(module.config): module.config for module, *_ in modules if hasattr(module, "config")}
     inner = {id(value): value for config in known.values() for value in vars(config).values() if _is_config(value)}
@@ -78,6 +82,8 @@ def snapshot(model) -> Callable[[], None]:
             owner.__class__ = cls
             vars(owner).clear()
             vars(owner).update(state)
+        for weight, value in values:
+            weight.data.copy_(value)
 
     return restore
 
