@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.healing.plan import HealPlan
     from surgery.io.hub import Pushed
+    from surgery.report.reproduction import Reproduction
 
     AnyModel = str | Path | PreTrainedModel  # a folder, a name, a Hub id or a loaded model
     AnyRecipe = str | Path | dict[str, Any] | recipes.Recipe  # a name, a path, plain data, or a `Recipe`
@@ -152,6 +153,32 @@ def apply(
     refuse_folder_settings("edited", **settings, engine=engine == "streaming")
     refuse_no_model(model)
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
+
+
+@made_on_cpu()
+def reproduce(out: str | Path, base: str | Path | None = None, *, progress: Progress | None = None) -> Reproduction:
+    """Run the recipe of a checkpoint again on its base, and compare the result with the checkpoint.
+
+    The weights are compared by hash. Where they differ, as where another number of threads decides the last bits, the
+    tensors are compared, and the loss if the checkpoint has a score. Nothing is kept.
+
+    Args:
+        out: a folder or a Hub id with a surgery.json.
+        base: the base; default: the recorded one, at its revision.
+        progress: called with done, total and a label.
+
+    Returns:
+        What differs; `result.reproduced` is the verdict.
+
+    Raises:
+        SurgeryError: there is no record, the base is not the recorded one, or this version lacks an operation.
+        MachineError: disk, memory or network.
+    """
+    from surgery import pipeline
+
+    refuse_no_function(progress=progress)
+    named = None if base is None else str(base)
+    return pipeline.reproduce(str(out), named, RunOptions(progress=progress))
 
 
 def applied(

@@ -10,6 +10,7 @@ wait for.
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -19,19 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import snapshot
+from surgery.config import recipe as recipes
 from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
-from surgery.errors import RecipeError, SurgeryError
+from surgery.errors import ModelMismatchError, RecipeError, RecordError, SurgeryError, TextError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe
+from surgery.io.hub import resolve
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.progress import StageClock
+from surgery.report import reproduction
 from surgery.report.lineage import another_base
 from surgery.report.report import Report
+from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
 
 if TYPE_CHECKING:
@@ -117,6 +122,58 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
 
         heal_model(model, base, recipe.heal, (), tokenizer, replace(options, on_plan=None))
     return report
+
+
+def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
+    """Run the recipe of a checkpoint again on its base, and compare; see `surgery.reproduce`."""
+    import torch
+
+    folder = resolve(out).path
+    report = Report.of(folder)
+    record, threads = report.data, torch.get_num_threads()
+    source = _recorded_base(record, base, out)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
+        again, scored = Path(temporary) / "again", report.data["evaluation"] is not None
+        try:
+            torch.set_num_threads(record.get("threads") or threads)  # they may decide the last bits
+            quiet = replace(options, check=False, evaluate=False, gate=False)
+            made = apply_to_folder(recipes.load(record["recipe"]), source, again, quiet)
+        except TextError as error:
+            fix = "run the command in the folder that has this file: surgery.json knows its name alone"
+            raise TextError(error.what, where=error.where, fix=fix) from error
+        finally:
+            torch.set_num_threads(threads)
+        found = Reproduction(out, source, reproduction.hashes(record, again))
+        found.config = reproduction.differing_config(folder, again)
+        if found.same_bits or made is None:
+            return found
+        found.machine = reproduction.differing_machine(record, made.data)
+        found.tensors = reproduction.differing_tensors(folder, again)
+        then, judged_by = reproduction.main_figures(record["evaluation"]), recipes.load(record["recipe"]).evaluate
+        if scored and then and judged_by is not None:
+            try:
+                evaluate_report(made, resolve(source).path, judged_by, options.progress)
+            except TextError as error:
+                found.notes.append(f"the loss was not compared: {error.where}: {error.what}")
+            now = reproduction.main_figures(made.data["evaluation"])
+            found.figures = {name: (value, now[name]) for name, value in then.items() if name in now}
+        return found
+
+
+def _recorded_base(record: dict, base: str | None, out: str) -> str:
+    """The base of a record as a name that can be resolved: the one that a user named, or the recorded one.
+
+    Raises:
+        SurgeryError: none is recorded, or it is not the recorded one.
+    """
+    known = record["base"]
+    pinned = f"{known['hub_id']}@{known['revision']}" if known.get("hub_id") and known.get("revision") else None
+    name = base or pinned or known.get("name")
+    if not name:
+        raise RecordError("its surgery.json names no base", where=out, fix="--base MODEL")
+    if reason := another_base(known, name):
+        raise ModelMismatchError(f"{name}: {reason}", where=out, fix="--base with the model that it was made from")
+    return str(name)
 
 
 APPLIED = "_surgery_applied"  # attribute of a model: the blocks of `applied` that are open, the outermost first

@@ -57,8 +57,8 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search prompt_share",
     "recipes": "",
-    "report": "card card_metadata card_sections card_summary gate head_map lineage plots report summary timing "
-    "verdict",
+    "report": "card card_metadata card_sections card_summary gate head_map lineage plots report reproduction "
+    "summary timing verdict",
     "search": "sweep",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "

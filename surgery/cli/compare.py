@@ -1,4 +1,4 @@
-"""The verbs that put models beside their base: try, compare and sweep."""
+"""The verbs that put models side by side: try, reproduce, compare and sweep."""
 
 from __future__ import annotations
 
@@ -52,6 +52,34 @@ def attempt(
             tables.reply(found)
     if as_json:
         emit({"prompt": prompt, "answers": answers})
+
+
+def reproduce(
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT", help="A folder that surgery wrote, or a Hub id.", autocompletion=completion.outputs
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The base; default: the recorded one.", autocompletion=completion.models),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the recipe of an output again on its base, and compare: hashes, else tensors and the loss."""
+    from surgery.api import reproduce as run
+    from surgery.cli.render.console import progress_bar
+    from surgery.errors import CheckError
+
+    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
+        found = run(out, base, progress=progress)
+    emit(found.to_dict()) if as_json else typer.echo(str(found))
+    if not found.reproduced:
+        error = CheckError(found.headline(), where=out, fix="see surgery.json: recipe, base and versions")
+        error.reported = as_json
+        raise error
 
 
 def compare(

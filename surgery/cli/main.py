@@ -37,6 +37,7 @@ VERBS = {  # in the order of `--help`: verb -> its function, and its line in the
     "check": (measure_verbs.check, "Verify files, weights and loading of an output."),
     "eval": (evaluate_verb.evaluate, "Measure perplexity and recall, compared with the base."),
     "try": (compare_verbs.attempt, "Let a model answer a prompt, beside its base."),
+    "reproduce": (compare_verbs.reproduce, "Run the recipe of an output again, and compare."),
     "compare": (compare_verbs.compare, "Measure several models beside their base, in one table."),
     "sweep": (compare_verbs.sweep, "Try values of a setting, and compare the results."),
     "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),

@@ -1,0 +1,138 @@
+"""Whether a surgery that was run again gave the same checkpoint: hashes, else tensors and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.io.files import read_json, sha256
+from surgery.io.printing import Block, Printed, Table, count
+from surgery.io.safetensors import Checkpoint
+
+ROUNDING = 1e-3  # relative distance of a tensor up to which the last bits explain it
+NEAR = 0.005  # relative difference of a loss up to which it is the same figure
+UNSTABLE = ("transformers_version", "_name_or_path")  # keys of config.json that follow from the machine
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor that is not the same to the bit; `distance`: norm of the difference over the norm of the recorded one.
+
+    Infinite: the shapes differ, or one of the two lacks it.
+    """
+
+    name: str
+    distance: float
+
+
+@dataclass
+class Reproduction(Printed):
+    """A surgery that was run again.
+
+    Attributes:
+        out, base: the checkpoint, and the base that its recipe was run on.
+        files: weight file -> whether its hash is the recorded one.
+        config: keys of config.json that differ.
+        tensors: the tensors that differ, the farthest first; [] if all hashes are equal.
+        figures: name -> (recorded, now), measured where the weights differ; {}: not measured.
+        machine: name -> (recorded, now), of what differs and may decide the last bits.
+        notes: remarks for the reader.
+    """
+
+    out: str
+    base: str
+    files: dict[str, bool]
+    config: list[str] = field(default_factory=list)
+    tensors: list[TensorDifference] = field(default_factory=list)
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
+    machine: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether all weight files have the recorded hash, and the config is the same."""
+        return all(self.files.values()) and not self.config
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the weights are the same, to the bit or to rounding; of the latter the figures must agree too."""
+        near = all(each.distance <= ROUNDING for each in self.tensors)
+        agree = all(abs(now - then) <= NEAR * max(abs(then), 1e-9) for then, now in self.figures.values())
+        return self.same_bits or (not self.config and near and agree)
+
+    def headline(self) -> str:
+        if self.same_bits:
+            return f"reproduced: {count(len(self.files), 'weight file')} with the recorded hash"
+        if not self.config and not self.tensors:
+            return "reproduced: every tensor is the same to the bit, in files with another hash"
+        what = f"{count(len(self.tensors), 'tensor')} differ{'s' * (len(self.tensors) == 1)}"
+        if self.config:
+            what = f"config.json differs ({', '.join(self.config)})" + (f", and {what}" if self.tensors else "")
+        return f"reproduced to rounding: {what}" if self.reproduced else f"not reproduced: {what}"
+
+    def blocks(self) -> list[Block]:
+        lines: list[Block] = [f"{self.out}: {self.headline()}", f"base: {self.base}"]
+        if self.tensors:
+            rows = [[each.name, f"{each.distance:.2g}"] for each in self.tensors[:5]]
+            lines.append(Table(("the farthest tensors", "relative distance"), rows))
+        if self.figures:
+            rows = [[name, f"{then:.5g}", f"{now:.5g}"] for name, (then, now) in self.figures.items()]
+            lines.append(Table(("", "recorded", "now"), rows))
+        if self.machine:
+            differing = ", ".join(f"{name} {then} → {now}" for name, (then, now) in self.machine.items())
+            lines.append(f"the machines differ: {differing}")
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        tensors = [vars(each) | {"distance": min(each.distance, 1e30)} for each in self.tensors]
+        return vars(self) | {"tensors": tensors, "reproduced": self.reproduced, "same_bits": self.same_bits}
+
+
+def hashes(record: dict, again: Path) -> dict[str, bool]:
+    """Recorded weight file -> whether the file of this name in `again` has its hash."""
+    return {
+        name: (again / name).is_file() and sha256(again / name) == entry["sha256"]
+        for name, entry in record["files"].items()
+    }
+
+
+def differing_config(out: Path, again: Path) -> list[str]:
+    """Keys of config.json that differ between two folders."""
+    old, new = (read_json(folder / "config.json") for folder in (out, again))
+    keys = [key for key in sorted({*old, *new}) if key not in UNSTABLE]
+    return [key for key in keys if old.get(key) != new.get(key)]
+
+
+def differing_tensors(out: Path, again: Path) -> list[TensorDifference]:
+    """The tensors of two folders that are not the same to the bit, the farthest first."""
+    import torch
+
+    old, new = Checkpoint(out), Checkpoint(again)
+    found = [TensorDifference(name, float("inf")) for name in old.tensors.keys() ^ new.tensors.keys()]
+    for name in old.tensors.keys() & new.tensors.keys():
+        one, other = old.read(name), new.read(name)
+        if one.shape != other.shape:
+            found.append(TensorDifference(name, float("inf")))
+        elif not torch.equal(one, other):
+            norm = one.double().norm().item()
+            apart = (one.double() - other.double()).norm().item()
+            found.append(TensorDifference(name, apart / norm if norm else float("inf")))
+    return sorted(found, key=lambda each: (-each.distance, each.name))
+
+
+def differing_machine(record: dict, again: dict) -> dict[str, tuple[Any, Any]]:
+    """What differs between the machines of two records and may decide the last bits of weights."""
+    facts = {name: (record.get("versions") or {}).get(name) for name in ("surgery", "torch", "transformers")}
+    now = {name: (again.get("versions") or {}).get(name) for name in facts}
+    facts["threads"], now["threads"] = record.get("threads"), again.get("threads")
+    return {name: (then, now[name]) for name, then in facts.items() if then != now[name]}
+
+
+def main_figures(evaluation: dict | None) -> dict[str, float]:
+    """The figures of an evaluation that a repetition is judged by."""
+    if not evaluation or evaluation.get("status") != "done":
+        return {}
+    figures = {"cross-entropy, nats a token": (evaluation.get("out") or {}).get("cross_entropy")}
+    return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -1,0 +1,151 @@
+"""`surgery reproduce`: the recipe of a checkpoint is run again on its base, and the result compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from conftest import edit_record, edit_tensors
+from families import one_thread  # noqa: F401 (a fixture)
+
+import surgery as package
+from surgery.errors import SurgeryError
+
+MERGED = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+
+
+@pytest.fixture
+def out(model, tmp_path):
+    package.apply(MERGED, str(model), output=tmp_path / "out", check=False, evaluate=False)
+    return tmp_path / "out"
+
+
+def record_of(folder) -> dict:
+    return json.loads((folder / "surgery.json").read_text())
+
+
+def test_the_same_recipe_on_the_same_base_gives_the_same_hashes(surgery, out, model, tmp_path):
+    ran = surgery("reproduce", "out", "--base", model)
+    assert ran.code == 0, ran.err
+    assert "out: reproduced: 1 weight file with the recorded hash" in ran.out
+    data = surgery("reproduce", "out", "--base", model, "--json").json
+    assert (data["reproduced"], data["same_bits"], data["tensors"], data["config"]) == (True, True, [], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"], "nothing is kept"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"operations": [{"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 1, "window": 3}]},
+        {"operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}], "heal": {"steps": 2, "length": 16}},
+    ],
+)
+def test_terms_and_healing_are_run_again_too(model, text, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    if "heal" in recipe:
+        recipe["heal"] |= {"data": str(text), "batch_tokens": 32, "method": "full", "precision": "float32"}
+    recipe = {"version": 1, "name": "r"} | recipe
+    package.apply(recipe, str(model), output=tmp_path / "out", check=False, evaluate=False)
+    found = package.reproduce(tmp_path / "out", model)
+    assert found.same_bits, str(found)
+
+
+def test_a_changed_digit_of_the_recipe_gives_other_weights(surgery, out, model):
+    recipe = record_of(out)["recipe"]
+    recipe["operations"][0]["kv_heads"] = 3
+    edit_record(out, recipe=recipe)
+    ran = surgery("reproduce", "out", "--base", model)
+    assert ran.code == 4
+    assert "not reproduced: config.json differs" in ran.out
+    assert "k_proj" in ran.out
+    assert ran.err.startswith("error: out: not reproduced")
+    found = package.reproduce(out, model)
+    names = {each.name for each in found.tensors}
+    assert names == {f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "kv"}
+
+
+def test_a_changed_digit_that_no_weight_shows(model, tmp_path):
+    package.apply("streaming", str(model), output=tmp_path / "out", check=False, evaluate=False, sinks=1, window=3)
+    recipe = record_of(tmp_path / "out")["recipe"]
+    recipe["operations"][0]["window"] = 4
+    edit_record(tmp_path / "out", recipe=recipe)
+    found = package.reproduce(tmp_path / "out", model)
+    assert (found.files, found.config, found.reproduced) == ({"model.safetensors": True}, ["surgery"], False)
+
+
+@pytest.mark.parametrize(("factor", "reproduced"), [(2.0, True), (1.5, False)])
+def test_last_bits_are_told_from_other_weights(model, text, tmp_path, monkeypatch, factor, reproduced):
+    monkeypatch.chdir(tmp_path)
+    recipe = MERGED | {"evaluate": {"text": str(text), "windows": 1, "length": 64}}
+    package.apply(recipe, str(model), output=tmp_path / "out", check=False)
+    name = "model.layers.1.self_attn.v_proj.weight"
+
+    def change(tensors) -> None:
+        tensors[name] = tensors[name].clone()
+        if reproduced:
+            flat = tensors[name].view(-1)
+            flat[flat.abs().argmin()] *= factor
+        else:
+            tensors[name] *= factor
+
+    edit_tensors(tmp_path / "out", change)
+    digest = hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
+    record = record_of(tmp_path / "out")
+    files = {"model.safetensors": record["files"]["model.safetensors"] | {"sha256": digest}}
+    edit_record(tmp_path / "out", files=files, threads=1)
+    found = package.reproduce(tmp_path / "out", model)
+    assert [each.name for each in found.tensors] == [name]
+    assert found.reproduced is reproduced
+    assert not found.same_bits
+    then, now = found.figures["cross-entropy, nats a token"]
+    assert then == record["evaluation"]["out"]["cross_entropy"] == now
+    assert ("to rounding" in str(found)) is reproduced
+    (tmp_path / "words.txt").unlink()
+    found = package.reproduce(tmp_path / "out", model)
+    assert not found.figures
+    assert "the loss was not compared: words.txt: no such text file" in str(found)
+
+
+def test_a_text_that_the_recipe_reads_is_missing(refused, model, text, tmp_path, monkeypatch):
+    heal = {"steps": 1, "length": 16, "batch_tokens": 32, "data": str(text), "method": "full"}
+    package.apply(MERGED | {"heal": heal}, str(model), output=tmp_path / "out", check=False, evaluate=False)
+    text.unlink()
+    refused(
+        "reproduce", "out", "--base", model, says=["words.txt", "run the command in the folder that has this file"]
+    )
+
+
+def test_it_runs_with_the_recorded_threads(out, model, monkeypatch):
+    import torch
+
+    from surgery import pipeline
+
+    used, before = [], torch.get_num_threads()
+    run = pipeline.apply_to_folder
+    monkeypatch.setattr(pipeline, "apply_to_folder", lambda *a: (used.append(torch.get_num_threads()), run(*a))[1])
+    edit_record(out, threads=2)
+    package.reproduce(out, model)
+    assert used == [2]
+    assert torch.get_num_threads() == before
+
+
+def test_what_cannot_be_reproduced(refused, surgery, out, model, tmp_path):
+    refused("reproduce", model, says=["surgery.json"])
+    other = shutil.copytree(model, tmp_path / "other")
+    edit_tensors(other, lambda tensors: tensors.update({name: 2 * t for name, t in tensors.items()}))
+    refused("reproduce", "out", "--base", other, says=["this is not the base it was made from", "--base"])
+    recipe = record_of(out)["recipe"]
+    recipe["operations"][0]["op"] = "of_a_later_version"
+    edit_record(out, recipe=recipe)
+    with pytest.raises(SurgeryError, match="of_a_later_version"):
+        package.reproduce(out, model)
+
+
+def test_the_same_tensors_in_a_file_with_another_hash(out, model):
+    files = record_of(out)["files"]
+    edit_record(out, files={name: entry | {"sha256": "0" * 64} for name, entry in files.items()})
+    found = package.reproduce(out, model)
+    assert (found.same_bits, found.reproduced, found.tensors) == (False, True, [])
+    assert "every tensor is the same to the bit, in files with another hash" in str(found)
