@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +25,20 @@ from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
+from surgery.conversion.plan import make_plan
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
 from surgery.errors import ModelMismatchError, RecipeError, RecordError, SurgeryError, TextError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
-from surgery.io.files import published_recipe
+from surgery.io.files import published_recipe, write_text
 from surgery.io.hub import resolve
+from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
-from surgery.machine.progress import StageClock
+from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
 from surgery.report.lineage import another_base
+from surgery.report.page import FILE as PAGE
+from surgery.report.page import Answers, render_page
 from surgery.report.report import Report
 from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
@@ -43,7 +47,9 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.config.options import RunOptions
     from surgery.config.recipe import Evaluate, Recipe
+    from surgery.evaluation.conversation import Reply
     from surgery.io.loading import ModelSource
+    from surgery.machine.progress import Progress
 
 
 def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, options: RunOptions) -> Report | None:
@@ -174,6 +180,39 @@ def _recorded_base(record: dict, base: str | None, out: str) -> str:
     if reason := another_base(known, name):
         raise ModelMismatchError(f"{name}: {reason}", where=out, fix="--base with the model that it was made from")
     return str(name)
+
+
+PROMPTS = ("Hello!", "What is the capital of France?", "Write one sentence about the sea.")  # of the page's answers
+
+
+def write_page(
+    out: str | Path, base: str | None, prompts: Sequence[str], file: Path | None, progress: Progress | None
+) -> Path:
+    """Write the page of a checkpoint; see `surgery.write_page`."""
+    from surgery.conversion.plan_tree import lines
+    from surgery.evaluation.conversation import reply
+
+    report = Report.of(out)
+    folder, record = Path(out), report.data
+    plan: list[str] = []
+    with suppress(SurgeryError):  # without the base, or an operation of another version, the page has no tree
+        source = resolve(_recorded_base(record, base, str(out)), cached_only=True)
+        plan = lines(make_plan(recipes.load(record["recipe"]), Anatomy.of(source.path), source.name, source.path))
+    models = {"the base": resolve(_recorded_base(record, base, str(out))).path, "this model": folder} if base else {}
+    replies: dict[str, dict[str, Reply]] = {prompt: {} for prompt in prompts if models}
+    for name, path in models.items():
+        begin(progress, f"answers of {name}", len(replies))
+        for done, prompt in enumerate(replies, start=1):
+            replies[prompt][name] = reply(path, prompt)
+            if progress:
+                progress(done, len(replies), f"answers of {name}")
+    answers = [Answers(prompt, found) for prompt, found in replies.items()]
+    page = file or folder / PAGE
+    write_text(page, render_page(record, folder, plan, answers))
+    if page.parent.resolve() == folder.resolve() and is_complete(record):
+        record["other_files"][page.name] = entry(page)
+        report.save()
+    return page
 
 
 APPLIED = "_surgery_applied"  # attribute of a model: the blocks of `applied` that are open, the outermost first

@@ -29,7 +29,7 @@ DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
-    "cli": "compare completion convert doctor evaluate help inspect interrupt main measure options",
+    "cli": "compare completion convert doctor evaluate help inspect interrupt main measure options pages",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
@@ -57,7 +57,7 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search prompt_share",
     "recipes": "",
-    "report": "card card_metadata card_sections card_summary gate head_map lineage plots report reproduction "
+    "report": "card card_metadata card_sections card_summary gate head_map lineage page plots report reproduction "
     "summary timing verdict",
     "search": "sweep",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "

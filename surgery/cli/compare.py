@@ -21,6 +21,7 @@ Text = Annotated[str, typer.Option(metavar="FILE", help="The text to measure on:
 Only = Annotated[
     str, typer.Option(metavar="NAME,...", help="Measure only this: loss-512, loss-2048, choices, needles, ...")
 ]
+Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write the table and picture as a page.")]
 Without = Annotated[str, typer.Option(metavar="NAME,...", help="Leave this out, such as speed.")]
 
 
@@ -92,6 +93,7 @@ def compare(
     text: Text = "builtin",
     only: Only = "",
     without: Without = "",
+    html: Html = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,7 +108,7 @@ def compare(
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         progress.expect(stages(models, asked))
         found = run(models, base, folder=out, text=text, **chosen, progress=progress)
-    _show(found, out, as_json)
+    _show(found, out, html, as_json)
 
 
 def sweep(
@@ -127,6 +129,7 @@ def sweep(
     text: Text = "builtin",
     only: Only = "",
     without: Without = "",
+    html: Html = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -139,15 +142,15 @@ def sweep(
     measures.chosen(**chosen)
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
-    _show(found, out, as_json)
+    _show(found, out, html, as_json)
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _show(found: Comparison, out: Path, as_json: bool) -> None:
-    """Print the table, and draw the picture next to the figures."""
+def _show(found: Comparison, out: Path, html: Path | None, as_json: bool) -> None:
+    """Print the table, draw the picture next to the figures, and write the page."""
     from surgery.cli.render import tables
     from surgery.errors import SurgeryError
     from surgery.evaluation.comparison.run import FILE, PICTURE
@@ -157,6 +160,14 @@ def _show(found: Comparison, out: Path, as_json: bool) -> None:
         drawn = found.plot(picture) is not None
     except SurgeryError:  # without matplotlib the table is all
         drawn = False
+    if html is not None:
+        from surgery.io.files import write_text
+        from surgery.report.page import compared_page
+
+        words = [("What the models can do", found.quality), ("What they cost", found.cost)]
+        parts = [(head, found.table(c), [f"{col.title}: {col.what}" for _, col in c]) for head, c in words if c]
+        content = picture.read_bytes() if drawn else None
+        write_text(html, compared_page(f"Models beside {found.base}", parts, found.all_notes, content))
     if as_json:
         return emit(found.to_dict())
     tables.comparison(found)

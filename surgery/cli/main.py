@@ -19,6 +19,7 @@ from surgery.cli import evaluate as evaluate_verb
 from surgery.cli import inspect as inspect_verbs
 from surgery.cli import interrupt
 from surgery.cli import measure as measure_verbs
+from surgery.cli import pages as page_verbs
 from surgery.cli.help import Command, Group, context_settings
 from surgery.cli.options import emit
 from surgery.errors import MachineError, SurgeryError, system_code
@@ -41,6 +42,7 @@ VERBS = {  # in the order of `--help`: verb -> its function, and its line in the
     "compare": (compare_verbs.compare, "Measure several models beside their base, in one table."),
     "sweep": (compare_verbs.sweep, "Try values of a setting, and compare the results."),
     "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),
+    "report": (page_verbs.report, "Write one HTML page about an output."),
     "push": (convert_verbs.push, "Upload to the Hub (private by default)."),
     "doctor": (inspect_verbs.doctor, "Report what works on this machine."),
 }

@@ -13,6 +13,7 @@ from surgery.errors import SettingError
 from surgery.evaluation.benchmark.run import cache_bytes
 from surgery.evaluation.probes.chat import end_tokens
 from surgery.io.loading import loaded, read_config, read_tokenizer
+from surgery.io.printing import byte_size, count
 
 if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
@@ -40,6 +41,14 @@ class Reply:
     tokens_per_second: float | None
     cache_bytes: int
     ended: bool
+
+    @property
+    def facts(self) -> str:
+        """Length, speed and cache in one line."""
+        speed = f", then {self.tokens_per_second:,.1f} tokens a second" if self.tokens_per_second else ""
+        end = "" if self.ended else ", cut off"
+        read = f"{count(self.prompt_tokens, 'token')} read in {self.prompt_seconds:.1f} s{speed}"
+        return f"{count(self.tokens, 'token')}{end}; {read}; KV cache {byte_size(self.cache_bytes)}"
 
 
 def reply(

@@ -23,6 +23,15 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def byte_size(count: float) -> str:
+    """Bytes for people: 520.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 Block = str | Table | tuple[str, str]  # a line, a table, or a line with a label in front of it
 
 
@@ -80,13 +89,14 @@ def as_html(title: str, blocks: Sequence[Block]) -> str:
             parts.append(f"<table>{''.join(labelled)}</table>")
             labelled = []
         if isinstance(block, Table):
-            parts.append(_html_table(block))
+            parts.append(as_html_table(block))
         elif block:
             parts.append(f"<pre>{escape(block)}</pre>" if "\n" in block else f"<p>{escape(block)}</p>")
     return f"<div>{''.join(parts)}</div>"
 
 
-def _html_table(table: Table) -> str:
+def as_html_table(table: Table) -> str:
+    """A table as HTML; every text is escaped."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.headers) if any(table.headers) else ""
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     return f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{rows}</tbody></table>"

@@ -32,11 +32,11 @@ def render_card(report: dict, base_card: str | None) -> str:
         f"# {name}",
         *banner(report),
         summary(report),
-        "## What it costs and what it saves\n\n" + _table(report),
+        "## What it costs and what it saves\n\n" + costs_text(report),
         *_heads(report),
         *healing(report),
         "## How to use it\n\n" + loading(report),
-        "## Checks\n\n" + _checks(report),
+        "## Checks\n\n" + checks_text(report),
         "## Limits\n\n" + limits(report),
         "## Notes\n\n" + notes_block(str(report.get("owner_notes") or "")),
         "## How it was made\n\n" + provenance(report),
@@ -56,7 +56,7 @@ def _heads(report: dict) -> list[str]:
     return [f"![{what}]({HEADS})\n\n*{what}. Heads have the base's numbers.*"]
 
 
-def _table(report: dict) -> str:
+def costs_text(report: dict) -> str:
     """The table of base and converted model, and the paragraphs of the probes. An unknown figure is left empty."""
     recorded, evaluation, plan = get(report, "evaluation"), figures_of(report), get(report, "plan")
     base, out = get(recorded, "base"), get(recorded, "out")  # cache and load size are known without a run
@@ -100,7 +100,8 @@ def _why(report: dict) -> str:
     return "its recipe asks for no evaluation"
 
 
-def _checks(report: dict) -> str:
+def checks_text(report: dict) -> str:
+    """The list of checks and of the gate."""
     check, gate = get(report, "check"), get(report, "gate")
     lines = [(str(item.get("name")), item.get("status"), item.get("detail")) for item in check.get("items") or []]
     passed = {True: "passed", False: "failed"}.get(check.get("passed"), "not run")

@@ -12,14 +12,14 @@ from rich.text import Text
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy
 from surgery.cli.render.catalogue import LEGEND
-from surgery.cli.render.console import console, size
+from surgery.cli.render.console import console
 from surgery.cli.render.layout import columns, hanging, show
 from surgery.config.catalogue import Entry
 from surgery.conversion.fit import Fit
 from surgery.conversion.plan import Plan
 from surgery.conversion.plan_tree import comparison_key
 from surgery.errors import any_of
-from surgery.io.printing import count
+from surgery.io.printing import byte_size, count
 
 POSITIONS = {"half": "RoPE", "interleaved": "RoPE (interleaved)", "alibi": "ALiBi", "unknown": "unknown (a guess)"}
 EXTRAS: dict[str, Callable[[LayerAnatomy], object]] = {  # columns of the table, shown if any layer has a value
@@ -75,7 +75,7 @@ def _cache(anatomy: Anatomy) -> str:
     """Bytes of the KV cache: per token, and for the full context."""
     token, fixed = anatomy.kv_bytes_per_token, anatomy.kv_bytes_fixed
     words = f"{token:,} bytes per token" + (f", and {fixed:,} bytes of sinks and windows" if fixed else "")
-    full = anatomy.positions and f" ({size(token * anatomy.positions + fixed)} at {anatomy.positions:,} tokens)"
+    full = anatomy.positions and f" ({byte_size(token * anatomy.positions + fixed)} at {anatomy.positions:,} tokens)"
     return words + (full or "")
 
 
@@ -161,7 +161,7 @@ def _effect(entry: Entry, plan: Plan) -> list[Text | str]:
     words = entry.line
     if (after.kv_bytes_per_token, fixed) != (before.kv_bytes_per_token, before.kv_bytes_fixed):
         words = f"KV {before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} B/token"
-        words += f" + {size(fixed)}" if fixed else ""
+        words += f" + {byte_size(fixed)}" if fixed else ""
     tier = Text(plan.tier, style="green" if plan.tier == "native" else "cyan")
     return [Text(entry.name, style="bold"), tier, words, entry.training]
 

@@ -79,12 +79,3 @@ def labelled(label: str, words: str | Text, *, copied: bool = False) -> None:
     for line in text.wrap(out, out.width - len(head)):
         out.print(head + line)
         head = Text(" " * len(head))
-
-
-def size(count: float) -> str:
-    """Bytes for people: 520.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from surgery.cli.render.console import console, size
+from surgery.cli.render.console import console
 from surgery.cli.render.durations import about
 from surgery.cli.render.layout import hanging
 from surgery.conversion.estimate import Estimate
-from surgery.io.printing import count
+from surgery.io.printing import byte_size, count
 
 WHILE = {
     "measure": "while measuring",
@@ -27,6 +27,6 @@ def cost(estimate: Estimate) -> None:
     threads = f" on {count(estimate.threads, 'thread')}" if estimate.threads else ""
     out = console()
     hanging(out, "time:", f"about {about(estimate.seconds)}{threads}" + (f" ({parts})" if parts else ""), INDENT)
-    hanging(out, "memory:", f"about {size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})", INDENT)
-    kept = f"; {size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
-    hanging(out, "disk:", f"{size(estimate.output_bytes)}{kept}", INDENT)
+    hanging(out, "memory:", f"about {byte_size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})", INDENT)
+    kept = f"; {byte_size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
+    hanging(out, "disk:", f"{byte_size(estimate.output_bytes)}{kept}", INDENT)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from rich.text import Text
 from rich.tree import Tree
 
-from surgery.cli.render.console import console, size
+from surgery.cli.render.console import console
 from surgery.cli.render.estimate import cost
 from surgery.conversion import plan_tree
 from surgery.conversion.estimate import Estimate
+from surgery.io.printing import byte_size
 from surgery.operations.base import LOADS_WITH
 
 
@@ -43,15 +44,18 @@ def healing(work) -> None:
     out = console()
     for line in work.lines:
         out.print(line)
-    storage = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
-    storage += f", a stored teacher of at most {size(work.teacher_bytes)}" if work.teacher_bytes else ""
-    engine, memory = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
+    storage = f", checkpoints of {byte_size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
+    storage += f", a stored teacher of at most {byte_size(work.teacher_bytes)}" if work.teacher_bytes else ""
+    engine, memory = (
+        work.engine,
+        ", ".join(f"{name} {byte_size(count)}" for name, count in work.memory.items() if count),
+    )
     where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
-    out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{storage}")
+    out.print(f"heal: about {byte_size(work.memory_bytes)} of memory {where}{storage}")
     out.print(f"heal: of which {memory}")
     if not engine.sharded:
         states = work.memory["gradients"] + work.memory["optimizer"]
         out.print(
-            f"heal: several processes hold as much each; ZeRO-2 shares {size(states)} of it out among them, "
-            f"FSDP and ZeRO-3 {size(states + work.memory['weights'])}"
+            f"heal: several processes hold as much each; ZeRO-2 shares {byte_size(states)} of it out among them, "
+            f"FSDP and ZeRO-3 {byte_size(states + work.memory['weights'])}"
         )

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.render.console import STATUS_STYLE, console, size
+from surgery.cli.render.console import STATUS_STYLE, console
 from surgery.cli.render.layout import hanging, show
 from surgery.evaluation.benchmark.result import SPLIT
 from surgery.evaluation.probes.base import Probe, Result
 from surgery.evaluation.probes.base import Table as Data
-from surgery.io.printing import count
+from surgery.io.printing import byte_size, count
 
 if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
@@ -54,12 +54,9 @@ def check_verdict(data: dict, folder: str) -> None:
 
 def reply(found: Reply) -> None:
     """Print the figures of an answer, below it."""
-    speed = f", then {found.tokens_per_second:,.1f} tokens a second" if found.tokens_per_second else ""
-    end = "" if found.ended else ", cut off"
-    words = f"{count(found.prompt_tokens, 'token')} read in {found.prompt_seconds:.1f} s{speed}"
     out = console()
     out.print()
-    out.print(f"[{count(found.tokens, 'token')}{end}; {words}; KV cache {size(found.cache_bytes)}]", markup=False)
+    out.print(f"[{found.facts}]", markup=False)
     out.print()
 
 
@@ -124,8 +121,8 @@ def benchmark(result) -> None:
             f"{timing.decode * 1000:.1f} ms",
             f"{figures['decode_tokens_per_second']:,.1f}",
             f"{figures['decode_spread']:.2f}",
-            size(timing.cache_bytes),
-            "?" if timing.peak_memory is None else size(timing.peak_memory),
+            byte_size(timing.cache_bytes),
+            "?" if timing.peak_memory is None else byte_size(timing.peak_memory),
         )
         last = timing.length
     show(out, table)
@@ -226,14 +223,13 @@ def pushed(result: dict) -> None:
     """Print the result of `surgery.push`: files, sizes, destination, warnings."""
     out = console()
     for file in result["files"]:
-        out.print(f"{size(file['bytes']):>10}  {file['name']}")
+        out.print(f"{byte_size(file['bytes']):>10}  {file['name']}")
     if result["dry_run"]:
-        out.print(
-            f"dry run: {size(result['bytes'])} would go to {result['repo']} ({result['visibility']}); nothing was sent"
-        )
+        where = f"{result['repo']} ({result['visibility']})"
+        out.print(f"dry run: {byte_size(result['bytes'])} would go to {where}; nothing was sent")
     else:
         where = f"{result['url']} ({result['visibility']})"
-        out.print(f"pushed {size(result['bytes'])} to {where}, commit {result['commit']}")
+        out.print(f"pushed {byte_size(result['bytes'])} to {where}, commit {result['commit']}")
     for warning in result["warnings"]:
         out.print(Text(f"warning: {warning}", style="yellow"))
 
@@ -244,11 +240,11 @@ def doctor(report: dict) -> None:
     out.print(f"surgery {report['surgery']}, Python {report['python']}, {report['system']}")
     packages = (f"{name} {version or 'absent'}" for name, version in report["packages"].items())
     hanging(out, "packages:", ", ".join(packages), 10)
-    memory = "unknown" if report["memory_free"] is None else size(report["memory_free"])
+    memory = "unknown" if report["memory_free"] is None else byte_size(report["memory_free"])
     threads = count(report["threads"], "thread")
     hanging(out, "devices:", f"{', '.join(report['devices'])}; {threads}; {memory} memory free", 10)
     disk = report["disk_free"]
-    hanging(out, "disk:", f"{size(disk['here'])} free here, {size(disk['cache'])} in the cache", 10)
+    hanging(out, "disk:", f"{byte_size(disk['here'])} free here, {byte_size(disk['cache'])} in the cache", 10)
     hanging(out, "Hub:", "offline (HF_HUB_OFFLINE)" if report["offline"] else "may be used", 10)
     for name, state in report["doors"].items():
         hanging(out, "loading:", f"{name}: {state}", 10)

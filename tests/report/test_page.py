@@ -1,0 +1,199 @@
+"""The page: self-contained, every text escaped, small, and what stands in it; in a browser at two widths."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from families import one_thread  # noqa: F401 (a fixture)
+from test_card import REPORT
+
+import surgery as package
+from surgery.evaluation.conversation import Reply
+from surgery.io.printing import Table
+from surgery.report.page import LARGEST, Answers, compared_page, render_page
+
+KEPT = {"of": 4, "kept": 3, "share": 0.75, "low": 0.3, "high": 0.95}
+EVIL = '<script>alert("x")</script><img src=http://evil.example/x.png>'
+
+
+class Tags(HTMLParser):
+    """Collects tags with their attributes, and the tags that are left open."""
+
+    VOID = ("meta", "link", "br", "img", "hr")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def refuse_requests(text: str) -> Tags:
+    """The tags of a page that asks for nothing."""
+    page = Tags(text)
+    assert not page.open
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], "no code in attributes"
+        source = attributes.get("src") or (attributes.get("href") if tag == "link" else None)
+        assert source is None or source.startswith("data:"), attributes
+        if tag == "a":
+            assert attributes["href"].startswith(("https://", "#"))
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert len(text.encode()) < 1_000_000
+    return page
+
+
+def reply(text: str) -> Reply:
+    return Reply(text, 3, 4, 0.5, 8.0, 2_000_000, True)
+
+
+def test_the_page_says_what_the_card_says():
+    answers = [Answers("What?", {"the base": reply("This."), "this model": reply("That.")})]
+    text = render_page(REPORT, None, ["gqa on Base", "├── a branch"], answers)
+    refuse_requests(text)
+    for words in ("KV heads 3 → 1 in 30 layers", "├── a branch", "What?", "This.", "That.", "8.0 tokens a second"):
+        assert words in text
+    assert text.index("What it costs") < text.index("Answers, side by side") < text.index("How it was made")
+    assert "<summary>The recipe, with every setting</summary>" in text, "folded, and not as text"
+    assert "kv_heads: 1" in text
+
+
+def test_every_text_is_escaped():
+    report = REPORT | {
+        "base": REPORT["base"] | {"name": EVIL, "hub_id": None, "base_model": None},
+        "recipe": REPORT["recipe"] | {"description": EVIL, "name": EVIL},
+        "plan": REPORT["plan"] | {"changes": [EVIL, "[x](javascript:alert(1))"]},
+        "gate": {"status": "failed", "limits": {"max_kl": 1.0}, "reasons": [EVIL]},
+        "check": {"passed": False, "items": [{"name": EVIL, "status": "failed", "detail": EVIL}]},
+    }
+    text = render_page(report, None, [EVIL], [Answers(EVIL, {EVIL: reply(EVIL)})])
+    page = refuse_requests(text)
+    assert "evil.example" in text, "it is there, as text"
+    assert not [attributes for tag, attributes in page.tags if tag == "img"]
+    refuse_requests(compared_page(EVIL, [(EVIL, Table(("", EVIL), [[EVIL, EVIL]]), [EVIL])], [EVIL], None))
+
+
+def test_a_record_with_nothing_measured_has_a_page():
+    few = {key: REPORT[key] for key in ("format", "base", "recipe", "plan", "operations", "files")}
+    text = render_page(few, None)
+    refuse_requests(text)
+    assert "not measured" in text
+    assert "Needles by length" not in text
+
+
+def test_the_needles_are_a_grid_of_shares():
+    side = {"hits": 3, "of": 4, "accuracy": 0.75}
+    settings = {"lengths": [512, 2048], "depths": [0.25, 0.75]}
+    needles = {"status": "done", "settings": settings, "kept": KEPT}
+    needles |= {"base": side | {"grid": [[1.0, 1.0], [0.5, None]]}, "out": side | {"grid": [[0.0, 0.25], [1.0, 0.0]]}}
+    figures = {"perplexity": 2.0, "cross_entropy": 0.7}
+    evaluation = {"status": "done", "base": figures, "out": figures, "kl": {"mean": 0.1}, "needles": needles}
+    page = render_page(REPORT | {"evaluation": evaluation}, None)
+    cells = [part.partition("</td>")[0].rpartition(">")[2] for part in page.split('<td class="cell"')[1:]]
+    assert cells == ["100%", "100%", "50%", "", "0%", "25%", "100%", "0%"]
+    assert "2,048 tokens" in page
+
+
+def test_pictures_are_inside_and_too_large_ones_are_left_out(tmp_path):
+    report = REPORT | {"other_files": {"heads.png": {}, "healing/loss.png": {}, "secret.png": {}}}
+    (tmp_path / "healing").mkdir()
+    (tmp_path / "heads.png").write_bytes(b"\x89PNG small")
+    (tmp_path / "healing/loss.png").write_bytes(os.urandom(LARGEST))
+    (tmp_path / "secret.png").write_bytes(b"other")
+    text = render_page(report, tmp_path)
+    page = refuse_requests(text)
+    assert [attributes["src"] for tag, attributes in page.tags if tag == "img"] == [
+        "data:image/png;base64,iVBORyBzbWFsbA=="
+    ]
+    assert "A picture is left out" in text
+
+
+def test_the_command_writes_it_and_the_check_knows_it(surgery, model, tmp_path):
+    package.apply("streaming", str(model), output=tmp_path / "out", evaluate=False, sinks=1, window=3)
+    ran = surgery("report", "out")
+    assert (ran.code, ran.out) == (0, "wrote out/report.html\n")
+    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    refuse_requests(text)
+    assert "Answers, side by side" not in text
+    assert package.check(tmp_path / "out").passed
+    assert surgery("report", "out", "-o", "mine.html", "--json").json["page"] == "mine.html"
+    asked = surgery("report", "out", "--base", model, "-p", "the cat sat", "-p", "old <b>green</b> doors")
+    assert asked.code == 0, asked.err
+    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    refuse_requests(text)
+    assert text.count("<strong>the base</strong>") == text.count("<strong>this model</strong>") == 2
+    assert "old &lt;b&gt;green&lt;/b&gt; doors" in text
+    assert "2 KV heads" not in text
+    assert "├── model.layers.0-1.self_attn" in text, "the plan as a tree, since the base is here"
+
+
+def test_what_the_command_refuses(refused, model, tmp_path):
+    package.apply("streaming", str(model), output=tmp_path / "out", check=False, evaluate=False, sinks=1, window=3)
+    refused("report", "out", "-p", "Hello", says=["--prompt asks both models", "--base MODEL"])
+    refused("report", model, says=["no surgery.json"])
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text())
+    refused("report", "out", "--base", "./nowhere", says=["nowhere"])
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser(width, tmp_path):
+    if chromium() is None:
+        if os.environ.get("SURGERY_BROWSER") == "required":
+            pytest.fail("there is no Chromium: .ci/run installs it")
+        pytest.skip("there is no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    report = REPORT | {"other_files": {"heads.png": {}}}
+    pixel = bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f6"
+        "45400000000049454e44ae426082"
+    )
+    (tmp_path / "heads.png").write_bytes(pixel)
+    long = "word " * 60 + "x" * 300
+    answers = [Answers("What?", {"the base": reply(long), "this model": reply(EVIL)})]
+    page_file = tmp_path / "report.html"
+    page_file.write_text(render_page(report, tmp_path, ["a plan " * 30], answers), encoding="utf-8")
+    said, asked = [], []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(page_file.as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        columns = page.evaluate("getComputedStyle(document.querySelector('.answers')).gridTemplateColumns")
+        drawn = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
+        page.click("summary")
+        unfolded = page.is_visible("details pre")
+        browser.close()
+    assert not said
+    assert asked == [page_file.as_uri()]
+    assert wide == width, "nothing is wider than the window"
+    assert len(columns.split()) == (1 if width < 700 else 2), "side by side where there is room"
+    assert drawn == [1]
+    assert unfolded
