@@ -68,6 +68,7 @@ _PUBLIC = {
     "text_windows": "api",
     "save": "api",
     "push": "api",
+    "write_page": "pipeline",
     "register": "runtime",
     "Anatomy": "architecture.anatomy",
     "Report": "report.report",
@@ -136,6 +137,7 @@ __all__ = [
     "save",
     "sweep",
     "text_windows",
+    "write_page",
 ]
 
 

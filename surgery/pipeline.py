@@ -186,19 +186,39 @@ PROMPTS = ("Hello!", "What is the capital of France?", "Write one sentence about
 
 
 def write_page(
-    out: str | Path, base: str | None, prompts: Sequence[str], file: Path | None, progress: Progress | None
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    file: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Write the page of a checkpoint; see `surgery.write_page`."""
+    """Write one self-contained HTML page about a checkpoint: no script, nothing that is fetched.
+
+    Args:
+        out: a folder with a surgery.json.
+        base: its base; both then answer the prompts, and the page has them side by side. It is also needed for the
+            plan as a tree, unless the recorded base is on this machine.
+        prompts: what both are asked.
+        file: the file to write; default: report.html in the folder, which surgery.json then lists.
+        progress: called with done, total and a label.
+
+    Raises:
+        SurgeryError: there is no record, or the base is not the recorded one.
+        MachineError: the file cannot be written.
+    """
     from surgery.conversion.plan_tree import lines
     from surgery.evaluation.conversation import reply
 
-    report = Report.of(out)
+    report, named = Report.of(out), None if base is None else str(base)
     folder, record = Path(out), report.data
     plan: list[str] = []
     with suppress(SurgeryError):  # without the base, or an operation of another version, the page has no tree
-        source = resolve(_recorded_base(record, base, str(out)), cached_only=True)
+        source = resolve(_recorded_base(record, named, str(out)), cached_only=True)
         plan = lines(make_plan(recipes.load(record["recipe"]), Anatomy.of(source.path), source.name, source.path))
-    models = {"the base": resolve(_recorded_base(record, base, str(out))).path, "this model": folder} if base else {}
+    models: dict[str, Path] = {}
+    if named is not None:
+        models = {"the base": resolve(_recorded_base(record, named, str(out))).path, "this model": folder}
     replies: dict[str, dict[str, Reply]] = {prompt: {} for prompt in prompts if models}
     for name, path in models.items():
         begin(progress, f"answers of {name}", len(replies))
@@ -207,7 +227,7 @@ def write_page(
             if progress:
                 progress(done, len(replies), f"answers of {name}")
     answers = [Answers(prompt, found) for prompt, found in replies.items()]
-    page = file or folder / PAGE
+    page = Path(file or folder / PAGE)
     write_text(page, render_page(record, folder, plan, answers))
     if page.parent.resolve() == folder.resolve() and is_complete(record):
         record["other_files"][page.name] = entry(page)

@@ -32,5 +32,5 @@ def report(
     if prompt and base is None:
         raise SettingError("--prompt asks both models, and no base is named", fix="--base MODEL")
     with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
-        page = write_page(out, base, prompt or PROMPTS, file, progress)
+        page = write_page(out, base, prompts=prompt or PROMPTS, file=file, progress=progress)
     emit({"page": str(page), "bytes": page.stat().st_size}) if as_json else typer.echo(f"wrote {page}")
