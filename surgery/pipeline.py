@@ -27,7 +27,7 @@ from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
 from surgery.conversion.plan import make_plan
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
-from surgery.errors import ModelMismatchError, RecipeError, RecordError, SurgeryError, TextError
+from surgery.errors import CheckError, ModelMismatchError, RecipeError, RecordError, SurgeryError, TextError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe, write_text
@@ -36,7 +36,7 @@ from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
-from surgery.report.lineage import another_base
+from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
 from surgery.report.page import Answers, render_page
 from surgery.report.report import Report
@@ -137,11 +137,17 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
     folder = resolve(out).path
     report = Report.of(folder)
     record, threads = report.data, torch.get_num_threads()
+    recorded_threads = record.get("threads") if type(record.get("threads")) is int else threads
     source = _recorded_base(record, base, out)
+    if not record["files"]:
+        raise RecordError("surgery.json lists no weights to compare with", where=out, fix="surgery check")
+    if other := [name for name, same in reproduction.hashes(record, folder).items() if not same]:
+        what = f"{other[0]} is not the file that its surgery.json lists, so that there is nothing to compare with"
+        raise CheckError(what, where=out, fix=f"surgery check {out}")
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
         again, scored = Path(temporary) / "again", report.data["evaluation"] is not None
         try:
-            torch.set_num_threads(record.get("threads") or threads)  # they may decide the last bits
+            torch.set_num_threads(max(1, recorded_threads))  # they may decide the last bits
             quiet = replace(options, check=False, evaluate=False, gate=False)
             made = apply_to_folder(recipes.load(record["recipe"]), source, again, quiet)
         except TextError as error:
@@ -158,10 +164,11 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
         then, judged_by = reproduction.main_figures(record["evaluation"]), recipes.load(record["recipe"]).evaluate
         if scored and then and judged_by is not None:
             try:
-                evaluate_report(made, resolve(source).path, judged_by, options.progress)
+                scored_again = judged_by.main.measure(again, resolve(source).path, progress=options.progress)
+                now = reproduction.main_figures(scored_again.to_dict())
             except TextError as error:
                 found.notes.append(f"the loss was not compared: {error.where}: {error.what}")
-            now = reproduction.main_figures(made.data["evaluation"])
+                now = {}
             found.figures = {name: (value, now[name]) for name, value in then.items() if name in now}
         return found
 
@@ -172,12 +179,15 @@ def _recorded_base(record: dict, base: str | None, out: str) -> str:
     Raises:
         SurgeryError: none is recorded, or it is not the recorded one.
     """
-    known = record["base"]
-    pinned = f"{known['hub_id']}@{known['revision']}" if known.get("hub_id") and known.get("revision") else None
-    name = base or pinned or known.get("name")
+    if record.get("in_memory"):
+        what = "it was saved from a model in memory, and what was done to that model before and after is not recorded"
+        raise RecordError(
+            what, where=out, fix="surgery apply with a recipe and a folder, whose result can be repeated"
+        )
+    name = base or recorded_base(record)
     if not name:
         raise RecordError("its surgery.json names no base", where=out, fix="--base MODEL")
-    if reason := another_base(known, name):
+    if reason := another_base(record["base"], name):
         raise ModelMismatchError(f"{name}: {reason}", where=out, fix="--base with the model that it was made from")
     return str(name)
 
@@ -235,6 +245,7 @@ def write_page(
     return page
 
 
+SAMPLED = 16  # values of a weight, from which a change of it is told
 APPLIED = "_surgery_applied"  # attribute of a model: the blocks of `applied` that are open, the outermost first
 
 
@@ -268,13 +279,15 @@ class AppliedBlock(AbstractContextManager["Report"]):
         self._weights = _state_of_weights(model)
         return report
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
         model, where = self._model, type(self._model).__name__
-        if kind is None and getattr(model, APPLIED, ())[-1:] != (self,):
+        if raised is None and getattr(model, APPLIED, ())[-1:] != (self,):
             what = "a block of surgery.applied that was opened later is still open"
             raise SurgeryError(what, where=where, fix="leave the inner block first")
-        if kind is None and _state_of_weights(model) != self._weights:
+        if _state_of_weights(model) != self._weights:
             what = "the weights were trained or moved inside the block, which is not undone: the model stays converted"
+            if raised is not None:  # which is the error to see; half of the model would be undone
+                return raised.add_note(f"surgery.applied: {what}")
             fix = "to train a converted model, use surgery.apply; move it to its device and dtype before the block"
             raise SurgeryError(what, where=where, fix=fix)
         self._undo()
@@ -295,8 +308,14 @@ def _rewritten(recipe: Recipe, model: Any) -> list[Any]:
 
 
 def _state_of_weights(model: Any) -> list[tuple]:
-    """What changes where a weight is trained, cast or moved."""
-    return [(id(w), getattr(w, "_version", 0), w.dtype, w.device) for w in model.parameters()]
+    """What changes where a weight is trained, cast, moved or written: a few of its values, among others."""
+    return [(id(w), w._version, w.dtype, w.device, _sample(w)) for w in model.parameters()]
+
+
+def _sample(weight: Any) -> list[float]:
+    """Some values of a weight, evenly spaced."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)].tolist()
 
 
 def _judge_healed(

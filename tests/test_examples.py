@@ -55,6 +55,18 @@ def test_the_script_of_tables_runs_from_anywhere(tmp_path):
     assert run("benchmarks/tables.py", cwd=tmp_path) == "every table and plot is that of its results\n"
 
 
+@needs_demo
+@pytest.mark.parametrize("name", ["first_surgery", "own_operation"])
+def test_notebooks_run_from_beginning_to_end(name, tmp_path):
+    done = run("notebooks/run.py", name, "--fast", "--folder", str(tmp_path), cwd=tmp_path)
+    words = {"first_surgery": ["8 checks passed", "KL from the base", "half-memory/report.html"]}
+    words["own_operation"] = ["there is no layer 40", "largest change of a logit", "factor=1.1"]
+    assert not [word for word in words[name] if word not in done], done
+    notebook = json.loads((EXAMPLES / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not [cell for cell in code if cell["outputs"]], "a notebook is kept without outputs"
+
+
 @pytest.mark.slow
 @needs_demo
 def test_gqa_table(tmp_path):

@@ -94,7 +94,9 @@ def test_last_bits_are_told_from_other_weights(model, text, tmp_path, monkeypatc
     digest = hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
     record = record_of(tmp_path / "out")
     files = {"model.safetensors": record["files"]["model.safetensors"] | {"sha256": digest}}
-    edit_record(tmp_path / "out", files=files, threads=1)
+    edit_record(tmp_path / "out", files=files)
+    assert not package.reproduce(tmp_path / "out", model).reproduced, "on one machine equal bits are promised"
+    edit_record(tmp_path / "out", versions=record["versions"] | {"torch": "1.0"})
     found = package.reproduce(tmp_path / "out", model)
     assert [each.name for each in found.tensors] == [name]
     assert found.reproduced is reproduced
@@ -144,8 +146,39 @@ def test_what_cannot_be_reproduced(refused, surgery, out, model, tmp_path):
 
 
 def test_the_same_tensors_in_a_file_with_another_hash(out, model):
+    from safetensors.torch import load, save
+
+    tensors = load((out / "model.safetensors").read_bytes())
+    content = save(tensors, metadata={"format": "pt", "note": "of another program"})
+    (out / "model.safetensors").write_bytes(content)
     files = record_of(out)["files"]
-    edit_record(out, files={name: entry | {"sha256": "0" * 64} for name, entry in files.items()})
+    digest = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    edit_record(out, files={name: entry | digest for name, entry in files.items()})
     found = package.reproduce(out, model)
     assert (found.same_bits, found.reproduced, found.tensors) == (False, True, [])
     assert "every tensor is the same to the bit, in files with another hash" in str(found)
+
+
+def test_a_checkpoint_that_is_not_what_its_record_says(refused, out, model):
+    says = ["model.safetensors is not the file that its surgery.json lists", "surgery check"]
+    edit_tensors(out, lambda tensors: tensors.update({name: 3 * tensor for name, tensor in tensors.items()}))
+    refused("reproduce", "out", "--base", model, says=says, code=4)
+    (out / "model.safetensors").unlink()
+    refused("reproduce", "out", "--base", model, says=says, code=4)
+    edit_record(out, files={})
+    refused("reproduce", "out", "--base", model, says=["surgery.json lists no weights"])
+
+
+def test_a_config_that_names_a_default_is_the_same(out, model):
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("attention_bias") is False
+    (out / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0"}))
+    edit_record(out, threads="x")
+    assert package.reproduce(out, model).same_bits
+
+
+def test_a_model_that_was_saved_from_memory(refused, model, tmp_path):
+    loaded = package.load(model)
+    report = package.apply("gqa", loaded, method="mean")
+    package.save(loaded, tmp_path / "saved", report)
+    refused("reproduce", "saved", "--base", model, says=["saved from a model in memory"])

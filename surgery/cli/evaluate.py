@@ -60,7 +60,9 @@ def evaluate(
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
     chosen = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
     if write_task is not None:
-        return _write_task(chosen, out, write_task)
+        if base is not None:
+            raise SurgeryError("--write-task runs nothing, so that it takes no --base", fix="leave one of them out")
+        return _write_task(chosen, out, write_task, as_json)
     plot = options[PLOT]
     if plot:
         from surgery.report import plots
@@ -79,11 +81,13 @@ def evaluate(
     tables.measured(type(chosen), result, _following(type(chosen), result.to_dict(), out, base))
 
 
-def _write_task(probe: Probe, model: str, folder: Path) -> None:
+def _write_task(probe: Probe, model: str, folder: Path, as_json: bool) -> None:
     from surgery.evaluation.harness.task_files import write_task
     from surgery.io.hub import resolve
 
     written = write_task(probe, resolve(model).path, folder)
+    if as_json:
+        return emit({"file": str(written.file), "items": written.items, "left_out": written.left_out})
     left_out = (
         f"; {written.left_out} left out, which lm-eval would read or score otherwise" if written.left_out else ""
     )

@@ -109,13 +109,21 @@ def line_of(lines: dict, path: tuple, where: str) -> str:
 
 
 def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
-    """A fault for each file outside the working folder that a recipe file names: a stranger may have written it."""
+    """A fault for each file outside the working folder that a recipe file names, and for each setting that runs code:
+    a stranger may have written the recipe.
+    """
     settings, steps, faults = data.get("evaluate"), data.get("operations"), []
     named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
     blocks = settings.get("probes") if isinstance(settings, dict) else None
     for name, block in blocks.items() if isinstance(blocks, dict) else ():
-        files = find(name).files() if name in REGISTRY and isinstance(block, dict) else ()
-        named |= {("evaluate", "probes", name, key): block for key in files}
+        if name not in REGISTRY or not isinstance(block, dict):
+            continue
+        named |= {("evaluate", "probes", name, key): block for key in find(name).files()}
+        for key, why in find(name).unsafe.items():
+            path = ("evaluate", "probes", name, key)
+            if block.get(key) and isinstance(lines.get(path), int):
+                what, fix = f"a recipe file may not set {'.'.join(path)}: {why}", f"say it in the command: {key}=true"
+                faults.append(RecipeError(what, where=line_of(lines, path, where), fix=fix))
     if isinstance(heal := data.get("heal"), dict):
         named["heal", "data"] = heal
     for index, step in enumerate(steps if isinstance(steps, list) else []):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from surgery.errors import SurgeryError
+from surgery.io.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,31 +21,37 @@ class BaseRuns:
 
     Args:
         folder: holds the base's log-probabilities of windows of text, which a later process finds again.
+        identity: of the base; the log-probabilities of another are not found.
 
     The answers to questions are kept in memory alone.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, identity: str):
+        self._folder, self._identity = folder, identity
         self._answers: dict[str, tuple[list, list]] = {}
 
     def windows(self, samples: Tensor, top_k: int) -> Path:
         """The folder for the log-probabilities of these windows [windows, length]."""
-        digest = hashlib.sha256(f"{tuple(samples.shape)} {top_k} ".encode() + samples.numpy().tobytes()).hexdigest()
+        about = f"{self._identity} {tuple(samples.shape)} {top_k} "
+        digest = hashlib.sha256(about.encode() + samples.numpy().tobytes()).hexdigest()
         folder = self._folder / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @staticmethod
-    def figures(folder: Path) -> dict[str, Any] | None:
+    def figures(folder: Path, windows: int) -> dict[str, Any] | None:
         """The base's figures on the windows of a folder; None if it has not scored all of them."""
-        file = folder / SCORES
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not all((folder / f"{index}.safetensors").is_file() for index in range(windows)):
+            return None
+        try:
+            return read_json(folder / SCORES)
+        except (OSError, SurgeryError):
+            return None
 
     @staticmethod
     def keep_figures(folder: Path, figures: Mapping[str, Any]) -> None:
         """Write the base's figures down; its windows are complete."""
-        (folder / SCORES).write_text(json.dumps(dict(figures)), encoding="utf-8")
+        write_json(folder / SCORES, dict(figures))
 
     def answers(self, probe: str, cases: list) -> list | None:
         """The base's outcomes on these cases; None if it was not asked.

@@ -44,6 +44,7 @@ class CaseResult(Result):
         cases: the cases, in the order of the outcomes.
         outcomes: "base" (if one was given) and "out" -> one outcome for each case.
         changed: for the same labels: the outcomes of this model with a change made at run time, by the change's name.
+        running: the label of the model that runs now.
         notes: remarks for the reader, such as figures that could not be determined.
         COUNT: key of the number of cases in the JSON.
         COMPARISON: key of the result of `compare` in the JSON.
@@ -56,6 +57,7 @@ class CaseResult(Result):
     reason: str = ""
     notes: list[str] = field(default_factory=list)
     changed: dict[str, dict[str, list]] = field(default_factory=dict)
+    running: str = ""
 
     COUNT: ClassVar[str] = "number"
     COMPARISON: ClassVar[str] = "kept"
@@ -140,6 +142,7 @@ def run_base_then_model(
                 progress(before + done, total, words)
 
         tick(0)
+        result.running = label
         with loaded(source) as model:
             result.outcomes[label] = probe.run(model, result, tick)
             _report_broken(result, label, probe)

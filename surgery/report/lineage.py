@@ -111,6 +111,14 @@ def another_base(recorded: dict, base) -> str:
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
 
 
+def recorded_base(data: dict) -> str | None:
+    """The base of a record as a name that can be resolved: of the Hub, with its revision; None: it has none."""
+    known = data["base"]
+    if known.get("hub_id") and known.get("revision"):
+        return f"{known['hub_id']}@{known['revision']}"
+    return known.get("name")
+
+
 def heads_of(model) -> list[list[int]]:
     """Numbers of query heads, KV heads and streaming KV heads of every layer of a model or a folder."""
     return [[layer.heads, layer.kv_heads, len(layer.streaming)] for layer in Anatomy.of(model).layers]

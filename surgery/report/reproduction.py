@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.io.files import read_json, sha256
+from surgery.evaluation.paired import finite
+from surgery.io.files import sha256
+from surgery.io.loading import read_config
 from surgery.io.printing import Block, Printed, Table, count
-from surgery.io.safetensors import Checkpoint
+from surgery.io.safetensors import TORCH_NAMES, Checkpoint
 
 ROUNDING = 1e-3  # relative distance of a tensor up to which the last bits explain it
 NEAR = 0.005  # relative difference of a loss up to which it is the same figure
-UNSTABLE = ("transformers_version", "_name_or_path")  # keys of config.json that follow from the machine
+UNSTABLE = (
+    "transformers_version",
+    "_name_or_path",
+    "_commit_hash",
+)  # keys of config.json that follow from the machine
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,13 @@ class Reproduction(Printed):
 
     @property
     def reproduced(self) -> bool:
-        """Whether the weights are the same, to the bit or to rounding; of the latter the figures must agree too."""
-        near = all(each.distance <= ROUNDING for each in self.tensors)
+        """Whether the config is the same, and the weights are: to the bit, or to rounding if the machines differ.
+
+        Of weights that differ by rounding, the figures must agree too. On one machine equal bits are promised.
+        """
+        near = bool(self.machine) and all(each.distance <= ROUNDING for each in self.tensors)
         agree = all(abs(now - then) <= NEAR * max(abs(then), 1e-9) for then, now in self.figures.values())
-        return self.same_bits or (not self.config and near and agree)
+        return not self.config and (not self.tensors or (near and agree))
 
     def headline(self) -> str:
         if self.same_bits:
@@ -86,8 +97,8 @@ class Reproduction(Printed):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        tensors = [vars(each) | {"distance": min(each.distance, 1e30)} for each in self.tensors]
-        return vars(self) | {"tensors": tensors, "reproduced": self.reproduced, "same_bits": self.same_bits}
+        tensors = [vars(each) for each in self.tensors]
+        return finite(vars(self) | {"tensors": tensors, "reproduced": self.reproduced, "same_bits": self.same_bits})
 
 
 def hashes(record: dict, again: Path) -> dict[str, bool]:
@@ -99,27 +110,35 @@ def hashes(record: dict, again: Path) -> dict[str, bool]:
 
 
 def differing_config(out: Path, again: Path) -> list[str]:
-    """Keys of config.json that differ between two folders."""
-    old, new = (read_json(folder / "config.json") for folder in (out, again))
+    """Keys of the config that differ between two folders; one that is not written has its default."""
+    old, new = (read_config(folder).to_dict() for folder in (out, again))
     keys = [key for key in sorted({*old, *new}) if key not in UNSTABLE]
     return [key for key in keys if old.get(key) != new.get(key)]
 
 
 def differing_tensors(out: Path, again: Path) -> list[TensorDifference]:
     """The tensors of two folders that are not the same to the bit, the farthest first."""
-    import torch
-
     old, new = Checkpoint(out), Checkpoint(again)
-    found = [TensorDifference(name, float("inf")) for name in old.tensors.keys() ^ new.tensors.keys()]
+    found = [TensorDifference(name, math.inf) for name in old.tensors.keys() ^ new.tensors.keys()]
     for name in old.tensors.keys() & new.tensors.keys():
-        one, other = old.read(name), new.read(name)
-        if one.shape != other.shape:
-            found.append(TensorDifference(name, float("inf")))
-        elif not torch.equal(one, other):
-            norm = one.double().norm().item()
-            apart = (one.double() - other.double()).norm().item()
-            found.append(TensorDifference(name, apart / norm if norm else float("inf")))
+        kinds = {(each.tensors[name].dtype, tuple(each.tensors[name].shape)) for each in (old, new)}
+        if len(kinds) == 1 and _digest(old, name) == _digest(new, name):
+            continue
+        distance = math.inf
+        if len(kinds) == 1 and old.tensors[name].dtype in TORCH_NAMES:
+            one, other = old.read(name).double(), new.read(name).double()
+            norm = one.norm().item()
+            distance = (one - other).norm().item() / norm if norm else math.inf
+        found.append(TensorDifference(name, math.inf if math.isnan(distance) else distance))
     return sorted(found, key=lambda each: (-each.distance, each.name))
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    """A hash of a tensor's bytes, whatever its dtype."""
+    digest = hashlib.sha256()
+    for chunk in checkpoint.chunks(checkpoint.tensors[name]):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def differing_machine(record: dict, again: dict) -> dict[str, tuple[Any, Any]]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
+from surgery.config.arguments import refuse_no_function, refuse_no_path
 from surgery.config.options import RunOptions
 from surgery.conversion.plan import make_plan
 from surgery.errors import SettingError
 from surgery.evaluation.comparison.measures import chosen
-from surgery.evaluation.comparison.run import Candidate, measure_all
+from surgery.evaluation.comparison.run import Candidate, listed, measure_all
+from surgery.io.files import sha256
 from surgery.io.hub import resolve
-from surgery.io.safetensors import Checkpoint
+from surgery.io.identity import model_identity
 from surgery.machine.progress import renamed
 from surgery.pipeline import apply_to_folder
 from surgery.version import __version__
@@ -29,8 +33,7 @@ if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
     from surgery.machine.progress import Progress
 
-WEIGHTS = "weights"  # folder of the model that is measured now; it is removed afterwards
-OPENING, CLOSING = "([{", ")]}"
+OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 
 def sweep(
@@ -56,15 +59,18 @@ def sweep(
         SurgeryError: no setting has two values; or a recipe is at fault or does not fit the model, before any is
             converted.
     """
-    measures, tries = chosen(only, leave_out), combinations(settings)
+    refuse_no_path("folder", folder)
+    refuse_no_function(progress=progress)
+    measures = chosen(listed("only", only), listed("leave_out", leave_out))
+    tries = combinations(listed("settings", settings))
     source = resolve(str(model))
     resolved = {name: recipes.load(recipe, overrides) for name, overrides in tries.items()}
     anatomy = Anatomy.of(source.path)
     for each in resolved.values():
         make_plan(each, anatomy, source.name, source.path)  # raises where the recipe does not fit
-    folder, fingerprint = Path(folder), Checkpoint(source.path).fingerprint()
+    folder, base = Path(folder), model_identity(source.path)
     candidates = [
-        Candidate(name, _identity(each, fingerprint), _converted(each, str(model), folder / WEIGHTS, name, progress))
+        Candidate(name, _identity(each, base), _converted(each, str(model), folder, name, progress))
         for name, each in resolved.items()
     ]
     return measure_all(candidates, source.path, source.name, folder, measures, text, progress)
@@ -80,10 +86,11 @@ def combinations(settings: Sequence[str]) -> dict[str, list[str]]:
     for text in settings:
         key, sign, rest = text.partition("=")
         found = split(rest)
-        if not sign or not key.strip() or not all(found):
+        if not sign or not key.strip() or not all(found) or _unclosed(rest):
             fix = "surgery sweep gqa MODEL kv_heads=1,2,3"
             raise SettingError(f"{text!r} is not of the form key=value,value,...", fix=fix)
-        if key in values or len(set(found)) < len(found):
+        key, meant = key.strip(), [json.dumps(_value(each), sort_keys=True, default=str) for each in found]
+        if key in values or len(set(meant)) < len(found):
             what = f"{key} is given twice" if key in values else f"a value of {key} is given twice"
             raise SettingError(what, fix="name each once")
         values[key] = found
@@ -99,6 +106,19 @@ def combinations(settings: Sequence[str]) -> dict[str, list[str]]:
     return tries
 
 
+def _value(text: str) -> object:
+    """A value as YAML reads it: 1 and 01 are the same."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _unclosed(text: str) -> bool:
+    """Whether a bracket is not closed."""
+    return any(text.count(one) != text.count(other) for one, other in zip(OPENING, CLOSING, strict=True))
+
+
 def split(text: str) -> list[str]:
     """Values that are separated by commas; commas inside brackets belong to a value."""
     values, depth = [""], 0
@@ -112,28 +132,30 @@ def split(text: str) -> list[str]:
 
 
 def _identity(recipe: Recipe, base: str) -> str:
-    data = json.dumps([recipe.to_dict(), base, __version__], sort_keys=True)
+    """Changes with the recipe, with the content of the files that it names, with the base and with this version."""
+    files = {text: sha256(Path(text)) for text in _texts(recipe.to_dict()) if Path(text).is_file()}
+    data = json.dumps([recipe.to_dict(), files, base, __version__], sort_keys=True)
     return hashlib.sha256(data.encode()).hexdigest()
 
 
-def _converted(recipe: Recipe, model: str, out: Path, name: str, progress: Progress | None):
-    """What opens a try: a context in which its folder exists."""
+def _texts(data: object) -> Iterator[str]:
+    """Every text in plain data that is short enough to be the name of a file."""
+    if isinstance(data, dict | list | tuple):
+        for each in data.values() if isinstance(data, dict) else data:
+            yield from _texts(each)
+    elif isinstance(data, str) and 0 < len(data) < 256 and "\0" not in data:
+        yield data
+
+
+def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Progress | None):
+    """What opens a try: a context in which its folder exists, inside a new one that is removed afterwards."""
 
     @contextmanager
     def opened() -> Iterator[Path]:
-        _remove(out)
-        options = RunOptions(
-            check=False, evaluate=False, gate=False, progress=renamed(progress, f"converting with {name}")
-        )
-        try:
-            apply_to_folder(recipe, model, out, options)
+        said = renamed(progress, f"converting with {name}")
+        with tempfile.TemporaryDirectory(prefix="weights-", dir=folder) as temporary:
+            out = Path(temporary) / "out"
+            apply_to_folder(recipe, model, out, RunOptions(check=False, evaluate=False, gate=False, progress=said))
             yield out
-        finally:
-            _remove(out)
 
     return opened
-
-
-def _remove(out: Path) -> None:
-    for path in out.parent.glob(f"{out.name}*"):  # with its unfinished part
-        shutil.rmtree(path, ignore_errors=True)

@@ -179,6 +179,27 @@ def test_a_training_inside_is_not_thrown_away():
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in trained.items())
 
 
+def test_a_training_inside_that_ends_with_an_error_is_not_undone_by_halves():
+    model = TINY["llama"]().eval()
+    outer = surgery.applied("gqa", model, method="mean", kv_heads=1)
+    inner = surgery.applied("streaming", model, sinks=1, window=3)
+    trained = {}
+
+    def train() -> None:
+        with outer, inner:
+            for weight in model.parameters():
+                weight.data.add_(0.1)  # which counts no version
+            trained.update({name: weight.clone() for name, weight in model.state_dict().items()})
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        train()
+    assert "trained or moved inside the block" in caught.value.__notes__[0]
+    assert len(caught.value.__notes__) == 2, "of both blocks"
+    assert model.config.surgery
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in trained.items())
+
+
 def test_a_cast_inside_is_not_undone_by_halves():
     model = TINY["llama"]().eval()
     with (

@@ -7,18 +7,19 @@ import shutil
 
 import pytest
 import yaml
-from conftest import TEXT
+from conftest import TEXT, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.errors import SurgeryError
+from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.comparison import measures
 from surgery.evaluation.comparison import run as running
 from surgery.evaluation.comparison.measures import MEASURES, Column, chosen
 from surgery.search.sweep import combinations, split
 
 ONLY = ["loss-512", "choices", "cache"]
-SMALL = {"loss-512": (("windows", 2), ("length", 64)), "choices": (("items", 6), ("context", 12))}
+SMALL = {"loss-512": (("windows", 2), ("length", 64)), "loss-2048": (("windows", 1), ("length", 96))}
+SMALL |= {"choices": (("items", 6), ("context", 12))}
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +54,12 @@ def made(model, tmp_path):
 def test_the_table_has_what_each_probe_says_alone(made, model, text):
     found = package.compare([made / "merged", made / "short"], model, folder=made / "c", text=str(text), only=ONLY)
     rows = {row["model"]: row for row in found.to_dict()["rows"]}
-    assert list(rows) == ["base", str(made / "merged"), str(made / "short")]
+    assert list(rows) == ["the base", str(made / "merged"), str(made / "short")]
     for name in ("merged", "short"):
         alone = package.evaluate(made / name, model, text=str(text), windows=2, length=64)
         row = rows[str(made / name)]
         assert row["loss 512"] == alone["out"]["cross_entropy"]
-        assert rows["base"]["loss 512"] == alone["base"]["cross_entropy"]
+        assert rows["the base"]["loss 512"] == alone["base"]["cross_entropy"]
         right = package.evaluate_choices(made / name, model, text=str(text), items=6, context=12)
         assert row["choices"] == right["out"]["right"]
         assert row["KV/token"] == alone["out"]["kv_bytes_per_token"]
@@ -68,7 +69,8 @@ def test_the_table_has_what_each_probe_says_alone(made, model, text):
     assert merged["KV/token"] == base["KV/token"] / 3
     assert (short["KV/token"], short["KV at 8k"]) == (0, 4 * base["KV/token"] / 2**20)
     assert "choices: multiple-choice questions right" in str(found)
-    assert len(str(found).splitlines()[1].split()) == 3, "a model, its loss, its choices"
+    assert str(found).splitlines()[1].split()[:2] == ["the", "base"]
+    assert len(str(found).splitlines()[2].split()) == 3, "a model, its loss, its choices"
 
 
 def test_the_base_runs_once(made, model, text, monkeypatch):
@@ -119,7 +121,7 @@ def test_a_model_that_changed_is_measured_again_and_one_can_be_added(made, model
     alone = package.evaluate(made / "merged", model, text=str(text), windows=2, length=64)
     rows = {row["model"]: row["loss 512"] for row in found.to_dict()["rows"]}
     assert rows[str(made / "merged")] == alone["out"]["cross_entropy"]
-    assert rows[str(model)] == rows["base"]
+    assert rows[str(model)] == rows["the base"]
 
 
 def test_figures_of_the_record_are_taken(made, model, text):
@@ -146,6 +148,122 @@ def test_what_cannot_be_asked_is_left_empty_with_the_reason(made, model, text):
     assert "chat template" in record["reason"]
     assert found.to_dict()["rows"][1]["chat"] is None
     assert found.cell(str(made / "merged"), *found.columns[0]) == ""
+    assert "short requests of" in str(found)
+    assert "not run: " in str(found), "and it is said why"
+    assert "chat" not in json.loads((made / "c/compare.json").read_text())["models"][str(made / "merged")]["records"]
+
+
+def test_an_error_of_the_machine_is_raised_and_the_next_run_goes_on(made, model, text, monkeypatch):
+    models, cache = [made / "merged", made / "short"], running._cache
+
+    def full(*_):
+        raise MachineError("the disk is full", code="disk-full")
+
+    monkeypatch.setattr(running, "_cache", full)
+    with pytest.raises(MachineError, match="full"):
+        package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512", "cache"])
+    monkeypatch.setattr(running, "_cache", cache)
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512", "cache"])
+    assert found.to_dict()["rows"][1]["KV/token"]
+
+
+# --- figures that may not be taken ----------------------------------------------------------------------------------
+
+
+def test_a_change_of_the_config_alone_is_another_model(made, model, text):
+    models = [made / "merged", made / "short"]
+    before = package.compare(models, model, folder=made / "c", text=str(text), only=ONLY).to_dict()["rows"][2]
+    package.apply(
+        "streaming", model, output=made / "short", check=False, evaluate=False, overwrite=True, sinks=1, window=30
+    )
+    after = package.compare(models, model, folder=made / "c", text=str(text), only=ONLY).to_dict()["rows"][2]
+    fresh = package.compare(models, model, folder=made / "d", text=str(text), only=ONLY).to_dict()["rows"][2]
+    assert after == fresh != before
+
+
+def test_what_another_base_scored_is_not_used(made, model, text, tmp_path):
+    other = tmp_path / "another-base"
+    shutil.copytree(model, other)
+    edit_tensors(other, lambda tensors: tensors.update({name: t * 1.5 for name, t in tensors.items()}))
+    package.apply("gqa", other, output=made / "x", check=False, evaluate=False, method="mean")
+    package.apply("streaming", other, output=made / "y", check=False, evaluate=False, sinks=1, window=3)
+    options = {"text": str(text), "only": ["loss-512"]}
+    package.compare([made / "merged", made / "short"], model, folder=made / "c", **options)
+    (made / "c/compare.json").unlink()  # as a user does who is told that it cannot be read
+    found = package.compare([made / "x", made / "y"], other, folder=made / "c", **options)
+    fresh = package.compare([made / "x", made / "y"], other, folder=made / "d", **options)
+    assert found.to_dict() == fresh.to_dict()
+
+
+def test_scores_beside_an_intermediate_model_are_not_taken(made, model, text):
+    evaluate = {"text": str(text), "windows": 2, "length": 64}
+    twice = {"version": 1, "name": "r", "operations": [{"op": "head_mask", "values": {0: {0: 0.5}}}]}
+    package.apply(twice | {"evaluate": evaluate}, made / "merged", output=made / "twice", check=False, gate=False)
+    found = package.compare(
+        [made / "twice", made / "short"], model, folder=made / "c", text=str(text), only=["loss-512"]
+    )
+    assert found.taken[str(made / "twice")] == []
+    alone = package.evaluate(made / "twice", model, text=str(text), windows=2, length=64)
+    assert found.to_dict()["records"][str(made / "twice")]["loss-512"]["kl"]["mean"] == alone.kl["mean"]
+
+
+def test_scores_on_another_text_of_the_same_name_are_not_taken(made, model, text, tmp_path):
+    (tmp_path / "b").mkdir()
+    other = tmp_path / "b" / text.name
+    other.write_text(" ".join(reversed(text.read_text().split())))
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    recipe |= {"evaluate": {"text": str(text), "windows": 2, "length": 64}}
+    package.apply(recipe, model, output=made / "scored", check=False, gate=False)
+    models = [made / "scored", made / "merged"]
+    found = package.compare(models, model, folder=made / "c", text=str(other), only=["loss-512"])
+    assert found.taken[str(made / "scored")] == []
+    mine, same = found.to_dict()["rows"][1:]
+    assert mine["loss 512"] == same["loss 512"]
+
+
+def test_other_settings_of_a_measurement_are_measured(made, model, text, monkeypatch):
+    from dataclasses import replace
+
+    models = [made / "merged", made / "short"]
+    options = {"folder": made / "c", "text": str(text), "only": ["loss-512"]}
+    first = package.compare(models, model, **options).to_dict()["rows"]
+    more = tuple(
+        replace(m, settings=(("windows", 3), ("length", 80))) for m in measures.MEASURES if m.name == "loss-512"
+    )
+    monkeypatch.setattr(measures, "MEASURES", more)
+    assert package.compare(models, model, **options).to_dict()["rows"] != first
+
+
+def test_files_that_were_damaged(made, model, text, surgery):
+    models = [made / "merged", made / "short"]
+    args = ("compare", *models, "--base", model, "-o", "c", "--only", "loss-512", "--text", text)
+    assert surgery(*args).code == 0
+    (kept,) = (made / "c/base").iterdir()
+    (kept / "base.json").write_text("{")
+    (made / "c/compare.json").unlink()
+    assert surgery(*args).code == 0
+    (kept / "1.safetensors").unlink()
+    (made / "c/compare.json").unlink()
+    assert surgery(*args).code == 0
+    for content in ("[]", "5", "{}", '{"models": {"x": {}}}', '{"models": 3}'):
+        (made / "c/compare.json").write_text(content)
+        ran = surgery(*args)
+        assert (ran.code, "these figures cannot be read" in ran.err) == (2, True), content
+    (made / "file").write_text("")
+    ran = surgery("compare", *models, "--base", model, "-o", "file")
+    assert (ran.code, "a folder is needed" in ran.err) == (2, True)
+
+
+def test_python_is_told_what_is_wrong(made, model):
+    for values, says in (("merged", "a list of names"), (5, "a list of names"), ([None, None], "NoneType")):
+        with pytest.raises(SurgeryError, match=says):
+            package.compare(values, model)
+    with pytest.raises(SurgeryError, match="only is 'cache'"):
+        package.compare([made / "merged", made / "short"], model, only="cache")
+    with pytest.raises(SurgeryError, match="may not be called"):
+        package.compare(["the base", made / "short"], model)
+    with pytest.raises(SurgeryError, match="settings is"):
+        package.sweep("gqa", model, "kv_heads=1,3")
 
 
 def test_speed_is_beside_the_base(made, model, text, monkeypatch):
@@ -156,7 +274,7 @@ def test_speed_is_beside_the_base(made, model, text, monkeypatch):
     for row in found.to_dict()["rows"]:
         assert row["prompt"] > 0
         assert row["decode"] > 0
-    assert found.to_dict()["rows"][0] == {"model": "base", "prompt": 1.0, "decode": 1.0}
+    assert found.to_dict()["rows"][0] == {"model": "the base", "prompt": 1.0, "decode": 1.0}
 
 
 def test_the_command_prints_draws_and_says_json(surgery, made, model, text):
@@ -166,7 +284,7 @@ def test_the_command_prints_draws_and_says_json(surgery, made, model, text):
     assert "KV/token" in ran.out
     assert (made / "c/compare.png").stat().st_size > 5000
     data = surgery(*args, "--only", "loss-2048,cache", "--json").json
-    assert [row["model"] for row in data["rows"]] == ["base", str(made / "merged"), str(made / "short")]
+    assert [row["model"] for row in data["rows"]] == ["the base", str(made / "merged"), str(made / "short")]
     kept = json.loads((made / "c/compare.json").read_text())
     assert kept["comparison"]["rows"] == data["rows"]
 
@@ -264,6 +382,8 @@ def test_values_are_split_outside_of_brackets():
         (["kv_heads"], "is not of the form key=value,value"),
         (["kv_heads=1,"], "is not of the form key=value,value"),
         (["kv_heads=1,1"], "a value of kv_heads is given twice"),
+        (["kv_heads=1,01"], "a value of kv_heads is given twice"),
+        (["layers=[1,3"], "is not of the form key=value,value"),
         (["kv_heads=1,2", "kv_heads=3"], "kv_heads is given twice"),
     ],
 )
@@ -279,14 +399,24 @@ def test_a_sweep_is_what_apply_and_compare_say(surgery, model, text, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     rows = {row.pop("model"): row for row in ran.json["rows"]}
-    assert list(rows) == ["base", "window=3", "window=9"]
+    assert list(rows) == ["the base", "window=3", "window=9"]
     for window in (3, 9):
         out = tmp_path / f"w{window}"
         package.apply("streaming", model, output=out, check=False, evaluate=False, window=window, sinks=1)
         alone = package.evaluate(out, model, text=str(text), windows=2, length=64)
         assert rows[f"window={window}"]["loss 512"] == alone["out"]["cross_entropy"]
-        assert rows[f"window={window}"]["KV at 8k"] == rows["base"]["KV/token"] * (window + 1) / 2**20
+        assert rows[f"window={window}"]["KV at 8k"] == rows["the base"]["KV/token"] * (window + 1) / 2**20
     assert not list((tmp_path / "s").glob("weights*")), "no weights are kept"
+
+
+def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
+    for name in ("weights", "weights-of-last-year"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        (tmp_path / "s" / name / "mine").write_text("kept")
+    options = {"folder": tmp_path / "s", "text": str(text), "only": ["cache"]}
+    package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
+    names = sorted(path.name for path in (tmp_path / "s").iterdir())
+    assert names == ["compare.json", "weights", "weights-of-last-year"]
 
 
 def test_a_sweep_goes_on_and_refuses_before_it_converts(surgery, model, text, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import WORDS
+from conftest import WORDS, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
@@ -221,8 +221,8 @@ def test_an_interrupted_run_goes_on(model, merged, choosing, writing, monkeypatc
     for file in (model.parent / "cache/answers").iterdir():
         file.unlink()
 
-    class Stopped(Exception):
-        pass
+    class Stopped(BaseException):
+        """As Ctrl-C is: other errors inside lm-eval are told as lm-eval's."""
 
     def stop(done, total, label):
         if label.endswith("now the converted model") and done >= 60:
@@ -244,10 +244,70 @@ def test_an_interrupted_run_goes_on(model, merged, choosing, writing, monkeypatc
 
 
 def test_answers_are_of_one_model_and_one_tokenizer(model, merged):
-    names = {asking.answers_file(model), asking.answers_file(merged)}
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 7}))
-    assert len(names | {asking.answers_file(model)}) == 3
+    tokenizer = read_tokenizer(model)
+    names = {asking.answers_file(model, tokenizer, 1), asking.answers_file(merged, tokenizer, 1)}
+    names.add(asking.answers_file(model, tokenizer, 2))
+    tokenizer.add_tokens(["new"])
+    names.add(asking.answers_file(model, tokenizer, 1))
+
+    def change(tensors) -> None:  # of one head, which no sample of bytes need hold
+        weight = tensors["model.layers.1.self_attn.q_proj.weight"] = tensors[
+            "model.layers.1.self_attn.q_proj.weight"
+        ].clone()
+        weight[16:24] = 0
+
+    edit_tensors(model, change)
+    names.add(asking.answers_file(model, read_tokenizer(merged), 1))
+    assert len(names) == 5
+
+
+def test_a_loaded_base_beside_a_folder(model, merged, choosing):
+    """The answers of the base are not kept as those of the folder."""
+    folders = tasks(choosing).measure(merged, model)["tasks"]
+    for file in (model.parent / "cache/answers").iterdir():
+        file.unlink()
+    mixed = tasks(choosing).measure(merged, load_model(model), tokenizer=read_tokenizer(model))["tasks"]
+    assert mixed == folders
+    assert tasks(choosing).measure(merged, model)["tasks"] == folders
+
+
+def test_a_model_of_nan_is_broken_and_not_scored_by_chance(model, merged, choosing):
+    broken = load_model(model)
+    for weight in broken.parameters():
+        weight.data.fill_(math.nan)
+    result = tasks(choosing).measure(broken, model, tokenizer=read_tokenizer(model))
+    assert f"NaN or infinite values for {ITEMS} of {ITEMS} items" in str(result)
+    with pytest.raises(SurgeryError, match="the base model itself gives NaN"):
+        tasks(choosing).measure(merged, broken, tokenizer=read_tokenizer(model))
+
+
+def test_two_names_of_one_task_and_prompts_that_are_cut(model, tmp_path, items, choosing):
+    (tmp_path / "again.yaml").write_text((tmp_path / "choosing.yaml").read_text())
+    with pytest.raises(SurgeryError, match="has the task choosing, which another name has too"):
+        tasks(choosing, str(tmp_path / "again.yaml")).measure(model)
+    long = [item | {"prompt": " ".join(WORDS * 80)} for item in items]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(each) + "\n" for each in long))
+    assert "longer than the model takes" in str(tasks(choosing, limit=2).measure(model))
+
+
+def test_a_group_has_a_row_of_its_own(model, merged, tmp_path, choosing, monkeypatch):
+    second = tmp_path / "second.yaml"
+    second.write_text((tmp_path / "choosing.yaml").read_text().replace("task: choosing", "task: second"))
+    monkeypatch.setattr(task_set.TaskSet, "groups", lambda self: {"both": ["choosing", "second"], "none": ["other"]})
+    rows = tasks(choosing, str(second)).measure(merged, model)["tasks"]
+    one, both = rows["choosing"], rows["both"]
+    assert "none" not in rows
+    assert (both["of"], both["tasks"], both["metric"]) == (2 * ITEMS, 2, "acc_norm")
+    assert both["drop"] == pytest.approx(one["drop"])
+    assert both["high"] - both["low"] < one["high"] - one["low"], "twice the items"
+
+
+def test_errors_inside_lm_eval_are_told(refused, model, choosing, tmp_path, items):
+    (tmp_path / "cache/answers").mkdir(parents=True)
+    says = ["chat=true needs a chat template"]
+    refused("eval", model, "--probe", "tasks", f"names={choosing}", "chat=true", says=says, has_json=False)
+    says = ["lm-eval cannot run these tasks"]
+    refused("eval", model, "--probe", "tasks", f"names={choosing}", "fewshot=100", says=says, has_json=False)
 
 
 def test_drawn_answers_are_not_kept(model, tmp_path, items):
@@ -256,9 +316,12 @@ def test_drawn_answers_are_not_kept(model, tmp_path, items):
         generation_kwargs={"until": ["zzz"], "max_gen_toks": 3, "do_sample": True, "temperature": 1.0},
         metric_list=[{"metric": "exact_match"}],
     )  # fmt: skip
+    assert asking._is_drawn(("prompt", {"temperature": 5.0}))
+    assert not asking._is_drawn(("prompt", {"temperature": 0.0}))
+    assert not asking._is_drawn(("prompt", {"temperature": 5.0, "do_sample": False}))
     state = torch.get_rng_state(), random.getstate()
     tasks(drawn).measure(model)
-    assert not (tmp_path / "cache/answers" / asking.answers_file(model).name).exists()
+    assert not any((tmp_path / "cache/answers").glob("*"))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1], "the caller's random numbers are not touched"
 
@@ -356,6 +419,7 @@ def test_figures_join_record_and_card(surgery, model, text, choosing, writing):
     data = json.loads((text.parent / "out/surgery.json").read_text())["evaluation"]["tasks"]
     assert {name: row["of"] for name, row in data["tasks"].items()} == {"choosing": ITEMS, "writing": 3}
     assert set(data["base"]) == set(data["out"]) == {"choosing", "writing"}
+    assert data["settings"]["names"] == ["choosing.yaml", "writing.yaml"], "a record is published: no folders"
     third = surgery("eval", "out", "--base", model, "--tasks", writing)
     assert "not added to the card, which keeps the scores that it has" in third.out
     card = (text.parent / "out/README.md").read_text()
@@ -419,6 +483,8 @@ def test_what_lm_eval_would_score_otherwise_is_left_out(refused, surgery, model,
     refused("eval", model, "--probe", "choices", "labelled=q.jsonl", "--write-task", "made", says=says, has_json=False)
     says = ["perplexity cannot be written as a task", "choices, "]
     refused("eval", model, "--write-task", "made", says=says, has_json=False)
+    assert surgery("eval", model, "--probe", "needles", "late=true", "--write-task", "made").code == 2
+    assert surgery("eval", model, "--probe", "needles", "--base", model, "--write-task", "made").code == 2
     equal = [*same, {"prompt": "the cat", "choices": ["sat", "ran"], "answer": 1}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in equal))
     ran = surgery("eval", model, "--probe", "choices", "labelled=q.jsonl", "--write-task", "made")
@@ -490,6 +556,20 @@ def test_a_recipe_file_may_not_name_a_task_file(refused, model, tmp_path):
         )
         says = ["r.yaml:", "may not name a file of a task, which can run code", "name it in the command"]
         refused("plan", "r.yaml", model, says=says)
+    asked = {"evaluate": {"probes": {"tasks": {"names": ["piqa"], "both_ways": True}}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | asked))
+    says = ["may not set evaluate.probes.tasks.both_ways: it runs the code in the folder"]
+    refused("plan", "r.yaml", model, says=says)
+
+
+def test_a_recipe_with_unknown_tasks_is_refused_before_anything_is_converted(refused, model, tmp_path):
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    for block, says in (
+        ({"names": ["piqaa"]}, "did you mean 'piqa'?"),
+        ({"ruler": [4096]}, "RULER's prompts have 4096"),
+    ):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": {"probes": {"tasks": block}}}))
+        refused("apply", "r.yaml", model, "-o", "out", says=[says])
 
 
 def test_prompts_that_differ_are_not_compared(model, merged, choosing, monkeypatch):

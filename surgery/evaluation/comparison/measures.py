@@ -81,13 +81,16 @@ def _side(name: str) -> Callable[[dict, str], float | None]:
 
 
 def _kept(record: dict, side: str) -> int | None:
-    """Of the prompts that the base answers and that count, how many this side answers."""
-    kept = record.get("kept") or {}
-    return kept.get("of" if side == "base" else "kept")
+    """How many prompts the base answers; of these, if they count, how many the model answers."""
+    if side == "base":
+        figures = record.get("base") or {}
+        return figures.get("hits", figures.get("answered"))
+    return (record.get("kept") or {}).get("kept")
 
 
 def _kept_of(record: dict, side: str) -> int | None:
-    return (record.get("kept") or {}).get("of")
+    """What that is out of: all prompts; for the model, those that the base answers and that count."""
+    return (record.get("base") or {}).get("of") if side == "base" else (record.get("kept") or {}).get("of")
 
 
 def _ratio(name: str) -> Callable[[dict, str], float | None]:
@@ -110,7 +113,9 @@ def _loss(length: int, windows: int) -> Measure:
 
 
 def _needles(name: str, title: str, what: str, **settings: Any) -> Measure:
-    column = Column(title, f"{what} answered, of those that the base answers", _kept, "{}", _kept_of)
+    column = Column(
+        title, f"{what} answered, of those that the base answers; of the base, of all", _kept, "{}", _kept_of
+    )
     return Measure(name, what, (column,), "needles", (("cases", 48), ("length", 1024), *settings.items()))
 
 
@@ -129,7 +134,15 @@ MEASURES = (
     Measure(
         "chat",
         "short requests",
-        (Column("chat", "short requests answered, of those that the base answers", _kept, "{}", _kept_of),),
+        (
+            Column(
+                "chat",
+                "short requests answered, of those that the base answers; of the base, of all",
+                _kept,
+                "{}",
+                _kept_of,
+            ),
+        ),
         "chat",
     ),
     Measure(

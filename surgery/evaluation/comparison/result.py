@@ -10,7 +10,7 @@ from typing import Any
 from surgery.evaluation.comparison.measures import MEASURES, RECALL, Column, Measure
 from surgery.io.printing import Block, Printed, Table, count
 
-BASE = "base"
+BASE, ROW = "base", "the base"  # its side of a record, and the name of its row
 ENOUGH = 0.9  # share of the needles from which a marker is filled
 DRAWN = ("cache", "loss-2048")  # the picture has the cache of the one against the KL of the other
 
@@ -42,7 +42,7 @@ class Comparison(Printed):
 
     def cell(self, model: str, measure: Measure, column: Column) -> str:
         """The text of a cell; of the base the first record that has its figure."""
-        if model != BASE:
+        if model != ROW:
             return column.cell(self.records[model].get(measure.name), "out")
         cells = [column.cell(records.get(measure.name), BASE) for records in self.records.values()]
         return next(filter(None, cells), "")
@@ -60,7 +60,7 @@ class Comparison(Printed):
     def table(self, columns: Sequence[tuple[Measure, Column]]) -> Table:
         """These columns, a row for each model."""
         titles = ["", *(column.title for _, column in columns)]
-        models = [BASE, *self.records]
+        models = [ROW, *self.records]
         return Table(tuple(titles), [[model, *(self.cell(model, *each) for each in columns)] for model in models])
 
     def headline(self) -> str:
@@ -75,47 +75,58 @@ class Comparison(Printed):
 
     @property
     def all_notes(self) -> list[str]:
-        """The notes, and which figures were taken from surgery.json."""
+        """The notes, why measurements were not run, and which figures were taken from surgery.json."""
+        why = {
+            f"{measure.what} of {model}: not run: {record.get('reason') or 'no reason was recorded'}"
+            for model, records in self.records.items()
+            for measure in self.measures
+            if (record := records[measure.name]).get("status") != "done"
+        }
         taken = [f"{model} ({', '.join(names)})" for model, names in self.taken.items() if names]
-        return [*self.notes, *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
+        return [*self.notes, *sorted(why), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: the rows of the table as numbers, and the records that they come from."""
         rows = [
             {"model": model} | {column.title: self.number(model, measure, column) for measure, column in self.columns}
-            for model in (BASE, *self.records)
+            for model in (ROW, *self.records)
         ]
         data = {"base": self.base, "settings": self.settings, "rows": rows, "records": self.records}
-        return data | ({"taken": self.taken} if any(self.taken.values()) else {}) | {"notes": self.notes}
+        return data | ({"taken": self.taken} if any(self.taken.values()) else {}) | {"notes": self.all_notes}
 
     def number(self, model: str, measure: Measure, column: Column) -> float | None:
         """The number of a cell; None where it was not measured."""
-        sides = [(self.records[model], "out")] if model != BASE else [(each, BASE) for each in self.records.values()]
+        sides = [(self.records[model], "out")] if model != ROW else [(each, BASE) for each in self.records.values()]
         for records, side in sides:
             record = records.get(measure.name)
             if record and record.get("status", "done") == "done" and (value := column.value(record, side)) is not None:
                 return value
         return None
 
-    def plot(self, path: str | Path) -> Path:
+    def plot(self, path: str | Path) -> Path | None:
         """Draw what each model saves and loses: its cache at 8,192 tokens against its KL from the base.
 
         A filled marker: it keeps nine tenths of the needles that the base finds. Errors are those of
         `surgery.report.plots.points`.
+
+        Returns:
+            The file; None, and nothing is drawn, if cache and KL were not both measured.
         """
         from surgery.report.plots import Point, points
 
         (cache,), (loss,) = ([m for m in MEASURES if m.name == name] for name in DRAWN)
         x_axis, y_axis = (cache, cache.columns[-1]), (loss, loss.columns[-1])
-        whole, marks = self.number(BASE, *x_axis), {}
+        whole, marks = self.number(ROW, *x_axis), {}
         asked = any(self._kept(model) is not None for model in self.records)
         for model in self.records:
             x, y, kept = self.number(model, *x_axis), self.number(model, *y_axis), self._kept(model)
             if whole and x is not None and y is not None:
                 marks[model] = Point(x / whole, y, filled=not asked or (kept is not None and kept >= ENOUGH))
+        if not marks:
+            return None
         return points(
             path,
-            marks | ({BASE: Point(1.0, 0.0)} if marks else {}),
+            marks | {ROW: Point(1.0, 0.0)},
             x_label="KV cache at 8,192 tokens, share of the base's",
             y_label="KL from the base, nats a token",
             title=f"{self.base}: what is saved, and what is lost",

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ModelMismatchError, SettingError, SurgeryError
+from surgery.architecture.anatomy import Anatomy
+from surgery.config.arguments import refuse_no_function, refuse_no_path
+from surgery.data.text import load_text
+from surgery.errors import MachineError, ModelMismatchError, SettingError, SurgeryError, shown
 from surgery.evaluation.base_runs import BaseRuns
 from surgery.evaluation.benchmark.run import bench
 from surgery.evaluation.comparison.measures import LONG, Measure, chosen
-from surgery.evaluation.comparison.result import BASE, Comparison
-from surgery.evaluation.footprint import footprint
+from surgery.evaluation.comparison.result import BASE, ROW, Comparison
 from surgery.evaluation.paired import finite
-from surgery.evaluation.probes import main
+from surgery.evaluation.probes import REGISTRY, main
 from surgery.evaluation.result import without_cases
 from surgery.io.files import REPORT, write_json
 from surgery.io.hub import resolve
+from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
-from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import processor
-from surgery.report.lineage import another_base, recipe_probe, same_settings
+from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
 from surgery.report.report import Report
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.machine.progress import Progress
@@ -57,7 +60,7 @@ def compare(
     base: str | Path | None = None,
     *,
     folder: str | Path = "comparison",
-    text: str = "builtin",
+    text: str | Path = "builtin",
     only: Sequence[str] = (),
     leave_out: Sequence[str] = (),
     progress: Progress | None = None,
@@ -66,47 +69,56 @@ def compare(
 
     Args:
         models: two folders or more. Each has a surgery.json that names this base, or at least its tokenizer.
-        base: folder, name or Hub id; default: the base that the first model names.
-        folder: holds the figures that are finished, the picture, and what the base scored. The same call goes on.
+        base: folder, name or Hub id; default: the base that the first model names, at its revision.
+        folder: holds the figures that are finished, and what the base scored. The same call goes on from them.
         text: "builtin" or a text file, for all measurements on text.
         only, leave_out: names of measurements (`surgery.evaluation.comparison.measures`).
         progress: called with done, total and a label.
+
+    Returns:
+        The comparison, which can be printed; `result.plot(path)` draws it.
 
     Raises:
         SurgeryError: fewer than two models, the same model twice, models of different bases or tokenizers, or no
             such measurement.
     """
-    measures = chosen(only, leave_out)
-    names = [str(model) for model in models]
+    names = listed("models", models)
+    refuse_no_path("folder", folder)
+    refuse_no_function(progress=progress)
+    measures = chosen(listed("only", only), listed("leave_out", leave_out))
     if len(names) < 2:
         what = f"{len(names)} model{'s' * (len(names) != 1)} to compare"
         raise SettingError(what, fix="name two or more; of one, `surgery eval MODEL --base BASE` says more")
+    if ROW in names:
+        raise SettingError(f"a model may not be called {ROW!r}", fix=f"write it as a path: ./{ROW}")
     folders = {name: resolve(name).path for name in names}
-    if len({path.resolve() for path in folders.values()}) < len(names):
-        twice = next(name for name in names if names.count(name) > 1 or _same(folders, name))
-        raise SettingError(f"{twice} is named twice", fix="name each model once")
+    for name, path in folders.items():
+        if [each.resolve() for each in map(folders.get, names)].count(path.resolve()) > 1:
+            raise SettingError(f"{name} is named twice", fix="name each model once")
     reports = {name: Report.of(path) if (path / REPORT).is_file() else None for name, path in folders.items()}
-    named = next((report.data["base"].get("name") for report in reports.values() if report), None)
-    if not (base or named):
+    named = next((name for report in reports.values() if report and (name := recorded_base(report.data))), None)
+    if base is None and named is None:
         raise SettingError("no base is named, and no model has a surgery.json that names one", fix="--base MODEL")
-    source = resolve(str(base or named))
+    source = resolve(str(base if base is not None else named))
     notes = refuse_strangers(reports, folders, source.path, str(base or named))
     candidates = [
-        Candidate(name, Checkpoint(path).fingerprint(), lambda path=path: _as_it_is(path), reports[name])
+        Candidate(name, _identity_of(path), partial(nullcontext, path), reports[name])
         for name, path in folders.items()
     ]
-    found = measure_all(candidates, source.path, source.name, Path(folder), measures, text, progress)
+    found = measure_all(candidates, source.path, source.name, Path(folder), measures, str(text), progress)
     found.notes += notes
     return found
 
 
-def _same(folders: Mapping[str, Path], name: str) -> bool:
-    return sum(path.resolve() == folders[name].resolve() for path in folders.values()) > 1
-
-
-@contextmanager
-def _as_it_is(path: Path) -> Iterator[Path]:
-    yield path
+def listed(name: str, values: object) -> list[str]:
+    """A list of names; raises for one name, for None, and for what is no name."""
+    if isinstance(values, str | Path) or not isinstance(values, Iterable):
+        raise SettingError(f"{name} is {shown(values)}", fix=f"a list of names: {name}=['a', 'b']")
+    found = list(values)
+    if wrong := [value for value in found if not isinstance(value, str | Path)]:
+        kind = type(wrong[0]).__name__
+        raise SettingError(f"{name} holds a {kind}, which is no name", fix="save a loaded model, and name its folder")
+    return [str(value) for value in found]
 
 
 def refuse_strangers(
@@ -122,7 +134,7 @@ def refuse_strangers(
     Returns:
         A note for each model without a record.
     """
-    faults, notes, words = [], [], _words_of(base)
+    faults, notes, words = [], [], tokenizer_identity(read_tokenizer(base))
     for model, path in folders.items():
         report = reports[model]
         if report is not None:
@@ -133,7 +145,7 @@ def refuse_strangers(
                 continue
         elif path.resolve() != base.resolve():
             notes.append(f"{model} has no surgery.json, so that only its tokenizer shows that it belongs to {name}")
-        if _words_of(path) != words:
+        if tokenizer_identity(read_tokenizer(path)) != words:
             faults.append(ModelMismatchError(f"{model} has another tokenizer than {name}: the prompts would differ"))
     if faults:
         first, *rest = faults
@@ -141,12 +153,9 @@ def refuse_strangers(
     return notes
 
 
-def _words_of(folder: Path) -> str:
-    """A hash of what a tokenizer does: its vocabulary and rules, and its chat template."""
-    tokenizer = read_tokenizer(folder)
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    rules = core.to_str() if core is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{rules} {tokenizer.chat_template}".encode()).hexdigest()
+def _identity_of(folder: Path) -> str:
+    """Changes with the weights, the configs, the code and the tokenizer of a model."""
+    return f"{model_identity(folder)} {tokenizer_identity(read_tokenizer(folder))}"
 
 
 def measure_all(
@@ -159,30 +168,36 @@ def measure_all(
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure every candidate beside the base; figures that are finished are read from `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = {"base": Checkpoint(base).fingerprint(), "text": _identity(text)}
-    kept = _kept(folder / FILE, identity)
-    shared = BaseRuns(folder / BASE_RUNS)
+    digest = load_text(text, part="held-out").sha256
+    identity = {"base": _identity_of(base), "text": digest}
+    file = _file(folder)
+    kept = _kept(file, identity)
+    write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
+    shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
     comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": processor()})
     for candidate in candidates:
         finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
         if finished["identity"] != candidate.identity:
             finished |= {"identity": candidate.identity, "records": {}, "taken": []}
-        records = finished["records"]
-        for measure in measures:  # what stands in its record
-            if measure.name not in records and (known := _recorded(candidate, measure, base, text)):
-                records[measure.name] = known
+        records = {m.name: r for m in measures if (r := _usable(finished["records"].get(m.name), m, config, text))}
+        for measure in (each for each in measures if each.name not in records):  # what stands in its surgery.json
+            finished["taken"] = [name for name in finished["taken"] if name != measure.name]
+            if known := _recorded(candidate, measure, base, text, digest):
+                records[measure.name] = known | {"asked": _asked(measure, config, text)}
                 finished["taken"].append(measure.name)
-        missing = [measure for measure in measures if measure.name not in records]
-        if missing:
+        if missing := [measure for measure in measures if measure.name not in records]:
             with candidate.opened() as path:
                 for measure in missing:
                     said = _named(progress, f"{measure.what} of {candidate.name}")
-                    records[measure.name] = _measured(measure, path, base, text, shared, said)
-                    write_json(folder / FILE, {"format": 1, **identity, "models": kept})
-        comparison.records[candidate.name] = {m.name: records[m.name] for m in measures}
+                    record = _measured(measure, path, base, text, shared, said)
+                    records[measure.name] = record | {"asked": _asked(measure, config, text)}
+                    if record["status"] == "done":  # a reason why not may be gone the next time
+                        finished["records"][measure.name] = records[measure.name]
+                        write_json(file, {"format": 1, **identity, "models": kept})
+        finished["records"] |= {name: record for name, record in records.items() if record["status"] == "done"}
+        comparison.records[candidate.name] = {measure.name: records[measure.name] for measure in measures}
         comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
-    write_json(folder / FILE, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
+    write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
     return comparison
 
 
@@ -198,83 +213,110 @@ def _named(progress: Progress | None, stage: str) -> Progress | None:
     return lambda done, total, label: progress(done, total, f"{stage}: {label.replace(':', ',')}")
 
 
-def _identity(text: str) -> str:
-    from surgery.data.text import load_text
-
-    return load_text(text, part="held-out").sha256
+def _file(folder: Path) -> Path:
+    """The file of a comparison, in a folder that exists from now on."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise SettingError("this is a file, and a folder is needed", where=str(folder), fix="--out FOLDER") from None
+    return folder / FILE
 
 
 def _kept(file: Path, identity: Mapping[str, str]) -> dict[str, dict]:
     """The finished figures of an earlier run with this base and text; {} if there are none."""
+    if not file.is_file():
+        return {}
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
+        models = data["models"]
+        sound = all(
+            {"identity", "records", "taken"} <= set(each) and isinstance(each["records"], dict)
+            for each in models.values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
         fix = "remove the file, or write to another folder"
-        raise SurgeryError(f"these figures cannot be read: {error}", where=str(file), fix=fix) from None
+        raise SurgeryError("these figures cannot be read", where=str(file), fix=fix, code="invalid-file")
     if any(data.get(key) != value for key, value in identity.items()):
         what = "this folder holds a comparison with another base or on another text"
         raise SettingError(what, where=str(file.parent), fix="name another folder: --out FOLDER")
-    return data["models"]
+    return models
 
 
-def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str) -> dict | None:
-    """The record in surgery.json of a measurement with the same settings; None if there is none."""
-    evaluation = candidate.report.data["evaluation"] if candidate.report else None
-    if not measure.probe or not evaluation or evaluation.get("status") != "done":
+def _asked(measure: Measure, config: Any, text: str) -> dict[str, Any]:
+    """What a measurement depends on besides models and text: its settings, this version; of times, the machine."""
+    if measure.probe:
+        asked = measure.for_model(config, text).model_dump(mode="json", exclude={"text"})
+        return {"settings": asked, "version": __version__}
+    return {"tokens": LONG} if measure.name == "cache" else {"tokens": PROMPT, "rounds": ROUNDS, "on": processor()}
+
+
+def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | None:
+    """A kept record, if it was measured in the way that is asked for now."""
+    if not isinstance(record, dict) or record.get("status") != "done":
         return None
+    return record if record.get("asked") == _asked(measure, config, text) else None
+
+
+def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
+    """The record in surgery.json of a measurement with the same settings, base and text; None if there is none."""
+    data = candidate.report.data if candidate.report else {}
+    evaluation = data.get("evaluation")
+    if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data["base"], base):
+        return None  # of a second surgery, the scores are beside the model that it began from
     probe = measure.for_model(read_config(base), text)
-    asked = recipe_probe(candidate.report.data, type(probe))
+    asked = recipe_probe(data, type(probe))
     if asked is None or not same_settings(asked, probe):
         return None
     record = evaluation if type(probe) is main() else evaluation.get(probe.name)
     if not record or record.get("status") != "done" or not record.get(BASE):
+        return None
+    read = record.get("text") or (record.get("settings") or {}).get("text")
+    if read and read.get("sha256") != digest[: len(str(read.get("sha256")))]:
         return None
     return {key: value for key, value in record.items() if key not in _other_probes(probe)}
 
 
 def _other_probes(probe: Any) -> set[str]:
     """Keys of the main probe's record that hold the records of others."""
-    from surgery.evaluation.probes import REGISTRY
-
     return set(REGISTRY) if probe.main else set()
 
 
 def _measured(
     measure: Measure, path: Path, base: Path, text: str, shared: BaseRuns, progress: Progress | None
 ) -> dict:
-    """The record of a measurement. What a model cannot answer is recorded as not run, with the reason."""
-    if not measure.probe:
-        return _cache(path, base) if measure.name == "cache" else _speed(path, base, progress)
+    """The record of a measurement. What a model cannot answer is recorded as not run, with the reason.
+
+    Raises:
+        MachineError: disk, memory or network: another try may go well.
+    """
     try:
+        if not measure.probe:
+            return _cache(path, base) if measure.name == "cache" else _speed(path, base, progress)
         probe = measure.for_model(read_config(base), text)
         if reason := probe.unasked(base):
             return {"status": "not run", "reason": reason}
         return without_cases(probe.measure(path, base, progress=progress, shared=shared).to_dict())
+    except MachineError:
+        raise
     except SurgeryError as error:
         return {"status": "not run", "reason": error.what}
 
 
 def _cache(path: Path, base: Path) -> dict:
     """Bytes of KV cache for each further token, and MiB at `LONG` tokens."""
-    from surgery.architecture.anatomy import Anatomy
-
     record: dict[str, Any] = {"status": "done", "tokens": LONG}
     for side, folder in ((BASE, base), ("out", path)):
-        per_token, anatomy = footprint(folder, side, []).kv_bytes_per_token, Anatomy.of(folder)
-        fixed = anatomy.kv_bytes_fixed
-        whole = None if per_token is None else (per_token * LONG + fixed) / MIB
-        record[side] = {"per_token": per_token, "fixed": fixed, "long_mib": whole}
+        anatomy = Anatomy.of(folder)
+        per_token, fixed = int(anatomy.kv_bytes_per_token), anatomy.kv_bytes_fixed
+        record[side] = {"per_token": per_token, "fixed": fixed, "long_mib": (per_token * LONG + fixed) / MIB}
     return record
 
 
 def _speed(path: Path, base: Path, progress: Progress | None) -> dict:
     """Speed-ups of prompt and decoding over the base on its own cache, with their ranges."""
-    try:
-        result = bench(path, base, lengths=(PROMPT,), rounds=ROUNDS, progress=progress)
-    except SurgeryError as error:
-        return {"status": "not run", "reason": error.what}
+    result = bench(path, base, lengths=(PROMPT,), rounds=ROUNDS, progress=progress)
     (row,) = result.ratios()
     names = {"prefill": "prefill_vs_stock", "decode": "decode_vs_stock"}
     ratio = {name: row[key] for name, key in names.items()}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import surgery.kernels
 import surgery.runtime
+from surgery.errors import SettingError, SurgeryError
 from surgery.evaluation.harness import version
 from surgery.evaluation.harness.task_set import SEEDS, Asking, ItemScore, TaskSet, quiet, seeded
 from surgery.io.demo_model import cache_folder
-from surgery.io.safetensors import Checkpoint
-
-READ_WITH_MODEL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-READ_WITH_MODEL += ("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+from surgery.io.files import sha256
+from surgery.io.hub_errors import brief
+from surgery.io.identity import model_identity, tokenizer_identity
+from surgery.machine.device import is_out_of_memory
 
 
 def run(
@@ -43,26 +48,47 @@ def run(
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEEDS[3])
-    with quiet(), seeded():
+    hook = _AnswerHook(answers, progress)
+    with quiet(), seeded(), _errors():
         results = evaluate(
-            lm=_language_model(model, tokenizer, tasks, asking.batch, _AnswerHook(answers, progress)),
+            lm=_language_model(model, tokenizer, tasks, asking.batch, hook),
             task_dict=tasks.loaded,
             samples=tasks.items(asking.limit),
             apply_chat_template=asking.chat,
             fewshot_as_multiturn=True,
             bootstrap_iters=0,
         )
-    return {name: scores_of(results["samples"][name]) for name in tasks.loaded["tasks"]}
+    return {name: scores_of(results["samples"][name], name, hook.broken) for name in tasks.loaded["tasks"]}
 
 
-def scores_of(samples: Sequence[dict[str, Any]]) -> list[ItemScore]:
-    """The score of each item, from lm-eval's record of every item and filter."""
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors inside lm-eval, which runs code of tasks, as ours; those of memory and of this package are passed on."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, OSError):
+            raise
+        what = f"lm-eval cannot run these tasks: {type(error).__name__}: {brief(error)}"
+        raise SettingError(what, fix="see the page of the task in lm-eval, or its file") from error
+
+
+def scores_of(
+    samples: Sequence[dict[str, Any]], task: str = "", broken: Collection[tuple[str, int]] = ()
+) -> list[ItemScore]:
+    """The score of each item, from lm-eval's record of every item and filter.
+
+    Args:
+        broken: (task, item) of the answers that are NaN or infinite.
+    """
     by_item: dict[int, ItemScore] = {}
     for sample in samples:
         score = by_item.setdefault(sample["doc_id"], ItemScore({}, sample["prompt_hash"]))
         suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
         score.values.update({f"{metric}{suffix}": sample[metric] for metric in sample["metrics"]})
-    return [by_item[number] for number in sorted(by_item)]
+    return [replace(by_item[number], broken=(task, number) in broken) for number in sorted(by_item)]
 
 
 def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook: _AnswerHook) -> Any:
@@ -78,8 +104,14 @@ def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook
             keys = [None if _is_drawn(request.args) else hash_args(kind, request.args) for request in requests]
             new = [request for key, request in zip(keys, requests, strict=True) if key not in known]
             hook.begin(len(requests) - len(new), total)
+            if kind != "loglikelihood_rolling":  # which reads a long text in windows
+                tasks.cut += sum(len(self.tok_encode(request.args[0])) > self.max_length for request in new)
             given = iter(getattr(HFLM, kind)(self, new, disable_tqdm=True) if new else ())
-            return [known[key] if key in known else next(given) for key in keys]
+            answers = [known[key] if key in known else next(given) for key in keys]
+            for request, answer in zip(requests, answers, strict=True):
+                if not _is_finite(answer):
+                    hook.broken.add((request.task_name, request.doc_id))
+            return answers
 
         def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
             return [tuple(answer) for answer in self._ask("loglikelihood", requests)]
@@ -96,36 +128,51 @@ def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook
 
 
 def _is_drawn(request: Sequence[Any]) -> bool:
-    """Whether an answer is drawn at random, so that another time it is another."""
-    return len(request) > 1 and isinstance(request[1], Mapping) and bool(request[1].get("do_sample"))
+    """Whether an answer may be drawn at random, so that another time it is another."""
+    if len(request) < 2 or not isinstance(request[1], Mapping):
+        return False
+    drawn, temperature = request[1].get("do_sample"), request[1].get("temperature")
+    return bool(drawn) or (drawn is None and temperature not in (None, 0, 0.0))
 
 
-def answers_file(folder: Path) -> Path:
+def answers_file(folder: Path, tokenizer: Any, batch: int) -> Path:
     """The file in the cache folder that keeps the answers of a model, so that a run that was interrupted goes on.
 
-    Its name changes with the weights, config and tokenizer, with lm-eval and with the code that runs the model.
+    Its name changes with the weights, the configs, the tokenizer that writes the prompts, the size of a batch, the
+    versions, and the code that runs the model.
     """
-    digest = hashlib.sha256(f"{version()} {Checkpoint(folder).fingerprint()}".encode())
-    code = Path(surgery.runtime.__file__).parent.glob("*.py")
-    for file in sorted([*code, *(folder / name for name in READ_WITH_MODEL if (folder / name).is_file())]):
-        digest.update(file.name.encode() + file.read_bytes())
+    import torch
+    import transformers
+
+    folders = [Path(each) for package in (surgery.runtime, surgery.kernels) for each in package.__path__]
+    code = [f"{file.name} {sha256(file)}" for parent in folders for file in sorted(parent.glob("*.py"))]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = [version(), torch.__version__, transformers.__version__, device, str(batch), *code]
+    parts += [model_identity(folder), tokenizer_identity(tokenizer)]
     parent = cache_folder() / "answers"
     parent.mkdir(parents=True, exist_ok=True)
-    return parent / f"{digest.hexdigest()[:32]}.jsonl"
+    return parent / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:32]}.jsonl"
 
 
 def _read_answers(file: Path | None) -> dict[str, Any]:
-    """The answers of an interrupted run; a line that was cut off is left out."""
+    """The answers of an interrupted run; a line that is no answer (it was cut off) is left out."""
     answers: dict[str, Any] = {}
     if file is None or not file.is_file():
         return answers
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            key, answer = json.loads(line)
+            parts = json.loads(line)
         except ValueError:
             continue
-        answers[key] = answer
+        if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[0], str):
+            answers[parts[0]] = parts[1]
     return answers
+
+
+def _is_finite(answer: Any) -> bool:
+    """Whether a log-likelihood is a number; a written answer always counts as one."""
+    value = answer[0] if isinstance(answer, list | tuple) else answer
+    return not isinstance(value, float) or not (math.isnan(value) or value == math.inf)
 
 
 class _AnswerHook:
@@ -133,6 +180,7 @@ class _AnswerHook:
 
     def __init__(self, file: Path | None, progress: Callable[[int, int], None] | None):
         self.file, self.progress, self.done, self.total = file, progress, 0, 0
+        self.broken: set[tuple[str, int]] = set()  # (task, item) of answers that are NaN or infinite
 
     def begin(self, known: int, total: int) -> None:
         """Count the answers that are known already."""

@@ -67,6 +67,8 @@ def write_task(probe: CaseProbe, model: ModelSource, folder: Path, tokenizer: An
     if not getattr(probe, "task", None):
         names = ", ".join(cls.name for cls in every() if getattr(cls, "task", None))
         raise SettingError(f"{probe.name} cannot be written as a task", exists=names, fix="one of these")
+    if getattr(probe, "late", False):
+        raise SettingError("late=true cannot be written: lm-eval reads a prompt in one call", fix="late=false")
     tokenizer = tokenizer or read_tokenizer(model)
     result = probe.make_cases(tokenizer, {"out": read_config(model)})
     name = f"surgery_{probe.name}"
@@ -90,7 +92,12 @@ def write_task(probe: CaseProbe, model: ModelSource, folder: Path, tokenizer: An
         "num_fewshot": 0,
         "metadata": {"version": 1.0},
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise SettingError(
+            "this is a file, and a folder is needed", where=str(folder), fix="--write-task FOLDER"
+        ) from None
     header = f"# {probe.summary}. Settings: {json.dumps(result.settings)}\n"
     files[0].write_text(header + yaml.dump(config, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
     files[1].write_text("".join(json.dumps(document) + "\n" for document in kept), encoding="utf-8")

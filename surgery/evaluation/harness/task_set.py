@@ -36,10 +36,12 @@ class ItemScore:
     Attributes:
         values: metric -> value; of a metric of a corpus (perplexity), what it is computed from.
         prompt: hash of the text that the model read.
+        broken: whether the model gave NaN or infinity.
     """
 
     values: dict[str, Any]
     prompt: str
+    broken: bool = False
 
     def number(self, metric: str) -> float | None:
         """The score as a number; None where it is none, or the item has another length than a RULER metric."""
@@ -75,12 +77,14 @@ class TaskSet:
         named: the names by which they were asked for; a file's name is its path.
         lengths: tokens of RULER's prompts; () without RULER.
         left_out: RULER tasks that were left out -> why.
+        cut: number of prompts so far that were longer than the model takes, of which lm-eval cuts the beginning.
     """
 
     loaded: dict[str, Any]
     named: tuple[str, ...]
     lengths: tuple[int, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
+    cut: int = 0
 
     def items(self, limit: int | None) -> dict[str, list[int]]:
         """Task -> numbers of the items that are asked: the first `limit`, in RULER of every length."""
@@ -94,6 +98,12 @@ class TaskSet:
             else:
                 chosen[name] = list(every[:limit])
         return chosen
+
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> its tasks."""
+        return {
+            name: [task.task_name for task in group.get_all_tasks()] for name, group in self.loaded["groups"].items()
+        }
 
     def about(self, name: str) -> dict[str, Any]:
         """Version of a task, and how many solved examples stand before its question."""
@@ -144,7 +154,7 @@ def load_tasks(
             tokenizer.save_pretrained(folder)
             metadata = {"max_seq_lengths": list(lengths), "tokenizer": folder}
         manager = _manager(json.dumps(metadata))
-        _refuse_unknown(names, manager.all_tasks)
+        refuse_unknown(names, manager)
         wanted = [*dict.fromkeys(names), *(name for name in RULER if lengths and name not in names)]
         found: dict[str, dict[str, Any]] = {}
         left_out, offline = {}, ""
@@ -162,8 +172,11 @@ def load_tasks(
                 left_out[name] = offline = error.what
         if not found:
             raise NetworkError("no task of RULER could be made", fix="allow the network once")
-        merged = {kind: {} for kind in ("tasks", "groups", "group_map")}
-        for part in found.values():
+        merged: dict[str, dict[str, Any]] = {kind: {} for kind in ("tasks", "groups", "group_map")}
+        for name, part in found.items():
+            if twice := [task for task in part["tasks"] if task in merged["tasks"]]:
+                what = f"{name} has the task {twice[0]}, which another name has too"
+                raise SettingError(what, fix="leave one of them out; a file may give its task another name")
             for kind, entries in merged.items():
                 entries.update(part[kind])
         return TaskSet(merged, tuple(found), tuple(lengths), left_out)
@@ -177,8 +190,9 @@ def _manager(metadata: str) -> Any:
     return TaskManager(metadata=json.loads(metadata))
 
 
-def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
-    faults = []
+def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
+    """Raise for names that are neither tasks of lm-eval nor files, all of them in one error. No data are read."""
+    known, faults = (manager or _manager("{}")).all_tasks, []
     for name in names:
         if name in known:
             continue
@@ -219,12 +233,7 @@ def _is_of_network(error: BaseException) -> bool:
     chain: BaseException | None = error
     while chain is not None:
         libraries = {kind.__module__.partition(".")[0] for kind in type(chain).__mro__}
-        if isinstance(chain, ConnectionError | TimeoutError) or libraries & {
-            "aiohttp",
-            "httpx",
-            "requests",
-            "urllib3",
-        }:
+        if isinstance(chain, ConnectionError | TimeoutError) or libraries & NETWORK_LIBRARIES:
             return True
         if type(chain).__name__ in ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError"):
             return True

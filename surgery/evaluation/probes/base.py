@@ -170,6 +170,7 @@ class Probe(BaseModel):
         drawing: help text of the option that draws `picture`; "": it has no picture.
         alternatives: pairs of settings of which only one may be set.
         resumes: whether a run that was interrupted goes on when it is started again.
+        unsafe: settings that a recipe file may not turn on, since a stranger may have written it -> why.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -182,6 +183,7 @@ class Probe(BaseModel):
     drawing: ClassVar[str] = ""
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
     resumes: ClassVar[bool] = False
+    unsafe: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def files(cls) -> list[str]:

@@ -213,7 +213,7 @@ class Perplexity(Probe):
             with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
                 folder = kept or (Path(temporary) if "base" in sources else None)
                 for label, source in sources.items():
-                    if kept and label == "base" and (known := BaseRuns.figures(kept)):
+                    if kept and label == "base" and (known := BaseRuns.figures(kept, self.windows)):
                         result.base = replace(result.base, **known)
                         continue
                     for file in kept.glob("*.safetensors") if kept and label == "base" else ():

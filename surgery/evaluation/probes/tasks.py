@@ -21,10 +21,12 @@ from surgery.errors import ModelMismatchError, SettingError
 from surgery.evaluation import harness
 from surgery.evaluation.harness.answers import answers_file, run
 from surgery.evaluation.harness.command import run_alone
-from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, TaskSet, load_tasks
+from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, TaskSet, load_tasks, refuse_unknown
 from surgery.evaluation.paired import CaseResult
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Flag, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TaskNames, TokenLengths
+from surgery.io.files import published
+from surgery.io.loading import read_config
 from surgery.io.printing import count
 from surgery.machine.progress import begin
 
@@ -69,8 +71,41 @@ class TaskResult(CaseResult):
         }
 
     def compare(self) -> dict:
-        """What each task says, by name: its metric, the values of the models, and the drop with its interval."""
-        return {key: record for name in self._by_task("out") for key, record in self._rows(name).items()}
+        """What each task and group says, by name: its metric, the models' values, and the drop with its interval."""
+        rows = {key: record for name in self._by_task("out") for key, record in self._rows(name).items()}
+        for group, names in self.tasks.groups().items():
+            if pooled := self._pooled([name for name in names if name in rows]):
+                rows[group] = pooled
+        return rows
+
+    def _pooled(self, names: list[str]) -> dict | None:
+        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean."""
+        out = [score for name in names for score in self.scores(self.outcomes["out"], name)]
+        metrics = {self.tasks.metrics(name, self.scores(self.outcomes["out"], name))[0] for name in names}
+        if len(metrics) != 1 or not names:
+            return None
+        (metric,) = metrics
+        numbers = {"out": [score.number(metric) for score in out]}
+        if "base" in self.outcomes:
+            asked = (score for name in names for score in self.scores(self.outcomes["base"], name))
+            numbers["base"] = [score.number(metric) for score in asked]
+        if any(number is None for each in numbers.values() for number in each):
+            return None
+        higher = self.tasks.higher_is_better(names[0], metric)
+        row: dict[str, Any] = {"metric": metric, "higher_is_better": higher, "of": len(out), "tasks": len(names)}
+        row |= {label: math.fsum(each) / len(each) for label, each in numbers.items()} | self.manner
+        if "base" not in numbers:
+            return row
+        sign = 1 if higher else -1
+        drops = [sign * (one - two) for one, two in zip(numbers["base"], numbers["out"], strict=True)]
+        shares = all(0 <= number <= 1 for each in numbers.values() for number in each)
+        low, high = paired_interval(drops, shares)
+        return row | {"drop": math.fsum(drops) / len(drops), "low": low, "high": high}
+
+    @property
+    def manner(self) -> dict:
+        """How the items were asked, for the record of a task."""
+        return {key: self.settings.get(key) for key in ("limit", "chat")}
 
     def _by_task(self, label: str) -> dict[str, list[ItemScore]]:
         names = dict.fromkeys(name for name, _ in self.cases)
@@ -80,7 +115,7 @@ class TaskResult(CaseResult):
         """The record of a task; in RULER one for each length of the prompts."""
         out, about = self.scores(self.outcomes["out"], name), self.tasks.about(name)
         base = self.scores(self.outcomes["base"], name) if "base" in self.outcomes else None
-        metrics = self.tasks.metrics(name, out)
+        metrics, about = self.tasks.metrics(name, out), about | self.manner
         if not (name in RULER and self.tasks.lengths):
             return {name: self._row(name, metrics[0], base, out) | about}
         return {f"{name} {metric}": self._row(name, metric, base, out) | about for metric in metrics}
@@ -108,12 +143,13 @@ class TaskResult(CaseResult):
         return row
 
     def about(self) -> dict:
-        """Groups of tasks, tasks that were left out, and whether lm-eval's own command agrees."""
+        """Tasks that were left out, and whether lm-eval's own command agrees."""
         data: dict[str, Any] = {}
         if self.tasks and self.tasks.left_out:
             data["left_out"] = self.tasks.left_out
         if self.by_others:
-            same = sum(one == two for one, two in zip(self.outcomes["out"], self.by_others, strict=True))
+            pairs = zip(self.outcomes["out"], self.by_others, strict=True)
+            same = sum((one.values, one.prompt) == (two.values, two.prompt) for one, two in pairs)
             data["by_others"] = {"same": same, "of": len(self.by_others)}
         return data
 
@@ -152,6 +188,7 @@ class Tasks(CaseProbe):
     cases_are: ClassVar[str] = "items"
     stage: ClassVar[str] = "tasks"
     resumes: ClassVar[bool] = True
+    unsafe: ClassVar[dict[str, str]] = {"both_ways": "it runs the code in the folder"}
 
     names: TaskNames = Field((), description="Tasks, groups and tags of lm-eval, and YAML files of tasks.")
     ruler: TokenLengths = Field((), description="Also RULER's tasks, with prompts of these many tokens: 4096.")
@@ -193,10 +230,18 @@ class Tasks(CaseProbe):
         return [READING, self.stage, *([ALONE] if self.both_ways else [])]
 
     def refuse(self, base: ModelSource) -> None:
+        """Raise for what needs no data of a task: lm-eval is missing, unknown names, prompts that are too long."""
         harness.version()
         if not self.names and not self.ruler:
             known = "`lm_eval ls tasks` lists them"
             raise SettingError("no task is named", exists=known, fix="name one: names=piqa, or --tasks piqa")
+        refuse_unknown(self.names)
+        refuse_too_long({"the base": read_config(base)}, *self._longest)
+
+    @property
+    def _longest(self) -> tuple[int, str, str]:
+        """Tokens of the longest RULER prompt, and the words of an error on them."""
+        return max(self.ruler, default=0), "RULER's prompts", "shorter lengths"
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> TaskResult:
         """A result without items: `prepare` reads the tasks.
@@ -205,10 +250,15 @@ class Tasks(CaseProbe):
             SurgeryError: lm-eval is not installed, no task is named, or RULER's prompts are longer than a model's
                 positions.
         """
-        self.refuse("")
-        settings: dict[str, Any] = {"lm_eval": harness.version(), "names": list(self.names), "ruler": list(self.ruler)}
+        if not self.names and not self.ruler:
+            known = "`lm_eval ls tasks` lists them"
+            raise SettingError("no task is named", exists=known, fix="name one: names=piqa, or --tasks piqa")
+        if self.chat and not getattr(tokenizer, "chat_template", None):
+            raise SettingError("chat=true needs a chat template, and this tokenizer has none", fix="chat=false")
+        names = [published(name) for name in self.names]  # the record is published, and a path is its author's
+        settings: dict[str, Any] = {"lm_eval": harness.version(), "names": names, "ruler": list(self.ruler)}
         settings |= vars(self.asking)
-        refuse_too_long(configs, max(self.ruler, default=0), "RULER's prompts", "shorter lengths")
+        refuse_too_long(configs, *self._longest)
         return TaskResult("done", settings, [], tokenizer=tokenizer)
 
     def prepare(self, result: TaskResult, sources: dict[str, ModelSource], progress: Progress | None) -> None:
@@ -224,24 +274,27 @@ class Tasks(CaseProbe):
         result.tasks = load_tasks(self.names, self.ruler, result.tokenizer, progress=said)
         chosen = result.tasks.items(self.limit)
         result.cases = [(name, number) for name, numbers in chosen.items() for number in numbers]
-        result.answers = {label: answers_file(folder) for label, folder in folders.items()}
+        result.answers = {
+            label: answers_file(folder, result.tokenizer, self.batch) for label, folder in folders.items()
+        }
         reasons = dict.fromkeys(result.tasks.left_out.values())
         for reason in reasons:
             names = [name for name, why in result.tasks.left_out.items() if why == reason]
             result.notes.append(f"left out: {', '.join(names)}. {reason[:1].upper()}{reason[1:]}")
 
     def run(self, model: Any, result: TaskResult, progress: Callable[[int], None]) -> list[ItemScore]:
-        label = "base" if "base" in result.answers and "base" not in result.outcomes else "out"
-
         def tick(done: int, total: int) -> None:
             progress(done * len(result.cases) // max(1, total))
 
-        options = {"answers": result.answers.get(label), "progress": tick}
+        options = {"answers": result.answers.get(result.running), "progress": tick}
         scores = run(model, result.tokenizer, result.tasks, self.asking, **options)
         return [score for each in scores.values() for score in each]
 
     def finish(self, result: TaskResult, sources: dict[str, ModelSource], progress: Progress | None) -> None:
         """Refuse a comparison of different prompts; run the model the other way."""
+        if result.tasks.cut:
+            cut = count(result.tasks.cut, "prompt")
+            result.notes.append(f"{cut} longer than the model takes: lm-eval cut the beginning off")
         if "base" in result.outcomes:
             pairs = zip(result.outcomes["base"], result.outcomes["out"], strict=True)
             if differing := sum(one.prompt != two.prompt for one, two in pairs):
@@ -257,7 +310,9 @@ class Tasks(CaseProbe):
         return 2 * self.batch * max(self.ruler, default=TYPICAL) * kv_bytes  # twice the cache, as growing it copies it
 
     def is_broken(self, outcome: ItemScore) -> bool:
-        return any(isinstance(value, float) and not math.isfinite(value) for value in outcome.values.values())
+        return outcome.broken or any(
+            isinstance(value, float) and not math.isfinite(value) for value in outcome.values.values()
+        )
 
     # --- judging ---
 
@@ -268,15 +323,20 @@ class Tasks(CaseProbe):
     @classmethod
     def joined(cls, recorded: dict, record: dict) -> dict | None:
         """The tasks of both; a task that is recorded already keeps its figures."""
+        if record.get("status") != "done":
+            return None
         tasks = recorded.get("tasks") or {}
         new = {name: row for name, row in record["tasks"].items() if name not in tasks}
         if not new or "drop" not in next(iter(new.values())):
             return None
         sides = {label: dict(recorded.get(label) or {}) for label in ("base", "out")}
         for label, side in sides.items():
-            side.update({name: each for name, each in record[label].items() if name not in side})
-        items = recorded["items"] + sum(row["of"] for row in new.values())
-        return recorded | sides | {"tasks": tasks | new, "items": items}
+            for name, each in record[label].items():  # RULER may bring another length
+                side[name] = each | side.get(name, {})
+        items = recorded["items"] + sum(row["of"] for row in new.values() if "tasks" not in row)
+        names = dict.fromkeys([*recorded["settings"]["names"], *record["settings"]["names"]])
+        settings = recorded["settings"] | {"names": list(names)}
+        return recorded | sides | {"tasks": tasks | new, "items": items, "settings": settings}
 
     # --- showing ---
 
@@ -298,9 +358,9 @@ class Tasks(CaseProbe):
     def sentence(cls, record: dict) -> str:
         rows = record["tasks"]
         if len(rows) <= SHOWN:
-            return ", ".join(f"{name} {row['base']:.3f} → {row['out']:.3f}" for name, row in rows.items())
-        worst = max(rows, key=lambda name: rows[name]["drop"])
-        return f"{len(rows)} tasks, most lost in {worst} ({rows[worst]['base']:.3f} → {rows[worst]['out']:.3f})"
+            return ", ".join(f"{name} {_both(row)}" for name, row in rows.items())
+        worst = max(rows, key=lambda name: -math.inf if rows[name].get("drop") is None else rows[name]["drop"])
+        return f"{len(rows)} tasks, most lost in {worst} ({_both(rows[worst])})"
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -324,8 +384,8 @@ class Tasks(CaseProbe):
                 name,
                 _metric(row),
                 f"{row['of']:,}",
-                *([f"{row['base']:.4g}"] if both else []),
-                f"{row['out']:.4g}",
+                *([_figure(row["base"], "{:.4g}")] if both else []),
+                _figure(row["out"], "{:.4g}"),
                 *([_drop(row)] if both else []),
             ]
             for name, row in record["tasks"].items()
@@ -357,8 +417,18 @@ def _metric(row: dict) -> str:
     return "RULER" if row["metric"].isdigit() else row["metric"]
 
 
+def _figure(value: float | None, form: str) -> str:
+    """A figure, or "?" for one that is no number."""
+    return "?" if value is None else form.format(value)
+
+
+def _both(row: dict) -> str:
+    """A task's figure of the base and of the model."""
+    return f"{_figure(row.get('base'), '{:.3f}')} → {_figure(row['out'], '{:.3f}')}"
+
+
 def _drop(row: dict) -> str:
     """The drop of a task with its interval."""
     if row.get("low") is None:
-        return f"{row['drop']:.4f}"
+        return _figure(row.get("drop"), "{:.4f}")
     return f"{row['drop']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
