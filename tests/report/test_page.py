@@ -156,7 +156,8 @@ def test_what_the_command_refuses(refused, model, tmp_path):
 
 @functools.cache
 def chromium() -> str | None:
-    return shutil.which("chromium") or shutil.which("chromium-browser")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
