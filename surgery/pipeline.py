@@ -32,6 +32,7 @@ from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe, write_text
 from surgery.io.hub import resolve
+from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.progress import StageClock, begin
@@ -138,18 +139,18 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
     report = Report.of(folder)
     record, threads = report.data, torch.get_num_threads()
     recorded_threads = record.get("threads") if type(record.get("threads")) is int else threads
-    source = _recorded_base(record, base, out)
+    source, recipe = _recorded_base(record, base, out), recipes.load(record["recipe"])
     if not record["files"]:
         raise RecordError("surgery.json lists no weights to compare with", where=out, fix="surgery check")
     if other := [name for name, same in reproduction.hashes(record, folder).items() if not same]:
         what = f"{other[0]} is not the file that its surgery.json lists, so that there is nothing to compare with"
         raise CheckError(what, where=out, fix=f"surgery check {out}")
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
-        again, scored = Path(temporary) / "again", report.data["evaluation"] is not None
+        again = Path(temporary) / "again"
         try:
             torch.set_num_threads(max(1, recorded_threads))  # they may decide the last bits
             quiet = replace(options, check=False, evaluate=False, gate=False)
-            made = apply_to_folder(recipes.load(record["recipe"]), source, again, quiet)
+            made = apply_to_folder(recipe, source, again, quiet)
         except TextError as error:
             fix = "run the command in the folder that has this file: surgery.json knows its name alone"
             raise TextError(error.what, where=error.where, fix=fix) from error
@@ -161,10 +162,10 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
             return found
         found.machine = reproduction.differing_machine(record, made.data)
         found.tensors = reproduction.differing_tensors(folder, again)
-        then, judged_by = reproduction.main_figures(record["evaluation"]), recipes.load(record["recipe"]).evaluate
-        if scored and then and judged_by is not None:
+        then = reproduction.main_figures(record["evaluation"])
+        if then and recipe.evaluate is not None:
             try:
-                scored_again = judged_by.main.measure(again, resolve(source).path, progress=options.progress)
+                scored_again = recipe.evaluate.main.measure(again, resolve(source).path, progress=options.progress)
                 now = reproduction.main_figures(scored_again.to_dict())
             except TextError as error:
                 found.notes.append(f"the loss was not compared: {error.where}: {error.what}")
@@ -232,10 +233,13 @@ def write_page(
     replies: dict[str, dict[str, Reply]] = {prompt: {} for prompt in prompts if models}
     for name, path in models.items():
         begin(progress, f"answers of {name}", len(replies))
-        for done, prompt in enumerate(replies, start=1):
-            replies[prompt][name] = reply(path, prompt)
-            if progress:
-                progress(done, len(replies), f"answers of {name}")
+        tokenizer = read_tokenizer(path)
+        with loaded(path) as model:
+            for done, prompt in enumerate(replies, start=1):
+                replies[prompt][name] = reply(model, prompt, tokenizer=tokenizer)
+                if progress:
+                    progress(done, len(replies), f"answers of {name}")
+        del model  # before the next one is loaded
     answers = [Answers(prompt, found) for prompt, found in replies.items()]
     page = Path(file or folder / PAGE)
     write_text(page, render_page(record, folder, plan, answers))

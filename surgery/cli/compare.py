@@ -135,11 +135,9 @@ def sweep(
 ) -> None:
     """Convert a model with each value of a setting, measure it as `compare` does, and keep no weights."""
     from surgery.cli.render.console import progress_bar
-    from surgery.evaluation.comparison import measures
     from surgery.search.sweep import sweep as run
 
     chosen = {"only": _names(only), "leave_out": _names(without)}
-    measures.chosen(**chosen)
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
     _show(found, out, html, as_json)

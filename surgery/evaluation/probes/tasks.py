@@ -59,63 +59,37 @@ class TaskResult(CaseResult):
     COUNT: ClassVar[str] = "items"
     COMPARISON: ClassVar[str] = "tasks"
 
-    def scores(self, outcomes: Sequence[ItemScore], task: str) -> list[ItemScore]:
-        """The outcomes of one task."""
-        return [score for (name, _), score in zip(self.cases, outcomes, strict=True) if name == task]
+    def by_task(self, label: str) -> dict[str, list[ItemScore]]:
+        """The outcomes of one model: task -> those of its items; {} if it was not run."""
+        found: dict[str, list[ItemScore]] = {}
+        for (name, _), score in zip(self.cases, self.outcomes.get(label, ()), strict=label in self.outcomes):
+            found.setdefault(name, []).append(score)
+        return found
 
     def side(self, label: str) -> dict:
         """Every metric of one model: task -> metric -> value."""
         return {
             name: {metric: self.tasks.total(name, metric, scores) for metric in self.tasks.metrics(name, scores)}
-            for name, scores in self._by_task(label).items()
+            for name, scores in self.by_task(label).items()
         }
 
     def compare(self) -> dict:
         """What each task and group says, by name: its metric, the models' values, and the drop with its interval."""
-        rows = {key: record for name in self._by_task("out") for key, record in self._rows(name).items()}
+        base, out = self.by_task("base"), self.by_task("out")
+        rows = {key: row for name in out for key, row in self._rows(name, base.get(name), out[name]).items()}
         for group, names in self.tasks.groups().items():
-            if pooled := self._pooled([name for name in names if name in rows]):
+            if pooled := self._pooled([name for name in names if name in rows], base, out):
                 rows[group] = pooled
         return rows
-
-    def _pooled(self, names: list[str]) -> dict | None:
-        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean."""
-        out = [score for name in names for score in self.scores(self.outcomes["out"], name)]
-        metrics = {self.tasks.metrics(name, self.scores(self.outcomes["out"], name))[0] for name in names}
-        if len(metrics) != 1 or not names:
-            return None
-        (metric,) = metrics
-        numbers = {"out": [score.number(metric) for score in out]}
-        if "base" in self.outcomes:
-            asked = (score for name in names for score in self.scores(self.outcomes["base"], name))
-            numbers["base"] = [score.number(metric) for score in asked]
-        if any(number is None for each in numbers.values() for number in each):
-            return None
-        higher = self.tasks.higher_is_better(names[0], metric)
-        row: dict[str, Any] = {"metric": metric, "higher_is_better": higher, "of": len(out), "tasks": len(names)}
-        row |= {label: math.fsum(each) / len(each) for label, each in numbers.items()} | self.manner
-        if "base" not in numbers:
-            return row
-        sign = 1 if higher else -1
-        drops = [sign * (one - two) for one, two in zip(numbers["base"], numbers["out"], strict=True)]
-        shares = all(0 <= number <= 1 for each in numbers.values() for number in each)
-        low, high = paired_interval(drops, shares)
-        return row | {"drop": math.fsum(drops) / len(drops), "low": low, "high": high}
 
     @property
     def manner(self) -> dict:
         """How the items were asked, for the record of a task."""
         return {key: self.settings.get(key) for key in ("limit", "chat")}
 
-    def _by_task(self, label: str) -> dict[str, list[ItemScore]]:
-        names = dict.fromkeys(name for name, _ in self.cases)
-        return {name: self.scores(self.outcomes[label], name) for name in names}
-
-    def _rows(self, name: str) -> dict[str, dict]:
+    def _rows(self, name: str, base: list[ItemScore] | None, out: list[ItemScore]) -> dict[str, dict]:
         """The record of a task; in RULER one for each length of the prompts."""
-        out, about = self.scores(self.outcomes["out"], name), self.tasks.about(name)
-        base = self.scores(self.outcomes["base"], name) if "base" in self.outcomes else None
-        metrics, about = self.tasks.metrics(name, out), about | self.manner
+        metrics, about = self.tasks.metrics(name, out), self.tasks.about(name) | self.manner
         if not (name in RULER and self.tasks.lengths):
             return {name: self._row(name, metrics[0], base, out) | about}
         return {f"{name} {metric}": self._row(name, metric, base, out) | about for metric in metrics}
@@ -129,18 +103,32 @@ class TaskResult(CaseResult):
             return row
         row["base"] = self.tasks.total(name, metric, base)
         row["drop"] = (row["base"] - row["out"]) if higher else (row["out"] - row["base"])
-        pairs = [
-            (one, two)
-            for one, two in zip((score.number(metric) for score in base), numbers, strict=True)
-            if one is not None and two is not None
-        ]
-        sign = 1 if higher else -1
-        drops = [sign * (one - two) for one, two in pairs]
+        paired = zip((score.number(metric) for score in base), numbers, strict=True)
+        drops, interval = _paired([(one, two) for one, two in paired if one is not None and two is not None], higher)
         if drops and math.isclose(math.fsum(drops) / len(drops), row["drop"], abs_tol=1e-9):  # a mean over the items
-            shares = all(0 <= value <= 1 for pair in pairs for value in pair)
-            row["low"], row["high"] = paired_interval(drops, shares)
+            row |= interval
             row["worse"], row["better"] = sum(drop > 0 for drop in drops), sum(drop < 0 for drop in drops)
         return row
+
+    def _pooled(self, names: list[str], base: dict, out: dict) -> dict | None:
+        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean."""
+        metrics = {self.tasks.metrics(name, out[name])[0] for name in names}
+        if len(metrics) != 1:
+            return None
+        (metric,) = metrics
+        sides = {"out": out} | ({"base": base} if base else {})
+        numbers = {
+            label: [score.number(metric) for name in names for score in side[name]] for label, side in sides.items()
+        }
+        if any(number is None for each in numbers.values() for number in each):
+            return None
+        higher, of = self.tasks.higher_is_better(names[0], metric), len(numbers["out"])
+        row: dict[str, Any] = {"metric": metric, "higher_is_better": higher, "of": of, "tasks": len(names)}
+        row |= {label: math.fsum(each) / len(each) for label, each in numbers.items()} | self.manner
+        if not base:
+            return row
+        drops, interval = _paired(list(zip(numbers["base"], numbers["out"], strict=True)), higher)
+        return row | {"drop": math.fsum(drops) / of} | interval
 
     def about(self) -> dict:
         """Tasks that were left out, and whether lm-eval's own command agrees."""
@@ -163,6 +151,20 @@ class TaskResult(CaseResult):
 
     def alone(self) -> str:
         return ", ".join(f"{name}: {row['metric']} {row['out']:.4g}" for name, row in self.compare().items())
+
+
+def _paired(pairs: Sequence[tuple[float, float]], higher: bool) -> tuple[list[float], dict[str, float]]:
+    """How much worse each item is than the base's, and the interval of their mean; {} without items.
+
+    Args:
+        pairs: scores of the base and of the model.
+        higher: whether a higher score is better.
+    """
+    drops = [(one - two) if higher else (two - one) for one, two in pairs]
+    if not drops:
+        return drops, {}
+    low, high = paired_interval(drops, all(0 <= value <= 1 for pair in pairs for value in pair))
+    return drops, {"low": low, "high": high}
 
 
 def paired_interval(drops: Sequence[float], shares: bool) -> tuple[float, float]:
@@ -232,11 +234,14 @@ class Tasks(CaseProbe):
     def refuse(self, base: ModelSource) -> None:
         """Raise for what needs no data of a task: lm-eval is missing, unknown names, prompts that are too long."""
         harness.version()
+        self._refuse_nothing()
+        refuse_unknown(self.names)
+        refuse_too_long({"the base": read_config(base)}, *self._longest)
+
+    def _refuse_nothing(self) -> None:
         if not self.names and not self.ruler:
             known = "`lm_eval ls tasks` lists them"
             raise SettingError("no task is named", exists=known, fix="name one: names=piqa, or --tasks piqa")
-        refuse_unknown(self.names)
-        refuse_too_long({"the base": read_config(base)}, *self._longest)
 
     @property
     def _longest(self) -> tuple[int, str, str]:
@@ -250,9 +255,7 @@ class Tasks(CaseProbe):
             SurgeryError: lm-eval is not installed, no task is named, or RULER's prompts are longer than a model's
                 positions.
         """
-        if not self.names and not self.ruler:
-            known = "`lm_eval ls tasks` lists them"
-            raise SettingError("no task is named", exists=known, fix="name one: names=piqa, or --tasks piqa")
+        self._refuse_nothing()
         if self.chat and not getattr(tokenizer, "chat_template", None):
             raise SettingError("chat=true needs a chat template, and this tokenizer has none", fix="chat=false")
         names = [published(name) for name in self.names]  # the record is published, and a path is its author's
