@@ -20,7 +20,7 @@ from surgery.operations.gqa.merge import permute_kv_heads
 if TYPE_CHECKING:
     import torch
 
-REVISION = 2  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
+REVISION = 3  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
 def share_kv_heads(

@@ -7,8 +7,9 @@ MLP's output projection W in the converted model, and r the base's state minus t
 
     minimise  Σ_t ω_t ||r_t − W z_t||² + λ ||W − W_0||²
 
-This is solved in closed form (`low_rank.fit_output`). ω makes errors relative to the size of the state. A sequence's
-first token counts as `FIRST` rows: in most models it is a sink, which all later tokens read.
+This is solved in closed form (`low_rank.fit_output`). ω makes errors relative to the size of the state
+(`count_rows`). A sequence's first token counts as `FIRST` rows: in most models it is a sink, which all later tokens
+read.
 """
 
 from __future__ import annotations
@@ -47,6 +48,22 @@ def _matrix(module) -> torch.Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
+def count_rows(base: torch.Tensor, converted: torch.Tensor) -> torch.Tensor:
+    """ω [T]: how much the error of each token of one sequence counts.
+
+    An error counts relative to the larger of the two states. Some models give a few tokens massive activations, by
+    which these become sinks (Sun et al. 2024). After merged heads, other tokens may get them: then the error is many
+    thousand times the base's state, and relative to that state alone one such token outweighs all others.
+
+    Args:
+        base, converted: hidden states after the layer, with the old projection [T, D].
+    """
+    squares = (state.double().square().mean(-1) for state in (base, converted))
+    weights = 1 / torch.maximum(*squares).clamp(min=1e-30)
+    weights[0] *= FIRST
+    return weights
+
+
 class MLPOutput:
     """The MLP's output projection of one layer in the converted model.
 
@@ -80,8 +97,7 @@ class MLPOutput:
         for index in range(len(self.base)):
             rest, z = self._rest_and_input(index)
             state = self.base[index][0]
-            row_weights = 1 / state.double().square().mean(-1).clamp(min=1e-30)
-            row_weights[0] *= FIRST
+            row_weights = count_rows(state, self.converted[index][0])
             sums[is_validation(index, len(self.base))].add(z, (state - rest) / self.scale, row_weights)
             rests_and_inputs.append((rest, z))
         train, validation = sums[0].pair, sums[1].pair

@@ -255,7 +255,9 @@ def test_the_refit_of_the_mlp_is_least_squares_on_the_models_own_states(name, nu
     module, before = mlp_output(model), mlp_output(old)
     lacks = (target - state) / getattr(model.config, "residual_multiplier", 1.0)
     wanted = lacks + written - (0 if module.bias is None else module.bias.double())
-    weight = 1 / target.square().mean(-1)
+    new, kept = module.weight.double(), before.weight.double()
+    unfitted = state + getattr(model.config, "residual_multiplier", 1.0) * (z @ (kept - new).T)
+    weight = 1 / torch.maximum(target.square().mean(-1), unfitted.square().mean(-1))
     weight[:, 0] *= 20
     root = weight.sqrt().unsqueeze(-1)
     left, right = (root * z).flatten(0, 1), (root * wanted).flatten(0, 1)

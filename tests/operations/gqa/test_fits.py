@@ -11,6 +11,7 @@ from score_fits import SMALL, score_loss, score_problem
 
 from surgery.calibration.moments import Products
 from surgery.operations.gqa.conjugate_gradient import solve
+from surgery.operations.gqa.fit_mlp import MLPOutput
 from surgery.operations.gqa.fit_scores import ScoreObjective, ScoreSample
 from surgery.operations.gqa.fit_values import ValueProblem, ValueSample
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
@@ -392,3 +393,33 @@ def test_products_in_float32_are_summed_in_float64(pieces):
     assert sums.total.dtype == torch.float64
     torch.testing.assert_close(sums.total, exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums.total, exact, rtol=1e-5, atol=1e-5)  # asked for twice, counted once
+
+
+def mlp_fit(spoiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The true and the refitted projection, from 12 sequences of states rest + W z. `spoiled`: in the converted model
+    one token's input is 10,000 times as large, and so is its state."""
+    outputs, width, tokens = 6, 10, 40
+    truth, old = rand(outputs, width, seed=1), rand(outputs, width, seed=2)
+    module = torch.nn.Linear(width, outputs, bias=False, dtype=torch.float64)
+    module.weight.data = old.clone()
+    inputs = [rand(tokens, width, seed=10 + index) for index in range(12)]
+    rests = [rand(tokens, outputs, seed=50 + index) for index in range(12)]
+    base = [(rest + z @ truth.T)[None] for rest, z in zip(rests, inputs, strict=True)]
+    if spoiled:
+        inputs[3][7] *= 1e4
+
+    def step(index: int) -> None:
+        converted[index] = (rests[index] + module(inputs[index]))[None]
+
+    converted = [rest[None] for rest in rests]
+    with torch.no_grad():
+        fitted = MLPOutput(module, base, converted, step).refit([1e-8])
+    assert fitted is not None
+    return truth, fitted[0]
+
+
+def test_a_token_that_got_massive_activations_does_not_outweigh_the_others():
+    truth, fitted = mlp_fit(spoiled=False)
+    torch.testing.assert_close(fitted, truth, atol=1e-5, rtol=0)
+    truth, fitted = mlp_fit(spoiled=True)
+    assert (fitted - truth).abs().max() < 0.1 * truth.abs().max()

@@ -1,0 +1,72 @@
+"""Writes the table of a comparison (`surgery compare` or `surgery sweep`) to results/compare-NAME.json.
+
+    python examples/benchmarks/compare_table.py FOLDER NAME --machine "..." --command "..." [--command "..."]
+
+FOLDER is where the comparison keeps its figures. The commands are those that made the models and measured them. The
+row of a model has the name of its folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import results
+
+from surgery.evaluation.comparison.measures import MEASURES, Column, Measure
+from surgery.evaluation.comparison.result import ROW, Comparison
+
+BASE = "the base"
+
+
+def read(folder: Path) -> Comparison:
+    """The finished comparison in a folder.
+
+    Raises:
+        SystemExit: the comparison was not finished.
+    """
+    data = json.loads((folder / "compare.json").read_text(encoding="utf-8")).get("comparison")
+    if data is None:
+        raise SystemExit(f"{folder}: this comparison was not finished")
+    measured = {name for records in data["records"].values() for name in records}
+    return Comparison(data["base"], tuple(m for m in MEASURES if m.name in measured), data["records"])
+
+
+def cell(comparison: Comparison, model: str, measure: Measure, column: Column) -> Any:
+    """A number; what is counted as {"count", "of"}; None where it was not measured."""
+    text, number = comparison.cell(model, measure, column), comparison.number(model, measure, column)
+    if not text or number is None:
+        return None
+    return {"count": int(number), "of": int(text.split("/")[1])} if "/" in text else number
+
+
+def table(comparison: Comparison, commands: list[str], machine: str) -> dict:
+    """A results file (see results.py)."""
+    columns: list[Any] = [comparison.base]
+    for _, column in comparison.columns:
+        columns.append({"name": column.title, "format": "{count} of {of}" if column.of else column.form})
+    rows = [
+        [
+            BASE if model == ROW else f"`{Path(model).name}`",
+            *(cell(comparison, model, *each) for each in comparison.columns),
+        ]
+        for model in (ROW, *comparison.records)
+    ]
+    return {"command": commands, "machine": machine, "columns": columns, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the comparison")
+    parser.add_argument("name", help="of the results: compare-NAME")
+    parser.add_argument("--machine", required=True, help="class of machine of the measurement")
+    parser.add_argument("--command", action="append", required=True, help="a command that printed the figures")
+    options = parser.parse_args()
+    found = table(read(options.folder), options.command, options.machine)
+    path = results.FOLDER / f"compare-{options.name}.json"
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
