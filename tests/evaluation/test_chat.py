@@ -12,7 +12,9 @@ from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import surgery
-from surgery.evaluation.probes.chat import REQUESTS, Chat, goes_in_circles
+from surgery.data.requests import REQUESTS
+from surgery.evaluation.answers import goes_in_circles
+from surgery.evaluation.probes.chat import Chat
 from surgery.report.gate import gate
 
 CONFIG = {"vocab_size": 300, "max_position_embeddings": 1024, "tie_word_embeddings": False}
