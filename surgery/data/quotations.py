@@ -23,6 +23,7 @@ from surgery.errors import SettingError, TextError
 
 LEAD = 64  # tokens before the paragraph, so that it is not among the first tokens, which streaming heads keep
 LONGEST = 256  # tokens of a paragraph, at most
+LETTER_TOKENS = 4  # most tokens of a letter: the bytes of UTF-8
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class _Prose:
         plain = set(self.ends)  # a paragraph that code follows would end with the code's indentation
         found = [Passage(start, end) for start, end in following if end in plain]
         if not any(end - first >= need for first, end in found):
-            self.ends = _sentences(self.ids, pieces)
+            self.ends = _sentences(tokenizer, self.ids, pieces)
             found = [Passage(one, end) for one in self.ends if (end := _next(self.ends, one + need)) is not None]
         self.passages = [each for each in found if need <= each.end - each.first <= most and self._is_unique(each)]
 
@@ -202,7 +203,14 @@ def _paragraphs(ids: Sequence[int], pieces: dict[int, str]) -> tuple[list[int], 
     return breaks, starts
 
 
-def _sentences(ids: Sequence[int], pieces: dict[int, str]) -> list[int]:
+def _sentences(tokenizer: Any, ids: Sequence[int], pieces: dict[int, str]) -> list[int]:
     """First tokens of sentences."""
-    ended = [pieces[token].rstrip().rstrip(CLOSERS).endswith(STOPS) for token in ids]
+
+    def ends(index: int) -> bool:
+        text = pieces[ids[index]]
+        if "\ufffd" in text:  # a byte of a letter
+            text = tokenizer.decode(ids[max(0, index + 1 - LETTER_TOKENS) : index + 1])
+        return text.rstrip().rstrip(CLOSERS).endswith(STOPS)
+
+    ended = [ends(index) for index in range(len(ids))]
     return [index + 1 for index in range(len(ids) - 1) if ended[index] and not ended[index + 1]]

@@ -93,11 +93,11 @@ def _stretch(tokenizer, text: Text, length: int, share: float) -> tuple[str, int
     """A stretch of a text that has at most `length` tokens, cut at a word, and its number of tokens.
 
     Args:
-        share: where it begins, from 0 to 1 of the text; the next sentence.
+        share: where it begins, from 0 to 1 of the text, at the sentence there.
     """
     whole = text.text.strip()
     starts = [0, *(match.end() for match in SENTENCE_START.finditer(whole))]
-    start = next((place for place in starts if place >= share * len(whole)), 0)
+    start = starts[bisect_right(starts, share * len(whole)) - 1]
     turned = f"{whole[start:]}\n\n{whole[:start]}".strip()
     letters = length
     while (tokens := len(_ids(tokenizer, turned[:letters]))) <= length and letters < len(turned):

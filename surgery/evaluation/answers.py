@@ -1,4 +1,4 @@
-"""What one model answers to requests: greedily, whether it ends or repeats itself, and how likely it is to the base."""
+"""What one model answers to requests, greedily: does it end, does it repeat itself, how likely is it to the base."""
 
 from __future__ import annotations
 

@@ -293,9 +293,9 @@ class Chat(CaseProbe):
         base, out = (f"{side.get('answered')} of {side.get('of')}" for side in both)
         line = (
             f"Chat ({settings['requests']}{_after(settings.get('lengths'))}, the most probable answer of at most "
-            f"{settings['tokens']} tokens): the base answers {base}, the converted model {out}. An answer counts if it "
-            f"ends, does not go round in circles, and is at most {settings['margin']:g} nats a token less likely to the "
-            "base than the base's own."
+            f"{settings['tokens']} tokens): the base answers {base}, the converted model {out}. An answer counts if "
+            f"it ends, does not go round in circles, and is at most {settings['margin']:g} nats a token less likely "
+            "to the base than the base's own."
         )
         if kept.get("of"):
             line += f" Of those that the base answers, it keeps {kept['kept']} of {kept['of']}."
