@@ -198,8 +198,8 @@ def test_gate_card_and_closing_line(tokenizer):
     sentence = "paragraphs continued verbatim kept 1 of 3, gain from reading 57% of the base's"
     assert Verbatim.sentence(record) == sentence
     words = (
-        "Quoted paragraphs (32 tokens after 16 that come again behind 128, 700 of other prose): the base answers 3 of "
-        "4, the converted model 2 of 4."
+        "Quoted paragraphs (32 tokens after a cue of 16, at a distance of 128, 700 tokens): the base answers 3 of 4, "
+        "the converted model 2 of 4."
     )
     card = Verbatim.paragraph(record)
     assert card.startswith(words)
@@ -243,7 +243,7 @@ def test_the_command(surgery, reading_model):
         "tokens continued exactly, of 8",
         "the same, not read (floor)",
         "gain from having read it, nats a token",
-        "4 plain prompts (8 tokens after 16 that come again behind 64, 128 of other prose), seed 0",
+        "4 plain prompts (8 tokens after a cue of 16, at a distance of 64, 128 tokens), seed 0",
         "The text is Python",
     ):
         assert said in done.out

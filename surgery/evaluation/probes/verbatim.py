@@ -129,7 +129,7 @@ class Verbatim(RecallProbe):
     @classmethod
     def detail(cls, settings: dict) -> str:
         distances = ", ".join(f"{distance:,}" for distance in settings["distances"])
-        return f"{settings['tokens']} tokens after {settings['cue']} that come again behind {distances} of other prose"
+        return f"{settings['tokens']} tokens after a cue of {settings['cue']}, at a distance of {distances} tokens"
 
     @property
     def effort(self) -> Effort:
