@@ -50,7 +50,7 @@ def make_quotations(
     distances: Sequence[int] = (128, 512, 1024),
     samples: int = 16,
     cue: int = 16,
-    tokens: int = 32,
+    tokens: int = 16,
     seed: int = 0,
     text: str | Path | Text = BUILTIN,
 ) -> list[Quotation]:
@@ -71,7 +71,7 @@ def make_quotations(
     """
     refuse_distances(distances, "quotations")
     if min(samples, cue, tokens) < 1:
-        raise SettingError("quotations need a sample, a cue and a token", fix="samples=16 cue=16 tokens=32")
+        raise SettingError("quotations need a sample, a cue and a token", fix="samples=16 cue=16 tokens=16")
     prose = _Prose(tokenizer, load_text(text, part="held-out"), cue, tokens)
     parts = prose.parts(samples, max(distances), random.Random(f"{seed} quotations"))
     begin = begin_of_text(tokenizer)

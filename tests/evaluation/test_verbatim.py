@@ -19,7 +19,7 @@ from surgery.evaluation.recall import Recitation
 from surgery.report.gate import gate
 from surgery.runtime.modeling_surgery import CACHE
 
-FEW = {"distances": [128, 700], "samples": 2}
+FEW = {"distances": [128, 700], "samples": 2, "tokens": 32}
 DONE = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}, "kl": {"mean": 0.0}}
 SURE = 30.0  # logit of the token that a planted model says; the others have 0
 
@@ -256,7 +256,7 @@ def test_the_command(surgery, reading_model):
 def test_distances_are_cut_and_prompts_left_out_that_a_model_does_not_take(tokenizer):
     config = TINY["llama"](vocab_size=258, max_position_embeddings=1024).config
     cut = Verbatim().cuts(config)["distances"]
-    assert cut == [128, 512, 655]
+    assert cut == [128, 512, 671]
     whole = Verbatim(distances=cut, samples=4).make_cases(tokenizer, {"out": config})
     assert (len(whole.cases), whole.notes) == (12, []), "what is cut fits"
     some = Verbatim(distances=(128, 900), samples=4).make_cases(tokenizer, {"out": config})
