@@ -34,8 +34,9 @@ DECIDED = {
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
-    "data": "documents generated haystack name_list packing passkeys questions recall_rows repeats text word_list",
-    "evaluation": "ablation base_runs check check_code check_layers conversation evaluate figures footprint "
+    "data": "documents generated haystack name_list packing passkeys questions quotations recall_rows repeats "
+    "requests text word_list",
+    "evaluation": "ablation answers base_runs check check_code check_layers conversation evaluate figures footprint "
     "fresh_process lengths paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",

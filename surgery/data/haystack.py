@@ -281,18 +281,19 @@ def in_tokens(
     return {"prompt": tuple(full[:cut]), "answer": tuple(full[cut:]), "span": (first, end), "question": question}
 
 
-def chat_prompt(tokenizer, content: str, fix: str) -> str:
+def chat_prompt(tokenizer, content: str, fix: str, before: Sequence[dict[str, str]] = ()) -> str:
     """A user's message in the chat template, up to the beginning of the answer.
 
     Args:
         fix: the remedy in the error.
+        before: earlier messages of the conversation, each with its role and content.
 
     Raises:
         SurgeryError: the template raises.
     """
     try:
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [*before, {"role": "user", "content": content}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,  # templates without this variable ignore it

@@ -22,12 +22,11 @@ from surgery.data import haystack, name_list
 from surgery.data.documents import Documents
 from surgery.data.packing import Packed
 from surgery.data.repeats import KINDS, LINE_SHARE, LabelledLine, Marks, RepeatRow
+from surgery.data.text import CLOSERS, STOPS
 from surgery.errors import ModelMismatchError, TextError
 
 SENTENCE = 64  # tokens; a longer sentence is cut
 LETTER_TOKENS = 4  # most tokens of a letter: the bytes of UTF-8
-STOPS = tuple(".!?…。！？؟।\n")  # a sentence ends after a token that ends with one of them
-CLOSERS = "\"'”’»)]」』"
 WORD_LETTERS = 2, 14  # of a label
 PIECE = 4  # letters of a label in a script without spaces
 MOST_WORDS = 4096  # most words that are kept as labels

@@ -24,6 +24,8 @@ SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself
 # (examples/benchmarks/bench_healing.py write). The cache of 64 samples of 512 tokens takes 1.5 GB for this model.
 BATCH = 64
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
+STOPS = tuple(".!?…。！？؟।\n")  # a sentence ends after a token that ends with one of them
+CLOSERS = "\"'”’»)]」』"  # may follow the stop
 
 _OWN_FILE = "give a UTF-8 text file of your own: --text FILE"
 _SHORT = 40  # characters; a shorter paragraph may be in both parts ("Changed in version 3.8.")

@@ -63,10 +63,10 @@ def make_repeats(
     return [maker.make(distance, sample, seed) for distance in distances for sample in range(samples)]
 
 
-def refuse_distances(distances: Sequence[int]) -> None:
-    """Raise where there is no distance, or one that is no number of tokens."""
+def refuse_distances(distances: Sequence[int], what: str = "repeats") -> None:
+    """Raise where there is no distance, or one that is no number of tokens; `what` needs it."""
     if not distances or min(distances) < 1:
-        raise SettingError("repeats need at least one distance of 1 token or more", fix="distances=200,400")
+        raise SettingError(f"{what} need at least one distance of 1 token or more", fix="distances=200,400")
 
 
 class _RepeatMaker:

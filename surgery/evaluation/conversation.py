@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import chat_prompt
 from surgery.errors import SettingError
+from surgery.evaluation.answers import end_tokens
 from surgery.evaluation.benchmark.run import cache_bytes
-from surgery.evaluation.probes.chat import end_tokens
 from surgery.io.loading import loaded, read_config, read_tokenizer
 from surgery.io.printing import byte_size, count
 

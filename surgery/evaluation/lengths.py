@@ -9,17 +9,20 @@ from surgery.errors import SettingError
 JUDGED = 4  # a row is long enough if it has this many times the tokens that a surgery leaves unchanged
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
+def parse_lengths(text: str, least: int = 1) -> tuple[int, ...]:
     """Read "512,2k,8k" as numbers of tokens (k: thousands).
 
+    Args:
+        least: the smallest number allowed.
+
     Raises:
-        SurgeryError: the text is not a list of positive whole numbers.
+        SurgeryError: the text is not a list of whole numbers, or one is too small.
     """
     try:
         lengths = tuple(int(word.strip().lower().replace("k", "000")) for word in text.split(","))
     except ValueError:
         lengths = ()
-    if not lengths or min(lengths) < 1:
+    if not lengths or min(lengths) < least:
         raise SettingError(f"lengths are whole numbers with commas between, not {text!r}", fix="write 512,2k")
     return lengths
 

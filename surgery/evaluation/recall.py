@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.calibration.scoring import last_logits
 from surgery.data.haystack import Needle
+from surgery.data.quotations import Quotation
 from surgery.io.loading import loaded
 
 
@@ -22,6 +23,26 @@ class Outcome:
 
     hit: bool
     nll: float
+
+
+@dataclass(frozen=True)
+class Recitation(Outcome):
+    """The result of one model on one quotation.
+
+    Attributes:
+        copied: tokens that greedy decoding continues exactly, before it first departs from the passage.
+        unread: as `nll`, where another passage stands in the place of the first occurrence.
+        guessed: as `copied`, in that case.
+    """
+
+    copied: int
+    unread: float
+    guessed: int
+
+    @property
+    def gain(self) -> float:
+        """Nats a token that the passage is more probable for having been read."""
+        return self.unread - self.nll
 
 
 def run_needles(
@@ -51,7 +72,35 @@ def run_needles(
     with loaded(model), torch.no_grad():
         for needle in needles:
             logits = _cached_logits(model, needle, late) if cached else _uncached_logits(model, needle)
-            outcomes.append(_outcome(needle, logits))
+            copied, losses = _followed(needle.answer, logits)
+            outcomes.append(Outcome(_is_hit(needle.answer, copied, losses), _mean(losses)))
+            if progress:
+                progress(len(outcomes))
+    return outcomes
+
+
+def run_quotations(
+    model, quotations: Sequence[Quotation], progress: Callable[[int], None] | None = None, *, late: bool = False
+) -> list[Recitation]:
+    """Let a loaded model continue every quotation, once after it read the passage and once where it did not.
+
+    Both prompts run as those of `run_needles`, and have the same number of tokens.
+
+    Args:
+        progress: called with the number of quotations done.
+        late: the beginning of the second occurrence is read in a call of its own.
+    """
+    import torch
+
+    outcomes = []
+    with loaded(model), torch.no_grad():
+        for quotation in quotations:
+            unread = replace(quotation, prompt=quotation.unread)
+            (copied, losses), (guessed, others) = (
+                _followed(each.answer, _cached_logits(model, each, late)) for each in (quotation, unread)
+            )
+            hit = _is_hit(quotation.answer, copied, losses)
+            outcomes.append(Recitation(hit, _mean(losses), copied, _mean(others), guessed))
             if progress:
                 progress(len(outcomes))
     return outcomes
@@ -82,13 +131,22 @@ def _uncached_logits(model, needle: Needle):
     return model(input_ids=ids, use_cache=False, **last_logits(model, count)).logits[0, -count:]
 
 
-def _outcome(needle: Needle, logits) -> Outcome:
-    hit, losses = True, []
-    for token, row in zip(needle.answer, logits, strict=True):
+def _followed(answer: Sequence[int], logits) -> tuple[int, list[float]]:
+    """How many tokens greedy decoding continues exactly, and the loss of each true token in nats."""
+    copied, losses = 0, []
+    for index, (token, row) in enumerate(zip(answer, logits, strict=True)):
         logp = row.float().log_softmax(-1)
-        hit = hit and int(logp.argmax()) == token
+        copied += copied == index and int(logp.argmax()) == token
         losses.append(-logp[token].item())
-    return Outcome(hit and all(map(math.isfinite, losses)), math.fsum(losses) / len(losses))
+    return copied, losses
+
+
+def _is_hit(answer: Sequence[int], copied: int, losses: Sequence[float]) -> bool:
+    return copied == len(answer) and all(map(math.isfinite, losses))
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return math.fsum(losses) / len(losses)
 
 
 def reach_of(config) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TEXT, WORDS
 from families import one_thread  # noqa: F401 (a fixture)
-from tokenizers_of_bytes import byte_tokenizer
+from tokenizers_of_bytes import byte_tokenizer, letters_tokenizer
 
 from surgery.data import haystack, name_list
 from surgery.data.documents import Documents
@@ -289,22 +289,6 @@ def test_a_tokenizer_that_begins_every_text_with_a_space(builtin):
             assert re.fullmatch(r"[^\W\d_]+: \S+( \S+)?", line), line
             lines += 1
     assert lines > 20
-
-
-def letters_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    signs = [chr(code) for code in range(33, 127)]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *signs]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    strip = decoders.Strip(" ", 1, 0)
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_special_tokens_stay_in_plain_rows(builtin):

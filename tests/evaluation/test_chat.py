@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from families import TINY
+from readers import Config, Said
 from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import surgery
-from surgery.evaluation.probes.chat import REQUESTS, Chat, goes_in_circles
+from surgery.data.requests import REQUESTS
+from surgery.evaluation.answers import goes_in_circles
+from surgery.evaluation.probes.chat import Chat
+from surgery.evaluation.probes.settings import make
+from surgery.io.printing import Table
 from surgery.report.gate import gate
+from surgery.runtime.modeling_surgery import CACHE
 
 CONFIG = {"vocab_size": 300, "max_position_embeddings": 1024, "tie_word_embeddings": False}
 ENDS = {1, *range(0, 300, 3)}  # so many tokens end an answer that a random model ends its own
@@ -125,6 +132,122 @@ def test_a_model_that_gives_nan(models, tokenizer):
         Chat(tokens=4).measure(models["base"], broken, tokenizer=tokenizer)
 
 
+# --- after a text ---------------------------------------------------------------------------------------------------
+
+SOUND, EMPTY, LOOPS, ENDLESS = (5, 6, 7, 1), (1,), (5, 6) * 40, tuple(range(2, 90))
+
+
+class Talker:
+    """A planted model: it says one answer to a prompt of fewer than `reach` tokens, another to a longer one."""
+
+    device, training, generation_config = torch.device("cpu"), False, None
+
+    def __init__(self, reach: int, far: tuple[int, ...]):
+        self.reach, self.far = reach, far
+
+    def forward(self, input_ids):
+        raise NotImplementedError
+
+    def eval(self):
+        return self
+
+    def modules(self):
+        return [self]
+
+    def train(self, mode):
+        return self
+
+    def __call__(self, input_ids, use_cache, **cache):
+        count = input_ids.shape[1]
+        prompt, said = cache.get(CACHE) or (count, 0)
+        logits = torch.zeros(1, count, 258)
+        if use_cache:
+            answer = SOUND if prompt < self.reach else self.far
+            logits[0, -1, answer[said] if said < len(answer) else 1] = 30.0
+        else:  # whatever is said is as likely
+            logits[0, torch.arange(count), input_ids[0].roll(-1)] = 30.0
+        return Said(logits, (prompt, said + 1))
+
+
+@pytest.mark.parametrize(
+    ("far", "counts"),
+    [
+        (SOUND, {"answered": 10, "ended": 10, "loops": 0, "empty": 0}),
+        (EMPTY, {"answered": 0, "ended": 10, "loops": 0, "empty": 10}),
+        (LOOPS, {"answered": 0, "ended": 0, "loops": 10, "empty": 0}),
+        (ENDLESS, {"answered": 0, "ended": 0, "loops": 0, "empty": 0}),
+    ],
+    ids=["sound", "empty", "loops", "endless"],
+)
+def test_what_a_model_loses_after_a_text_is_counted_by_its_length(tokenizer, far, counts):
+    probe = make("chat", {"lengths": [0, 200, 900], "tokens": 40})
+    result = probe.make_cases(tokenizer, {"out": Config()})
+    result.outcomes["out"] = probe.run(Talker(700, far), result, lambda done: None)
+    base = probe.run(Talker(9999, SOUND), result, lambda done: None)
+    result.outcomes = {"base": base, "out": result.outcomes["out"]}
+    record = result.to_dict()
+    assert [row["length"] for row in record["lengths"]] == [0, 200, 900]
+    fine = {"answered": 10, "ended": 10, "loops": 0, "empty": 0}
+    for row, expected in zip(record["lengths"], (fine, fine, counts), strict=True):
+        assert {key: row["out"][key] for key in counts} == expected
+        assert {key: row["base"][key] for key in counts} == fine
+        assert (row["kept"]["kept"], row["kept"]["of"]) == (expected["answered"], 10)
+    assert (record["kept"]["kept"], record["kept"]["of"]) == (20 + counts["answered"], 30)
+    assert [case.get("length", 0) for case in record["cases"]] == [0] * 10 + [200] * 10 + [900] * 10
+    assert all(case["text"] <= case["length"] < case["prompt"] for case in record["cases"][10:])
+    card = Chat.paragraph(record)
+    assert "after 0, 200 or 900 tokens of text" in card
+    ends = f"{10 - counts['ended']} of its answers do not end, {counts['loops']} go round in circles"
+    said = f"After 900 tokens of text the base answers 10 of 10 and it keeps {counts['answered']}; {ends}"
+    assert f"{said}, {counts['empty']} are empty." in card
+    assert Chat.sentence(record) == f"chat after 0, 200 or 900 tokens of text kept {20 + counts['answered']} of 30"
+    assert [row.name for row in Chat.rows(record)][-1] == "the same after 900 tokens of text"
+    lines = Chat.lines(result)
+    table = next(each for each in lines if isinstance(each, Table) and each.headers[0] == "text before")
+    assert table.rows[2][0] == "900 tokens"
+    assert table.rows[2][2].startswith(f"{counts['answered']} of 10 answered; {counts['ended']} end, ")
+    assert table.rows[2][3] == f"{counts['answered']} of 10"
+
+
+def test_without_a_length_the_probe_is_that_of_short_requests(tokenizer):
+    """Prompts to the bit, and the same keys in the record."""
+    plain, none, zero = (
+        make("chat", given).make_cases(tokenizer, {"out": Config()}) for given in ({}, {"length": 0}, {"lengths": [0]})
+    )
+    assert plain.cases == none.cases == zero.cases
+    assert (
+        plain.settings
+        == zero.settings
+        == {"requests": "ten greetings and short requests", "tokens": 128, "margin": 0.5}
+    )
+    for case, words in zip(plain.cases, REQUESTS, strict=True):
+        message = [{"role": "user", "content": words}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        assert list(case.prompt) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    plain.outcomes["out"] = Chat().run(Talker(9999, SOUND), plain, lambda done: None)
+    record = plain.to_dict()
+    assert "lengths" not in record
+    assert set(record["cases"][0]) == {"request", "out"}
+    assert "tokens of text" not in Chat.paragraph(record | {"base": record["out"]})
+
+
+def test_lengths_in_a_recipe_and_what_a_model_takes():
+    config = TINY["llama"](**CONFIG).config
+    room = 1024 - 128 - 160
+    assert Chat().cuts(config) == {}
+    assert Chat(length=room).cuts(config) == {}
+    assert Chat(length=4096).cuts(config) == {"length": room}
+    assert Chat(lengths=(0, 512, 2048, 4096)).cuts(config) == {"lengths": [0, 512, room]}
+    cut = Chat(length=room).make_cases(byte_tokenizer(chat=True), {"out": config})
+    assert max(len(case.prompt) for case in cut.cases) + 128 <= 1024, "what is cut fits"
+    assert Chat(length=1024).effort.read == 10 * (128 + 2 * 1024)
+    assert Chat(length=1024).effort.length == 1024 + 128
+    assert Chat().effort == Chat(length=0).effort
+    assert Chat.shared({}) == [], "requests alone read no text"
+    assert Chat.shared({"length": 512}) == ["text"]
+    assert Chat.shared({"length": 512, "text": "builtin"}) == []
+
+
 def saved(model, folder, chat: bool):
     model.save_pretrained(folder)
     byte_tokenizer(chat=chat).save_pretrained(folder)
@@ -183,6 +306,20 @@ def test_the_command(models, tmp_path, surgery, refused):
     refused("eval", base, "--probe", "chat", "margin=-1", says=["margin", "at least 0"])
     refused("eval", base, "--probe", "chat", "tokens=2000", says=["fewer tokens for an answer"])
     refused("eval", base, "--probe", "chat", "requests=none.txt", says=["no such text file"])
+    refused("eval", base, "--probe", "chat", "length=-1", says=["length should be at least 0; it is -1"])
+    refused("eval", base, "--probe", "chat", "lengths=2x", says=["not '2x'", "write 512,2k"])
+    refused("eval", base, "--probe", "chat", "lengths=[]", says=["lengths"])
+    refused("eval", base, "--probe", "chat", "lengths=[-1]", says=["lengths"])
+    refused("eval", base, "--probe", "chat", "length=5", "lengths=5", says=["length and lengths are two ways"])
+    refused("eval", base, "--probe", "chat", "length=2000", says=["1024 positions", "or of the text (length)"])
+    refused("eval", base, "--probe", "chat", "length=64", "text=none.txt", says=["no such text file"])
+    refused("eval", base, "--probe", "chat", "length=64", "text=mine.txt", says=["the text is too short", "length="])
+    ran = surgery("eval", "other", "--base", base, "--probe", "chat", "tokens=24", "lengths=0,64")
+    assert ran.code == 0, ran.err
+    shown = re.search(r"\[(\d+)\] What is the capital of France\?", ran.out.partition("[0] Can you help")[2])
+    assert 48 < int(shown[1]) <= 64
+    assert "text before" in ran.out
+    assert "The text is Python" in ran.out
 
 
 def test_identity_on_disk(models, tmp_path):

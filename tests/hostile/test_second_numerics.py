@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.data.text import Text
-from surgery.evaluation.probes.chat import goes_in_circles
+from surgery.evaluation.answers import goes_in_circles
 from surgery.runtime.modeling_surgery import CACHE
 
 MERGE = {"op": "gqa", "kv_heads": 2, "method": "mean"}

@@ -1,4 +1,4 @@
-"""A tokenizer of single bytes."""
+"""Tokenizers of single bytes, and of single letters."""
 
 from __future__ import annotations
 
@@ -28,3 +28,19 @@ def byte_tokenizer(chat: bool = False, bos: bool = False, merges: tuple = ()) ->
     made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     made.chat_template = CHAT if chat else None
     return made
+
+
+def letters_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's: letters, a mark for spaces, and bytes for the rest. It begins every text with BOS and a space."""
+    from tokenizers import decoders, normalizers
+    from tokenizers.processors import TemplateProcessing
+
+    signs = [chr(code) for code in range(33, 127)]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *signs]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

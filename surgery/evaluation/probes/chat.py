@@ -1,5 +1,8 @@
 """Does the model still hold a conversation? Asks ten greetings and short requests in the chat template.
 
+`length=1024` asks them after a text of so many tokens (see `surgery.data.requests`). A model that answers the same
+requests alone may have lost them there: the request lies beyond a window, or a cache drops it.
+
 Perplexity on prose says little about that: a model whose perplexity doubled may answer "Hello!" with one word that it
 repeats without end. Answers are decoded greedily. An answer counts if it ends, does not repeat itself, and is one that
 the base could have given: under the base, the mean negative log-likelihood of its tokens is at most `margin` above
@@ -10,75 +13,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
-from surgery.data.haystack import chat_prompt
+from surgery.architecture.anatomy import positions_of
+from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
+from surgery.data.requests import REQUESTS, make_requests
 from surgery.data.text import BUILTIN, load_text
-from surgery.errors import ModelMismatchError, UnsupportedModelError
+from surgery.errors import ModelMismatchError
+from surgery.evaluation.answers import Answer, run_requests, score_answers
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, kept_words, percent
 from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table
-from surgery.evaluation.probes.fields import TextSource
-from surgery.io.loading import loaded, read_tokenizer
+from surgery.evaluation.probes.fields import TextLengths, TextSource, settings_error
+from surgery.io.loading import read_tokenizer
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PretrainedConfig
 
     from surgery.io.loading import ModelSource
 
-REQUESTS = (
-    "Hello!",
-    "Good morning! How are you?",
-    "What is your name?",
-    "What is the capital of France?",
-    "Name three colours.",
-    "What is two plus three?",
-    "Write one sentence about the sea.",
-    "Thank you very much for your help.",
-    'Translate "thank you" into French.',
-    "Can you help me with my homework?",
-)
 LINE_END = re.compile(r"\r\n|\r|\n")  # Unicode's other separators may be part of a request
-LONGEST_BLOCK, LEAST_TIMES, LEAST_TOKENS = 32, 3, 12  # tokens of a repeated block, repetitions, tokens in all
+ROOM = 160  # tokens of the template and of a request, about, where a text before it is cut to what a model takes
 SHOWN = 60  # letters of an answer that a table shows
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request: the user's words, and the tokens of the prompt up to where the model answers."""
-
-    words: str
-    prompt: tuple[int, ...]
-
-
-@dataclass
-class Answer:
-    """A model's answer.
-
-    Attributes:
-        ids: its tokens, including the one that ends it.
-        text: the decoded tokens.
-        ended: whether the model ended it before the limit.
-        loops: whether it repeats itself (see `goes_in_circles`).
-        broken: whether the model gave NaN or infinity.
-        nll: mean negative log-likelihood of the tokens under the base, in nats; None if there is no base.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    ended: bool
-    loops: bool
-    broken: bool = False
-    nll: float | None = None
-
-    @property
-    def sound(self) -> bool:
-        """Whether it has text, ended, does not repeat itself and came from finite logits."""
-        return bool(self.text) and self.ended and not self.loops and not self.broken
 
 
 @dataclass(repr=False)
@@ -108,20 +67,49 @@ class ChatResult(CaseResult):
 
     def side(self, label: str) -> dict:
         """The figures of one model over all requests."""
-        answers, answered = self.outcomes[label], self.answered(label)
-        figures = {"answered": sum(answered), "of": len(answers), "share": sum(answered) / len(answers)}
+        return self._figures(label, range(len(self.cases)))
+
+    def _figures(self, label: str, indices: Sequence[int]) -> dict:
+        """The figures of one model over some requests."""
+        answers, whether = [self.outcomes[label][index] for index in indices], self.answered(label)
+        answered = sum(whether[index] for index in indices)
+        figures = {"answered": answered, "of": len(answers), "share": answered / len(answers)}
         figures |= {"ended": sum(a.ended for a in answers), "loops": sum(a.loops for a in answers)}
+        figures |= {"empty": sum(a.empty for a in answers)}
         nlls = [answer.nll for answer in answers if answer.nll is not None]
         return figures | ({"nll": math.fsum(nlls) / len(nlls)} if nlls else {})
 
     def compare(self) -> dict | None:
         """Of the requests that the base answers: how many the model answers, and their share with a 95% interval."""
+        return self._kept(range(len(self.cases)))
+
+    def _kept(self, indices: Sequence[int]) -> dict | None:
+        """See `compare`, over some requests."""
         if "base" not in self.outcomes:
             return None
-        return kept_of(zip(self.answered("base"), self.answered("out"), strict=True))
+        base, out = (self.answered(label) for label in ("base", "out"))
+        return kept_of((base[index], out[index]) for index in indices)
+
+    def by_length(self) -> list[dict]:
+        """The figures of each length of the text before the request; [] where no request has one."""
+        lengths = list(dict.fromkeys(case.length for case in self.cases))
+        if lengths == [0]:
+            return []
+        rows = []
+        for length in lengths:
+            indices = [index for index, case in enumerate(self.cases) if case.length == length]
+            sides = {label: self._figures(label, indices) for label in self.outcomes}
+            rows.append({"length": length} | sides | {"kept": self._kept(indices)})
+        return rows
 
     def about(self) -> dict:
-        """The first request that the base answers and the model does not, with its answer; {} if there is none."""
+        """The figures by length, and the first request that the base answers and the model does not, with its answer;
+        {} if there is neither.
+        """
+        rows = self.by_length() if self.outcomes else []
+        return ({"lengths": rows} if rows else {}) | self._example()
+
+    def _example(self) -> dict:
         if "base" not in self.outcomes:
             return {}
         pairs = zip(self.answered("base"), self.answered("out"), strict=True)
@@ -133,7 +121,9 @@ class ChatResult(CaseResult):
 
     def case(self, index: int) -> dict:
         """One request with its answers."""
-        data: dict[str, Any] = {"request": self.cases[index].words}
+        case = self.cases[index]
+        data: dict[str, Any] = {"request": case.words}
+        data |= {"length": case.length, "text": case.text, "prompt": len(case.prompt)} if case.length else {}
         for label, answers in self.outcomes.items():
             answer = {key: value for key, value in vars(answers[index]).items() if key != "ids"}
             data[label] = answer | {"tokens": len(answers[index].ids), "answered": self.answered(label)[index]}
@@ -154,6 +144,11 @@ class Chat(CaseProbe):
     margin: float = Field(
         0.5, ge=0, description="Nats a token by which an answer may be less likely to the base than the base's own."
     )
+    length: int | None = Field(None, ge=0, description="Tokens of a text before each request; 0 or null: none.")
+    lengths: TextLengths | None = Field(None, description="Several of them, each with all requests: 0,512,1024.")
+    text: TextSource = Field(BUILTIN, description="With a length, the text: 'builtin' or a text file.")
+
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("length", "lengths"),)
 
     limits: ClassVar[dict[str, Limit]] = {
         "min_chat": Limit(
@@ -165,14 +160,41 @@ class Chat(CaseProbe):
         )
     }
 
+    @model_validator(mode="after")
+    def _refuse_unfit_settings(self) -> Chat:
+        if self.length is not None and self.lengths is not None:
+            raise settings_error("and lengths are two ways to say the same", key="length", fix="one of them")
+        return self
+
+    @classmethod
+    def shared(cls, settings: Mapping[str, Any]) -> list[str]:
+        return super().shared(settings) if settings.get("length") or settings.get("lengths") else []
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Tokens of the text before the requests; 0: there is none."""
+        return (self.length or 0,) if self.lengths is None else tuple(dict.fromkeys(self.lengths))
+
     @property
     def effort(self) -> Effort:
-        tokens = len(REQUESTS) * self.tokens  # an answer takes about a third of them; the base reads it again
-        return Effort(tokens, self.tokens, tokens // 3)
+        tokens, texts = len(REQUESTS) * self.tokens * len(self.before), len(REQUESTS) * sum(self.before)
+        # An answer takes about a third of its tokens; the base reads both models' answers again.
+        return Effort(tokens + 2 * texts, max(self.before) + self.tokens, tokens // 3)
+
+    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
+        positions, longest = positions_of(config), max(self.before)
+        room = (positions or 0) - self.tokens - ROOM
+        if positions is None or room < 1 or longest <= room:
+            return {}
+        if self.lengths is None:
+            return {"length": room}
+        return {"lengths": list(dict.fromkeys(min(length, room) for length in self.lengths))}
 
     def refuse(self, base: ModelSource) -> None:
-        """Raise if the requests cannot be read."""
+        """Raise if the requests, or the text before them, cannot be read."""
         load_text(self.requests)
+        if any(self.before):
+            load_text(self.text)
 
     def unasked(self, base: ModelSource, tokenizer: Any = None) -> str:
         """Why the probe does not apply: without a chat template, the model was not trained on conversations."""
@@ -182,8 +204,8 @@ class Chat(CaseProbe):
         """The requests as tokens.
 
         Raises:
-            SurgeryError: there is no chat template, or it raises; requests are longer than a model's positions; the
-                tokenizer belongs to another model.
+            SurgeryError: there is no chat template; as for `make_requests`; requests are longer than a model's
+                positions; the tokenizer belongs to another model.
         """
         if not tokenizer.chat_template:
             raise ModelMismatchError(
@@ -193,21 +215,24 @@ class Chat(CaseProbe):
         if self.requests != BUILTIN:
             text = load_text(self.requests)
             words, source = tuple(filter(None, map(str.strip, LINE_END.split(text.text)))), text.title
-        cases = [Request(request, tuple(_prompt(tokenizer, request))) for request in words]
-        if not all(case.prompt for case in cases):
-            raise UnsupportedModelError("the chat template writes nothing of a message", fix="choose another probe")
+        text = load_text(self.text, part="held-out") if any(self.before) else None
+        cases = make_requests(tokenizer, words, self.before, text)
         longest = max(len(case.prompt) for case in cases)
-        refuse_too_long(configs, longest + self.tokens, "request and answer", "fewer tokens for an answer")
+        fix = "fewer tokens for an answer" + (", or of the text (length)" if text else "")
+        refuse_too_long(configs, longest + self.tokens, "request and answer", fix)
         refuse_other_tokenizer(configs, max(token for case in cases for token in case.prompt))
-        settings = {"requests": source, "tokens": self.tokens, "margin": self.margin}
+        settings: dict[str, Any] = {"requests": source, "tokens": self.tokens, "margin": self.margin}
+        if text:
+            settings |= {"lengths": list(self.before), "text": {"title": text.title, "sha256": text.sha256[:12]}}
         return ChatResult("done", settings, cases, tokenizer=tokenizer)
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Answer]:
         tokenizer = cast("ChatResult", result).tokenizer
-        answers = _answers(model, result.cases, tokenizer, self.tokens, progress)
+        prompts = [case.prompt for case in result.cases]
+        answers = run_requests(model, prompts, tokenizer, self.tokens, progress)
         if "out" in result.outcomes:  # this is the base
             for written in (answers, result.outcomes["out"]):
-                _score(model, result.cases, written)
+                score_answers(model, prompts, written)
         return answers
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
@@ -239,17 +264,24 @@ class Chat(CaseProbe):
     @classmethod
     def rows(cls, record: dict) -> list[Row]:
         base, out = (record.get(label) or {} for label in ("base", "out"))
-        return [Row("greetings and short requests answered, share", base.get("share"), out.get("share"), "{:.0%}")]
+        name = "greetings and short requests answered, share"
+        rows = [Row(name, base.get("share"), out.get("share"), "{:.0%}")]
+        for figures in record.get("lengths") or []:
+            shares = ((figures.get(label) or {}).get("share") for label in ("base", "out"))
+            rows.append(Row(f"the same{_after([figures['length']])}", *shares, "{:.0%}"))
+        return rows
 
     @classmethod
     def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
         settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
         answered = Metric("accuracy", "short requests answered", out.get("share"), base.get("share"))
-        return [({"name": settings.get("requests") or "short requests"}, [answered])]
+        name = settings.get("requests") or "short requests"
+        about = {"tokens": settings["lengths"]} if settings.get("lengths") else {}
+        return [({"name": name + _after(settings.get("lengths"))} | about, [answered])]
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        return kept_words("chat", record)
+        return kept_words(f"chat{_after((record.get('settings') or {}).get('lengths'))}", record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -260,12 +292,15 @@ class Chat(CaseProbe):
         settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
         base, out = (f"{side.get('answered')} of {side.get('of')}" for side in both)
         line = (
-            f"Chat ({settings['requests']}, the most probable answer of at most {settings['tokens']} tokens): the "
-            f"base answers {base}, the converted model {out}. An answer counts if it ends, does not go round in "
-            f"circles, and is at most {settings['margin']:g} nats a token less likely to the base than the base's own."
+            f"Chat ({settings['requests']}{_after(settings.get('lengths'))}, the most probable answer of at most "
+            f"{settings['tokens']} tokens): the base answers {base}, the converted model {out}. An answer counts if "
+            f"it ends, does not go round in circles, and is at most {settings['margin']:g} nats a token less likely "
+            "to the base than the base's own."
         )
         if kept.get("of"):
             line += f" Of those that the base answers, it keeps {kept['kept']} of {kept['of']}."
+        for figures in record.get("lengths") or []:
+            line += f" {_sentence(figures)}"
         if example := record.get("example"):
             line += f' It answers "{_inline(example["request"])}" with `{_inline(example["answer"]) or " "}`.'
         return line
@@ -273,104 +308,63 @@ class Chat(CaseProbe):
     @classmethod
     def lines(cls, result: ChatResult) -> list[Table | str]:
         """Every request with its answers, and the totals."""
-        both, rows = len(result.outcomes) > 1, []
+        both, rows, lengths = len(result.outcomes) > 1, [], result.by_length()
         answered = {label: result.answered(label) for label in result.outcomes}
         for index, case in enumerate(result.cases):
             cells = [
                 f"{'+' if answered[label][index] else '-'} {_shown(answers[index].text)}"
                 for label, answers in result.outcomes.items()
             ]
-            rows.append([case.words, *cells])
-        headers = ("request", *(NAMES[label] if both else "model" for label in result.outcomes))
-        lines: list[Table | str] = [Table(headers, rows), ""]
-        for label in result.outcomes:
+            rows.append([f"[{case.text:,}] {case.words}" if lengths else case.words, *cells])
+        names = {label: NAMES[label] if both else "model" for label in result.outcomes}
+        lines: list[Table | str] = [Table(("request", *names.values()), rows), ""]
+        for label, name in names.items():
             side = result.side(label)
-            name = NAMES[label] if both else "model"
             likely = f", {side['nll']:.2f} nats a token under the base" if "nll" in side else ""
-            lines.append(
-                f"{name + ':':<11}{side['answered']} of {side['of']} answered; {side['ended']} end, {side['loops']} "
-                f"go round in circles{likely}"
-            )
+            lines.append(f"{name + ':':<11}{_counts(side)}{likely}")
         if (kept := result.compare()) and kept["of"]:
             lines.append(f"kept:      {kept['kept']} of {kept['of']} ({percent(kept)})")
+        if lengths:
+            cells = [
+                [f"{each['length']:,} tokens", *(_counts(each[label]) for label in names), *_kept_cells(each)]
+                for each in lengths
+            ]
+            table = Table(("text before", *names.values(), *(["kept"] if both else [])), cells)
+            text = result.settings["text"]
+            source = f"The text is {text['title']} (sha256 {text['sha256']})."
+            lines += ["", table, "", f"[n]: the request follows a text of n tokens. {source}"]
         margin = f", within {result.settings['margin']:g} nats a token of the base's own" if both else ""
         lines.append(f"+: it ends within {result.settings['tokens']} tokens, does not go round in circles{margin}")
         return lines
 
 
-def goes_in_circles(ids: Sequence[int]) -> bool:
-    """Whether a block of up to 32 tokens is repeated: at least 3 times in a row, and over at least 12 tokens."""
-    for size in range(1, min(LONGEST_BLOCK, len(ids) // LEAST_TIMES) + 1):
-        needed, equal = max(LEAST_TIMES * size, LEAST_TOKENS) - size, 0
-        for position in range(size, len(ids)):
-            equal = equal + 1 if ids[position] == ids[position - size] else 0
-            if equal >= needed:
-                return True
-    return False
+def _after(lengths: Sequence[int] | None) -> str:
+    """Where requests stand, after what is said of them; "" for requests without a text."""
+    if not lengths:
+        return ""
+    *others, last = (f"{length:,}" for length in lengths)
+    return f" after {', '.join(others)}{' or ' * bool(others)}{last} tokens of text"
 
 
-def _prompt(tokenizer: Any, request: str) -> list[int]:
-    """The tokens of a user's message in the chat template, up to where the model answers."""
-    text = chat_prompt(tokenizer, request, fix="choose another probe")
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _counts(side: dict) -> str:
+    """The figures of one model; a record of an earlier version does not say how many answers are empty."""
+    empty = f", {side['empty']} are empty" if side.get("empty") else ""
+    counts = f"{side['answered']} of {side['of']} answered; {side['ended']} end, {side['loops']} go round in circles"
+    return counts + empty
 
 
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer."""
-    named = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
-    ends = [token for value in named for token in (value if isinstance(value, list) else [value])]
-    return {token for token in ends if isinstance(token, int)}
+def _kept_cells(figures: dict) -> list[str]:
+    return [f"{figures['kept']['kept']} of {figures['kept']['of']}"] if figures["kept"] else []
 
 
-def _answers(model: Any, cases: list[Request], tokenizer: Any, most: int, tick: Callable[[int], None]) -> list[Answer]:
-    """Greedy answers, decoded with the model's own cache; `generate` would apply sampling from a generation config."""
-    ends, answers = end_tokens(model, tokenizer), []
-    with loaded(model):
-        for case in cases:
-            ids, broken = _greedy(model, case.prompt, ends, most)
-            ended = bool(ids) and ids[-1] in ends
-            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-            answers.append(Answer(tuple(ids), text, ended, goes_in_circles(ids), broken))
-            tick(len(answers))
-    return answers
-
-
-def _greedy(model: Any, prompt: Sequence[int], ends: set[int], most: int) -> tuple[list[int], bool]:
-    """The greedily decoded tokens after a prompt, up to the first of `ends`, and whether a logit was not finite."""
-    import torch
-
-    from surgery.runtime.modeling_surgery import CACHE
-
-    inputs, cache, ids = list(prompt), {}, []
-    with torch.no_grad():
-        while len(ids) < most and not (ids and ids[-1] in ends):
-            batch = torch.tensor([inputs], device=model.device)
-            step = model(input_ids=batch, use_cache=True, **cache, **last_logits(model, 1))
-            logits = step.logits[0, -1]
-            if not bool(logits.max().isfinite()):  # NaN if any logit is; a single -inf is allowed, it bans a token
-                return ids, True
-            ids.append(int(logits.argmax()))
-            inputs, cache = ids[-1:], {CACHE: step[CACHE]}
-    return ids, False
-
-
-def _score(base: Any, cases: list[Request], answers: list[Answer]) -> None:
-    """Set `nll` of every answer, under the base."""
-    import torch
-
-    with loaded(base), torch.no_grad():
-        for case, answer in zip(cases, answers, strict=True):
-            answer.nll = _nll(base, case.prompt, answer.ids) if answer.ids else math.inf
-
-
-def _nll(base: Any, prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """Mean negative log-likelihood of tokens after a prompt, in nats."""
-    import torch
-
-    batch = torch.tensor([[*prompt, *ids]], device=base.device)
-    logits: torch.Tensor = base(input_ids=batch, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    targets = batch[0, len(prompt) :, None]
-    return -logits.double().log_softmax(-1).gather(1, targets).mean().item()
+def _sentence(figures: dict) -> str:
+    """What the converted model does after a text of one length, for the card."""
+    out, kept, base = figures["out"], figures["kept"], figures["base"]
+    return (
+        f"After {figures['length']:,} tokens of text the base answers {base['answered']} of {base['of']} and it keeps "
+        f"{kept['kept']}; {out['of'] - out['ended']} of its answers do not end, {out['loops']} go round in circles, "
+        f"{out['empty']} are empty."
+    )
 
 
 def _shown(text: str) -> str:

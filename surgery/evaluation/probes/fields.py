@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from surgery.data.text import Text
@@ -61,11 +62,11 @@ def _list(value: Any) -> object:
     return tuple(item.item() if hasattr(item, "item") else item for item in value)
 
 
-def _lengths(value: object) -> object:
+def _lengths(value: object, least: int = 1) -> object:
     value = _list(value)
     if isinstance(value, str):
         try:
-            return parse_lengths(value)
+            return parse_lengths(value, least)
         except SurgeryError as error:
             raise settings_error(error.what, fix="write 512,2k") from None
     return (value,) if type(value) is int else value
@@ -82,6 +83,9 @@ TextSource = Annotated[
 ]
 FileName = Annotated[str, BeforeValidator(_file_name), NamesFile()]
 TokenLengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]  # "512,2k", 512, [512, 2000]
+TextLengths = Annotated[  # the same with 0: no text
+    tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(partial(_lengths, least=0)), Field(min_length=1)
+]
 TaskNames = Annotated[tuple[str, ...], BeforeValidator(_names), NamesFile()]  # "piqa,my.yaml", ["piqa", "my.yaml"]
 Shares = Annotated[tuple[float, ...], BeforeValidator(_list)]
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from surgery.architecture.anatomy import positions_of
+from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import Needle
 from surgery.evaluation.paired import CaseResult, kept_of, kept_words, percent, share_of
 from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Table
@@ -55,8 +57,7 @@ class RecallResult(CaseResult):
 
     def side(self, label: str) -> dict:
         """The figures of one model: hits, accuracy with its 95% interval, mean NLL."""
-        outcomes = self.outcomes[label]
-        return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes))
+        return hits_of(self.outcomes[label])
 
     def about(self) -> dict:
         """Reach of the streaming heads in tokens, and the number of needles within it; {} without such heads."""
@@ -72,6 +73,31 @@ class RecallResult(CaseResult):
         data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
         data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
         return data | super().case(index)
+
+
+def hits_of(outcomes: Sequence[Outcome]) -> dict:
+    """Hits, number of prompts, accuracy with its 95% interval, mean NLL."""
+    return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes))
+
+
+def fitting(drawn: Sequence[Needle], configs: dict[str, Any], fix: str) -> tuple[list[Needle], list[str]]:
+    """The prompts that fit with their answers into the positions of all models, and a note on those left out.
+
+    Args:
+        configs: label -> config of a model.
+        fix: the remedy where none fits.
+
+    Raises:
+        SurgeryError: none fits, or the tokenizer is another model's.
+    """
+    longest = min((p for p in map(positions_of, configs.values()) if p), default=longest_sequence(drawn))
+    cases = [case for case in drawn if longest_sequence([case]) <= longest]
+    if not cases:
+        refuse_too_long(configs, min(longest_sequence([case]) for case in drawn), "prompt and answer", fix)
+    refuse_other_tokenizer(configs, max(token for case in cases for token in (*case.prompt, *case.answer)))
+    left_out = len(drawn) - len(cases)
+    words = f"prompts are longer than the {longest:,} tokens that the model takes, and were left out"
+    return cases, [f"{left_out} of {len(drawn)} {words}"] if left_out else []
 
 
 def kept_limit(cases: str, done: str, words: str) -> Limit:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from surgery.architecture.anatomy import positions_of
-from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
+from surgery.calibration.scoring import refuse_too_long
 from surgery.data.text import BUILTIN, load_text
 from surgery.data.word_list import LEAD, make_repeats, refuse_distances
 from surgery.evaluation.probes.base import Effort, Limit
 from surgery.evaluation.probes.fields import TextSource, TokenLengths, check_setting
-from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, kept_limit
-from surgery.evaluation.recall import longest_sequence, reach_of
+from surgery.evaluation.probes.recall import ANSWER, RecallProbe, RecallResult, fitting, kept_limit
+from surgery.evaluation.recall import reach_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,14 +90,7 @@ class Repeats(RecallProbe):
         settings = {name: getattr(self, name) for name in ("samples", "cue", "words", "seed")}
         refuse_too_long(configs, max(self.distances), "prompt and answer", "shorter distances")
         drawn = make_repeats(tokenizer, distances=self.distances, text=text, **settings)
-        longest = min((p for p in map(positions_of, configs.values()) if p), default=longest_sequence(drawn))
-        cases = [case for case in drawn if longest_sequence([case]) <= longest]
-        if not cases:
-            refuse_too_long(configs, longest_sequence(drawn), "prompt and answer", "shorter distances")
-        refuse_other_tokenizer(configs, max(token for case in cases for token in (*case.prompt, *case.answer)))
-        left_out = len(drawn) - len(cases)
-        words = f"prompts are longer than the {longest:,} tokens that the model takes, and were left out"
-        notes = [f"{left_out} of {len(drawn)} {words}"] if left_out else []
+        cases, notes = fitting(drawn, configs, "shorter distances")
         settings |= {"distances": list(dict.fromkeys(case.length for case in cases)), "form": "plain"}
         settings |= {"text": {"title": text.title, "sha256": text.sha256[:12]}}
         settings |= {"chance": 0.0}
