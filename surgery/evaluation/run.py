@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.base import UNASKED, Probe, Progress
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from surgery.evaluation.result import Result
     from surgery.io.loading import ModelSource
     from surgery.report.report import Report
+
+# Loaded model -> what is called with its report's data after each score, such as the trackers of its training.
+SCORE_LISTENERS: WeakKeyDictionary[Any, Callable[[dict[str, Any]], None]] = WeakKeyDictionary()
 
 
 def refuse_unscorable(base: Path, settings: Evaluate) -> None:
@@ -74,6 +78,8 @@ def evaluate_in_memory(
             report.record_evaluation(result.to_dict())
         else:
             report.record_probe(probe.name, result.to_dict())
+    if listener := SCORE_LISTENERS.get(model):
+        listener(report.data)
     report.data["in_memory"] = (report.data.get("in_memory") or {}) | {"scored": weights_version(model)}
     return result
 
