@@ -39,7 +39,7 @@ DECIDED = {
     "fresh_process lengths paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",
-    "evaluation/harness": "answers command task_files task_set",
+    "evaluation/harness": "answers command scores task_files task_set",
     "evaluation/probes": "base fields recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",

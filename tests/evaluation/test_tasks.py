@@ -19,9 +19,9 @@ from surgery.errors import MachineError, NetworkError, SurgeryError
 from surgery.evaluation import harness
 from surgery.evaluation.harness import answers as asking
 from surgery.evaluation.harness import task_set
+from surgery.evaluation.harness.scores import paired_interval
 from surgery.evaluation.harness.task_files import write_task as write
 from surgery.evaluation.probes.settings import make
-from surgery.evaluation.probes.tasks import paired_interval
 from surgery.io.loading import load_model, read_tokenizer
 from surgery.report.gate import gate
 
@@ -394,7 +394,7 @@ def test_a_recipe_asks_for_tasks_and_bounds_them(surgery, model, text, choosing,
     blocks = {"perplexity": {"windows": 1, "length": 64}, "tasks": {"max_drop": {"choosing": limit}}}
     recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
     (text.parent / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": {"text": text.name, "probes": blocks}}))
-    monkeypatch.setattr("surgery.evaluation.probes.tasks.TaskResult.compare", lambda self: drop)
+    monkeypatch.setattr("surgery.evaluation.harness.scores.TaskResult.compare", lambda self: drop)
     named = f"evaluate.probes.tasks.names=[{choosing}]"
     ran = surgery("apply", "r.yaml", model, "-o", "out", named, "--no-check")
     assert ran.code == code, ran.err
