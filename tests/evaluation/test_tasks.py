@@ -572,6 +572,53 @@ def test_a_recipe_with_unknown_tasks_is_refused_before_anything_is_converted(ref
         refused("apply", "r.yaml", model, "-o", "out", says=[says])
 
 
+WRONG = {
+    "a slip": ({"names": ["piqa"]}, "piqaa", ["max_drop bounds 'piqaa', which is not measured", "mean 'piqa'?"]),
+    "another task": ({"names": ["piqa", "boolq"]}, "winogrande", ["boolq, piqa", "or measure it too"]),
+    "a tag has no row": ({"names": ["ai2_arc"]}, "ai2_arc", ["bounds 'ai2_arc'", "arc_challenge, arc_easy"]),
+    "not in the group": ({"names": ["mmlu_stem"]}, "mmlu_anatomyy", ["mmlu_abstract_algebra", "mean 'mmlu_anatomy'?"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("verb", [("plan",), ("apply", "-o", "out")])
+def test_a_limit_of_what_is_not_measured_is_refused_at_once(refused, model, tmp_path, case, verb):
+    """`refused` sees that nothing was written."""
+    block, item, says = WRONG[case]
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    asked = {"probes": {"tasks": block | {"max_drop": {item: 0.01}}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": asked}))
+    refused(verb[0], "r.yaml", model, *verb[1:], says=says)
+
+
+def test_limits_of_ruler_name_the_length_and_are_read_without_lm_eval(refused, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "is_installed", lambda: False)
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    limit = {"ruler_vt": 0.1, "ruler_cwe 8192": 0.1, "ruler_fwe 4096": 0.1}
+    asked = {"probes": {"tasks": {"ruler": [4096], "max_drop": limit}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": asked}))
+    says = ["r.yaml:", "max_drop bounds 'ruler_cwe 8192', 'ruler_vt', which are not measured", "'ruler_cwe 4096'?"]
+    refused("plan", "r.yaml", model, says=says)
+
+
+def test_rows_of_groups_tags_and_files(tmp_path):
+    """Each name stands for the rows that lm-eval makes of it; the groups here are lm-eval's own."""
+    assert task_set.row_names(["piqa"]) == {"piqa"}
+    assert task_set.row_names(["ai2_arc"]) == {"arc_easy", "arc_challenge"}
+    mmlu = task_set.row_names(["mmlu"])
+    assert {"mmlu", "mmlu_stem", "mmlu_abstract_algebra"} <= mmlu
+    assert len(mmlu) == 1 + 4 + 57, "the group, its four groups and 57 subjects"
+    assert "mmlu_generative::stem" in task_set.row_names(["mmlu_generative"]), "a group inside a group's file"
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: mine\ndoc_to_text: !function mine.read\n")
+    assert task_set.row_names([str(file)]) == {"mine"}
+    file.write_text("group: ours\ntask: [piqa, {task: own, doc_to_text: x}]\n")
+    assert task_set.row_names([str(file)]) == {"ours", "piqa", "ours::own"}
+    file.write_text("include: other.yaml\n")
+    assert task_set.row_names([str(file), "piqa"]) is None, "the file does not say"
+    assert task_set.row_names([str(tmp_path / "none.yaml")]) is None
+
+
 def test_prompts_that_differ_are_not_compared(model, merged, choosing, monkeypatch):
     run, calls = asking.run, []
 

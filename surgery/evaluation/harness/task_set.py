@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
+
 from surgery.errors import NetworkError, SettingError, SurgeryError, nearest
 from surgery.evaluation.harness import version
 from surgery.io.hub_errors import brief
@@ -207,6 +209,54 @@ def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
     if faults:
         first, *rest = faults
         raise SettingError(first.what, exists=first.exists, fix=first.fix, others=tuple(rest))
+
+
+def row_names(names: Sequence[str]) -> set[str] | None:
+    """The tasks and groups that names and files stand for; None where a file does not say. No data are read."""
+    index, rows = _manager("{}").task_index, set()
+    for name in names:
+        entry = name if name in index else _entry_of_file(Path(name))
+        if not entry:
+            return None
+        rows |= _members(entry, index)
+    return rows
+
+
+def _members(entry: str | dict[str, Any], index: dict[str, Any], group: str = "") -> set[str]:
+    """A task, or a group or tag with all that is in it, as lm-eval names them.
+
+    Args:
+        entry: its name, or a mapping with the key `task` or `group`.
+        group: the group that it is in; lm-eval puts this before names that are not in its index.
+    """
+    inline = {} if isinstance(entry, str) else entry
+    name = entry if isinstance(entry, str) else inline.get("group") or inline.get("task")
+    known = index.get(name)
+    if known is None:
+        members, own = inline.get("task") if "group" in inline else (), f"{group}::{name}" if group else str(name)
+    elif known.kind.name == "TAG":
+        return set(known.tags)
+    else:
+        members, own = (known.cfg or {}).get("task") if known.kind.name == "GROUP" else (), name
+    listed = members if isinstance(members, list) else ()
+    return {own}.union(*(_members(member, index, own) for member in listed))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a task's file without running what it names."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _entry_of_file(file: Path) -> dict[str, Any] | None:
+    """The keys `task` and `group` of a task's file; None where it has neither."""
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    keys = {key: data[key] for key in ("task", "group") if key in data} if isinstance(data, dict) else {}
+    return keys or None
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,7 +39,8 @@ class Limit:
         description: text for the schema.
         most: the largest limit that makes sense (1 for a share).
         words: name of the number when it is shown with its limit ("KL").
-        by_item: the limit is a dict of limits, one for each item that is bounded ({"piqa": 0.01}).
+        by_item: the limit is a dict of limits by item ({"piqa": 0.01}). It gives the names that these may have, of a
+            probe, and whether they are all; the second argument says whether it may take seconds to look them up.
     """
 
     figure: Callable[[dict], Any]
@@ -47,7 +48,7 @@ class Limit:
     description: str
     most: float | None = None
     words: str = ""
-    by_item: bool = False
+    by_item: Callable[[Any, bool], tuple[Collection[str], bool]] | None = None
 
 
 @dataclass(frozen=True)

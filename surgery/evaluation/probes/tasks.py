@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ from surgery.evaluation import harness
 from surgery.evaluation.harness.answers import answers_file, run
 from surgery.evaluation.harness.command import run_alone
 from surgery.evaluation.harness.scores import TaskResult
-from surgery.evaluation.harness.task_set import Asking, ItemScore, load_tasks, refuse_unknown
+from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, load_tasks, refuse_unknown, row_names
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Flag, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TaskNames, TokenLengths
 from surgery.io.files import published
@@ -60,7 +60,7 @@ class Tasks(CaseProbe):
             at_least=False,
             description="Gate: for a task, how much worse its metric may be than the base's, at most: {piqa: 0.01}.",
             words="drop of",
-            by_item=True,
+            by_item=lambda probe, look_up: probe.bounded(look_up),
         )
     }
     aliases: ClassVar[Aliases] = Aliases(
@@ -87,6 +87,21 @@ class Tasks(CaseProbe):
         self._refuse_nothing()
         refuse_unknown(self.names)
         refuse_too_long({"the base": read_config(base)}, *self._longest)
+
+    def bounded(self, look_up: bool) -> tuple[Collection[str], bool]:
+        """The names of the rows that the tasks get, and whether these are all; only lm-eval knows what is in a group.
+
+        Args:
+            look_up: read lm-eval's index, if it is installed.
+        """
+        ruler = [f"{name} {length}" for name in RULER for length in self.ruler]
+        if not self.names:
+            return ruler, bool(ruler)  # without any task, `refuse` says so
+        if not look_up or not harness.is_installed():
+            return [*ruler, *self.names], False
+        names = row_names(self.names)
+        known = [name for name in names or () if not (self.ruler and name in RULER)]
+        return [*ruler, *known], names is not None
 
     def _refuse_nothing(self) -> None:
         if not self.names and not self.ruler:
