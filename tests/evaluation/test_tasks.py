@@ -281,6 +281,66 @@ def test_a_model_of_nan_is_broken_and_not_scored_by_chance(model, merged, choosi
         tasks(choosing).measure(merged, broken, tokenizer=read_tokenizer(model))
 
 
+@pytest.fixture
+def broken(model):
+    """The model with NaN in every weight, loaded."""
+    result = load_model(model)
+    for weight in result.parameters():
+        weight.data.fill_(math.nan)
+    return result
+
+
+def test_what_a_model_of_nan_scores_are_misses(model, broken, tmp_path, items):
+    """NaN likelihoods rank the first choice best, and a written text may hold the answer by chance."""
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(each | {"answer": 0}) + "\n" for each in items))
+    choosing = write_task(
+        tmp_path, "choosing", output_type="multiple_choice", doc_to_text="prompt", doc_to_choice="choices",
+        doc_to_target="answer", metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+    result = tasks(choosing).measure(broken, model, tokenizer=read_tokenizer(model))
+    assert result["tasks"]["choosing"]["out"] == 0.0
+    assert all(case["out"] == {"acc": 0.0} for case in result["cases"])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_nan_in_what_is_written_is_seen(model, merged, broken, tmp_path, items, batch, drawn):
+    kwargs = {"until": ["zzz"], "max_gen_toks": 3, "do_sample": drawn} | ({"temperature": 1.0} if drawn else {})
+    writing = write_task(
+        tmp_path, "writing", output_type="generate_until", doc_to_text="prompt", doc_to_target="{{choices[0]}}",
+        generation_kwargs=kwargs, metric_list=[{"metric": "exact_match"}],
+    )  # fmt: skip
+    tokenizer = read_tokenizer(model)
+    asked = tasks(writing, batch=batch)
+    result = asked.measure(broken, model, tokenizer=tokenizer)
+    assert f"out gives NaN or infinite values for {ITEMS} of {ITEMS} items: misses" in str(result)
+    with pytest.raises(SurgeryError, match="the base model itself gives NaN"):
+        asked.measure(merged, broken, tokenizer=tokenizer)
+    assert "NaN" not in str(asked.measure(merged, model))
+
+
+def test_one_bad_answer_is_the_one_that_is_told_also_from_the_kept_answers(model, writing, items):
+    """One word has an infinite embedding. Requests are asked in batches, and not in the order of the items."""
+    word, tokenizer = "rain", read_tokenizer(model)
+    for number, item in enumerate(items):
+        item["prompt"] = " ".join(each for each in item["prompt"].split() if each != word) or "the"
+        item["prompt"] += f" {word}" if number == 4 else ""
+    (model.parent / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+
+    def change(tensors) -> None:
+        table = tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        table[token] = math.inf
+
+    sound = shutil.copytree(model, model.parent / "sound")
+    edit_tensors(model, change)
+    first = tasks(writing, batch=2).measure(model, sound)
+    again = tasks(writing, batch=2).measure(model, sound)
+    for result in (first, again):
+        assert f"NaN or infinite values for 1 of {ITEMS} items" in str(result)
+        assert [score.broken for score in result.outcomes["out"]] == [number == 4 for number in range(ITEMS)]
+
+
 def test_two_names_of_one_task_and_prompts_that_are_cut(model, tmp_path, items, choosing):
     (tmp_path / "again.yaml").write_text((tmp_path / "choosing.yaml").read_text())
     with pytest.raises(SurgeryError, match="has the task choosing, which another name has too"):

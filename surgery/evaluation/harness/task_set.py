@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,14 @@ class TaskSet:
     def higher_is_better(self, name: str, metric: str) -> bool:
         """Whether a higher value of the metric is better."""
         return self.loaded["tasks"][name].higher_is_better().get(metric.partition(",")[0]) is not False
+
+    def missed(self, name: str, score: ItemScore) -> ItemScore:
+        """The score of an item whose answer is NaN: 0, or NaN for a metric that is better the lower it is."""
+        values = dict(score.values)
+        for metric in values:
+            if score.number(metric) is not None:
+                values[metric] = 0.0 if self.higher_is_better(name, metric) else math.nan
+        return replace(score, values=values)
 
     def total(self, name: str, metric: str, scores: Sequence[ItemScore]) -> float:
         """The metric over all items, by the task's own rule."""
