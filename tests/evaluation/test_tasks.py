@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -422,6 +423,29 @@ def test_tasks_of_ruler_that_the_network_does_not_give_are_left_out(model, monke
     assert len(tried) == 1 + len(task_set.RULER_OFFLINE), "the network is tried once"
     with pytest.raises(NetworkError, match="essays"):
         task_set.load_tasks(("niah_single_2",), (512,), read_tokenizer(model))
+
+
+def test_what_nltk_prints_when_a_task_is_imported_is_not_seen(capsys, monkeypatch):
+    import nltk
+
+    message = nltk.downloader.ErrorMessage(None, "no network")
+    monkeypatch.setattr(nltk.downloader.Downloader, "incr_download", lambda *args, **options: iter([message]))
+    nltk.download("punkt_tab", print_error_to=sys.stderr)
+    assert "[nltk_data] no network" in capsys.readouterr().err, "what would be seen"
+    with task_set.quiet():
+        nltk.download("punkt_tab")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_data_of_nltk_that_are_missing_are_told_in_a_line():
+    import nltk
+
+    def load(names):
+        nltk.data.find("tokenizers/of_nobody")
+
+    with pytest.raises(NetworkError, match="the task niah_single_2 needs data of nltk") as caught:
+        task_set._load(SimpleNamespace(load=load), "niah_single_2")
+    assert len(str(caught.value)) < 300
 
 
 def test_prompts_longer_than_the_model(refused, model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -9,11 +10,11 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 import yaml
@@ -275,6 +276,13 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except SurgeryError:
         raise
     except Exception as error:  # any kind: tasks are files and code of others
+        if (
+            type(error) is LookupError and "nltk" in str(error).lower()
+        ):  # its own page of advice is longer than a screen
+            what = (
+                f"the task {name} needs data of nltk that are not on this machine, and the network does not give them"
+            )
+            raise NetworkError(what, fix="allow the network once, or python -m nltk.downloader all") from error
         if _is_of_network(error):
             what = f"the data of the task {name} are not on this machine, and the network does not give them"
             fix = "allow the network once, after which they stay in the cache; or use a task with local data"
@@ -313,7 +321,7 @@ def quiet() -> Iterator[None]:
         make(self, *args, **options | {"disable": True})
 
     no_bars = mock.patch.object(tqdm, "__init__", without_bar)
-    with no_bars, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with no_bars, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _quiet_nltk(nowhere):
         try:
             for each in loggers:
                 each.setLevel(logging.CRITICAL)
@@ -321,6 +329,18 @@ def quiet() -> Iterator[None]:
         finally:
             for each, level in zip(loggers, levels, strict=True):
                 each.setLevel(level)
+
+
+def _quiet_nltk(nowhere: TextIO) -> AbstractContextManager[Any]:
+    """With the lines of nltk's downloader written elsewhere: tasks that use nltk ask for its data on import.
+
+    RULER asks too, and splits only its essays with them. Where they are missing, `_load` says so.
+    """
+    if importlib.util.find_spec("nltk") is None:
+        return nullcontext()
+    import nltk
+
+    return mock.patch.object(nltk, "download", partial(nltk.download, quiet=True, print_error_to=nowhere))
 
 
 @contextmanager
