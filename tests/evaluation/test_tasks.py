@@ -387,6 +387,50 @@ def test_drawn_answers_are_not_kept(model, tmp_path, items):
     assert random.getstate() == state[1], "the caller's random numbers are not touched"
 
 
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def needed(monkeypatch, probe, *models) -> list[int]:
+    """Bytes that each model is said to need besides its weights."""
+    asked = []
+    monkeypatch.setattr("surgery.evaluation.paired.too_big", lambda weights, extra: (asked.append(extra), "")[1])
+    probe.measure(*models)
+    return asked
+
+
+def test_the_memory_of_logits_is_counted(model, merged, tmp_path, items, choosing, writing, monkeypatch):
+    config = load_model(model).config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # keys and values, float32
+    of_logits = 2 * 3 * 512 * config.vocab_size * 4  # two copies, a batch of 3, prompts of 512 tokens
+    base, out = needed(monkeypatch, tasks(choosing, batch=3, limit=1), merged, model)
+    assert base == 2 * 3 * 512 * token + of_logits
+    assert base - out == 2 * 3 * 512 * token * 2 // 3, "one KV head of three"
+    assert needed(monkeypatch, tasks(writing, batch=3, limit=1), model) == [2 * 3 * 512 * token], "only of one token"
+    (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": " ".join(WORDS * 200)}) + "\n")
+    rolling = write_task(
+        tmp_path, "rolling", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="prompt",
+        metric_list=[{"metric": "word_perplexity"}],
+    )  # fmt: skip
+    (bytes_,) = needed(monkeypatch, tasks(rolling), model)
+    assert bytes_ == 2 * 512 * token + 2 * config.max_position_embeddings * config.vocab_size * 4
+
+
+def test_a_plan_shows_the_memory_of_logits(tiny_llama):
+    from surgery.conversion.estimate import estimate
+
+    def memory(**settings):
+        probes = {"perplexity": {"windows": 1, "length": 64}, "tasks": settings}
+        recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+        plan = package.plan(recipe | {"evaluate": {"probes": probes}}, str(tiny_llama))
+        return {each.stage: each.memory_bytes for each in estimate(plan).stages}["tasks"], plan.before
+
+    one, anatomy = memory(names=["piqa"])
+    many, _ = memory(names=["piqa"], batch=65)
+    width = {"F32": 4, "BF16": 2, "F16": 2}[anatomy.dtype]
+    assert many - one == 2 * 64 * 512 * anatomy.config.vocab_size * width
+    assert memory(ruler=[256])[0] < one, "what is written needs the logits of one token"
+
+
 # --- RULER ----------------------------------------------------------------------------------------------------------
 
 

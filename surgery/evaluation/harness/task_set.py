@@ -103,6 +103,17 @@ class TaskSet:
                 chosen[name] = list(every[:limit])
         return chosen
 
+    def scored(self, limit: int | None) -> tuple[bool, str]:
+        """Whether likelihoods are asked for, of whole prompts; and the longest text of which all tokens are scored."""
+        kinds = {name: task.OUTPUT_TYPE for name, task in self.loaded["tasks"].items()}
+        texts = (
+            self.loaded["tasks"][name].doc_to_target(self.loaded["tasks"][name].eval_docs[number])
+            for name, numbers in self.items(limit).items()
+            for number in (numbers if kinds[name] == "loglikelihood_rolling" else ())
+        )
+        longest = max((text for text in texts if isinstance(text, str)), key=len, default="")
+        return any(kind != "generate_until" for kind in kinds.values()), longest
+
     def groups(self) -> dict[str, list[str]]:
         """Group -> its tasks."""
         return {

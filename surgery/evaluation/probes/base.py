@@ -39,8 +39,7 @@ class Limit:
         description: text for the schema.
         most: the largest limit that makes sense (1 for a share).
         words: name of the number when it is shown with its limit ("KL").
-        by_item: the limit is a dict of limits by item ({"piqa": 0.01}). It gives the names that these may have, of a
-            probe, and whether they are all; the second argument says whether it may take seconds to look them up.
+        by_item: of a dict of limits ({"piqa": 0.01}): (probe, may it take seconds) -> names of items, are these all.
     """
 
     figure: Callable[[dict], Any]
@@ -118,11 +117,13 @@ class Effort:
         read: tokens that the model reads in all.
         length: tokens of the longest text.
         written: tokens that the model generates one by one.
+        logits: tokens whose logits are in memory at once (not of the main probe).
     """
 
     read: int
     length: int
     written: int = 0
+    logits: int = 0
 
 
 @dataclass(frozen=True)
@@ -398,6 +399,10 @@ class CaseProbe(Probe):
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         """Bytes needed in addition to the weights, computed from the model's KV bytes per token."""
 
+    def logits_at_once(self, result: Any, positions: int) -> int:
+        """Tokens whose logits are in memory at once, if many. `positions`: the most that a model takes, or 0."""
+        return 0
+
     @abstractmethod
     def is_broken(self, outcome: Any) -> bool:
         """Whether the outcome comes from NaN or infinity."""
@@ -415,11 +420,9 @@ class CaseProbe(Probe):
         """See `Probe.measure`. Pickled weights are refused; `progress` is called after each case."""
 
         def tick(done: int, total: int, whose: str) -> None:
-            if not progress:
-                return
-            if whose:  # counts for each model, and a share of both
+            if progress and whose:  # counts for each model, and a share of both
                 progress(PERCENT * done // total, PERCENT, f"{self.stage}: {whose}")
-            else:
+            elif progress:
                 progress(done, total, self.stage)
 
         sources = sides(out, base)

@@ -16,7 +16,7 @@ from surgery.evaluation.harness.answers import answers_file, run
 from surgery.evaluation.harness.command import run_alone
 from surgery.evaluation.harness.scores import TaskResult
 from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, load_tasks, refuse_unknown, row_names
-from surgery.evaluation.probes.base import Aliases, CaseProbe, Flag, Limit, Metric, Row, Table
+from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TaskNames, TokenLengths
 from surgery.io.files import published
 from surgery.io.loading import read_config
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 TYPICAL = 512  # tokens of a prompt of a task other than RULER's, for the estimate of memory
+LOGITS = 2  # copies in memory, since lm-eval takes the log-softmax in the dtype of the logits
 SHOWN = 3  # tasks that the closing lines of `apply` name
 READING, ALONE = "reading tasks", "lm_eval alone"  # names of stages
 
@@ -176,6 +177,19 @@ class Tasks(CaseProbe):
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 2 * self.batch * max(self.ruler, default=TYPICAL) * kv_bytes  # twice the cache, as growing it copies it
+
+    @property
+    def effort(self) -> Effort:
+        """The memory of both models. How many tokens they read is not known before the tasks are."""
+        length = max(*self.ruler, TYPICAL if self.names else 0, 0)
+        return Effort(0, length, logits=LOGITS * self.batch * TYPICAL if self.names else 0)
+
+    def logits_at_once(self, result: TaskResult, positions: int) -> int:
+        """Choices are scored from the logits of all tokens, and a corpus in windows as long as the model takes."""
+        scored, corpus = result.tasks.scored(self.limit)
+        longest = len(result.tokenizer.encode(corpus)) if corpus else 0
+        window = min(longest, positions) if positions else longest
+        return LOGITS * self.batch * max(window, TYPICAL if scored else 0)
 
     def is_broken(self, outcome: ItemScore) -> bool:
         return outcome.broken or any(
