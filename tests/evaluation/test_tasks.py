@@ -20,7 +20,7 @@ from surgery.errors import MachineError, NetworkError, SurgeryError
 from surgery.evaluation import harness
 from surgery.evaluation.harness import answers as asking
 from surgery.evaluation.harness import task_set
-from surgery.evaluation.harness.scores import paired_interval
+from surgery.evaluation.harness.scores import TaskResult, paired_interval
 from surgery.evaluation.harness.task_files import write_task as write
 from surgery.evaluation.probes.settings import make
 from surgery.io.loading import load_model, read_tokenizer
@@ -361,6 +361,48 @@ def test_a_group_has_a_row_of_its_own(model, merged, tmp_path, choosing, monkeyp
     assert (both["of"], both["tasks"], both["metric"]) == (2 * ITEMS, 2, "acc_norm")
     assert both["drop"] == pytest.approx(one["drop"])
     assert both["high"] - both["low"] < one["high"] - one["low"], "twice the items"
+
+
+@pytest.mark.parametrize(
+    ("rules", "metric", "figures"),
+    [
+        ([], "acc_norm", (0.6, 0.4)),  # over the items, by the metric that judges the tasks
+        ([("acc", True)], "acc", (0.4, 0.2)),
+        ([("acc", False)], "acc", (0.625, 0.125)),  # over the tasks: (1/4 + 1) / 2, (1/4 + 0) / 2
+        ([("f1", True)], None, ()),
+    ],
+)
+def test_a_group_is_judged_as_its_file_says(rules, metric, figures):
+    """By the metric that it names, over the items or over its tasks, as lm-eval reports it."""
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    task = SimpleNamespace(
+        config=SimpleNamespace(metadata=None, num_fewshot=0), higher_is_better=dict,
+        aggregation=lambda: {"acc": mean, "acc_norm": mean},
+    )  # fmt: skip
+    members = {"long": task, "short": task}
+    listed = [SimpleNamespace(metric=name, weight_by_size=by_size) for name, by_size in rules]
+    group = SimpleNamespace(
+        get_all_tasks=lambda: [SimpleNamespace(task_name=name) for name in members], aggregate_metric_list=listed
+    )
+    cases = [("long", number) for number in range(4)] + [("short", 0)]
+    scores = {"base": {"acc": [1, 0, 0, 0, 1], "acc_norm": [1, 1, 0, 0, 1]}}
+    scores |= {"out": {"acc": [1, 0, 0, 0, 0], "acc_norm": [1, 1, 0, 0, 0]}}
+    outcomes = {
+        side: [task_set.ItemScore({name: each[name][index] for name in each}, "") for index in range(5)]
+        for side, each in scores.items()
+    }
+    chosen = task_set.TaskSet({"tasks": members, "groups": {"ours": group}}, ("ours",))
+    rows = TaskResult("done", {}, cases, outcomes=outcomes, tasks=chosen).compare()
+    if metric is None:
+        assert "ours" not in rows
+        return
+    row = rows["ours"]
+    assert (row["metric"], row["base"], row["out"]) == (metric, *map(pytest.approx, figures))
+    assert row["drop"] == pytest.approx(figures[0] - figures[1])
+    assert ("low" in row) == (figures != (0.625, 0.125)), "the interval is of a mean over the items"
 
 
 def test_errors_inside_lm_eval_are_told(refused, model, choosing, tmp_path, items):

@@ -58,7 +58,7 @@ class TaskResult(CaseResult):
         base, out = self.by_task("base"), self.by_task("out")
         rows = {key: row for name in out for key, row in self._rows(name, base.get(name), out[name]).items()}
         for group, names in self.tasks.groups().items():
-            if pooled := self._pooled([name for name in names if name in rows], base, out):
+            if pooled := self._pooled(group, [name for name in names if name in rows], base, out):
                 rows[group] = pooled
         return rows
 
@@ -90,12 +90,23 @@ class TaskResult(CaseResult):
             row["worse"], row["better"] = sum(drop > 0 for drop in drops), sum(drop < 0 for drop in drops)
         return row
 
-    def _pooled(self, names: list[str], base: dict, out: dict) -> dict | None:
-        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean."""
-        metrics = {self.tasks.metrics(name, out[name])[0] for name in names}
-        if len(metrics) != 1:
+    def _common_metric(self, names: list[str], out: dict, rules: dict[str, bool]) -> str | None:
+        """The metric of a group: the one that judges its tasks, or one that the group names; None: there is none."""
+        judging = {self.tasks.metrics(name, out[name])[0] for name in names}
+        if not rules or (len(judging) == 1 and next(iter(judging)).partition(",")[0] in rules):
+            return judging.pop() if len(judging) == 1 else None
+        known = [self.tasks.metrics(name, out[name]) for name in names]
+        shared = (metric for metric in (known[0] if known else ()) if all(metric in each for each in known))
+        return next((metric for metric in shared if metric.partition(",")[0] in rules), None)
+
+    def _pooled(self, group: str, names: list[str], base: dict, out: dict) -> dict | None:
+        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean; or over
+        its tasks, where the group says so. lm-eval reports the same.
+        """
+        rules = self.tasks.aggregates(group)
+        metric = self._common_metric(names, out, rules)
+        if metric is None:
             return None
-        (metric,) = metrics
         sides = {"out": out} | ({"base": base} if base else {})
         numbers = {
             label: [score.number(metric) for name in names for score in side[name]] for label, side in sides.items()
@@ -104,9 +115,19 @@ class TaskResult(CaseResult):
             return None
         higher, of = self.tasks.higher_is_better(names[0], metric), len(numbers["out"])
         row: dict[str, Any] = {"metric": metric, "higher_is_better": higher, "of": of, "tasks": len(names)}
-        row |= {label: math.fsum(each) / len(each) for label, each in numbers.items()} | self.manner
+        by_size = rules.get(metric.partition(",")[0], True)
+        if by_size:
+            totals = {label: math.fsum(each) / len(each) for label, each in numbers.items()}
+        else:
+            means = {
+                label: [self.tasks.total(name, metric, side[name]) for name in names] for label, side in sides.items()
+            }
+            totals = {label: math.fsum(each) / len(each) for label, each in means.items()}
+        row |= totals | self.manner
         if not base:
             return row
+        if not by_size:
+            return row | {"drop": (row["base"] - row["out"]) * (1 if higher else -1)}
         drops, interval = _paired(list(zip(numbers["base"], numbers["out"], strict=True)), higher)
         return row | {"drop": math.fsum(drops) / of} | interval
 

@@ -120,6 +120,11 @@ class TaskSet:
             name: [task.task_name for task in group.get_all_tasks()] for name, group in self.loaded["groups"].items()
         }
 
+    def aggregates(self, group: str) -> dict[str, bool]:
+        """The metrics that a group names -> whether each item counts alike, and not each task; {}: none."""
+        listed = getattr(self.loaded["groups"].get(group), "aggregate_metric_list", None) or ()
+        return {each.metric: each.weight_by_size for each in listed}
+
     def about(self, name: str) -> dict[str, Any]:
         """Version of a task, and how many solved examples stand before its question."""
         config = self.loaded["tasks"][name].config
