@@ -276,15 +276,15 @@ def heal_model(
     if source is None:
         source = base_folder(report.data, base, needed=heal.needs_base, wanted=bool(heal.eval_every))
     elif source is model:
-        raise SurgeryError(
+        what, fix = (
             "the base is this very model, which was edited in place",
-            where=type(model).__name__,
-            fix="load it again: AutoModelForCausalLM.from_pretrained(BASE)",
+            "AutoModelForCausalLM.from_pretrained(BASE)",
         )
+        raise SurgeryError(what, where=type(model).__name__, fix=f"load it again: {fix}")
     _refuse_tokenizer(tokenizer, source if source is not None else model)
-    operations, table = report.data["operations"], model_table(model)
+    operations = report.data["operations"]
     before = Anatomy.of(source) if source is not None else None
-    plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=operations)
+    plan = HealPlan.of(heal, anatomy, model_table(model), rewritten, base=before, operations=operations)
     trained = trained_of(model, heal, rewritten, plan.mixing)
     if options.on_plan:
         options.on_plan(plan)
@@ -301,13 +301,13 @@ def heal_model(
         job = HealRun(run_settings, source, tokenizer, rewritten, Path(run), **optional)
         training = train(model, job)
         processes().wait_for_everyone()  # else the first would remove the folder that others use
+    if job.trackers.faults:
+        training["tracker_faults"] = job.trackers.faults
+    job.trackers.keep_open(model)
     earlier = report.data.get("heal")
     # The record's check and scores are from before the training.
     report.data.update(records.report_after_healing(report.data, heal, judged_by))
     report.data["heal"] = records.new_record(heal, training, earlier)
-    if job.trackers.faults:
-        report.data["heal"]["tracker_faults"] = job.trackers.faults
-    job.trackers.keep_open(model)
     return report
 
 

@@ -245,6 +245,17 @@ def _read_rows(packed: Packed, heal: Heal) -> Packed:
     return packed.select(sorted(rows.row(step_row) for step_row in range(count)))
 
 
+def _refuse_other_engine(checkpoint: dict, engine: Engine, folder: Path | None) -> None:
+    """Raise where a checkpoint's optimizer is shared out otherwise than this engine does it."""
+    if checkpoint.get("shared", []) != list(engine.sharded):
+        raise OtherTrainingError(
+            "the checkpoint's optimizer was saved by another engine, which shares it out in another way",
+            where=str(folder),
+            exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
+            fix="use the accelerate config that it began with, or start again with --overwrite",
+        )
+
+
 def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluator | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
     engine, original = Engine.here(), student
@@ -258,13 +269,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     checkpoint = checkpoint_record(last) if last else {"seconds": 0.0, "shared": list(engine.sharded)}
     if checkpoint.get("ended"):  # clock or gate ended the run: there is nothing left to train
         steps = checkpoint["step"]
-    if checkpoint.get("shared", []) != list(engine.sharded):
-        raise OtherTrainingError(
-            "the checkpoint's optimizer was saved by another engine, which shares it out in another way",
-            where=str(last),
-            exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
-            fix="use the accelerate config that it began with, or start again with --overwrite",
-        )
+    _refuse_other_engine(checkpoint, engine, last)
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
     callback = HealCallback(heal, job.run, heal.planned_steps, held_out, checkpoint["seconds"], progress)

@@ -100,8 +100,8 @@ class TaskResult(CaseResult):
         return next((metric for metric in shared if metric.partition(",")[0] in rules), None)
 
     def _pooled(self, group: str, names: list[str], base: dict, out: dict) -> dict | None:
-        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean; or over
-        its tasks, where the group says so. lm-eval reports the same.
+        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean; or
+        over its tasks, where the group says so. lm-eval reports the same.
         """
         rules = self.tasks.aggregates(group)
         metric = self._common_metric(names, out, rules)
