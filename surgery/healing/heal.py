@@ -98,9 +98,6 @@ def heal_folder(
         base: the model that the folder was converted from; default the one that the report names.
         overrides: the overrides of `surgery heal`; None where the healing is part of a recipe.
         others: as for `surgery.heal`.
-
-    Returns:
-        The report, saved with the folder, the base's folder, and the trackers.
     """
     from surgery.healing.run import HealRun, train
 
