@@ -31,6 +31,7 @@ from surgery.evaluation.comparison.run import compare as compare
 from surgery.evaluation.evaluate import evaluate as evaluate
 from surgery.evaluation.evaluate import evaluate_choices as evaluate_choices
 from surgery.evaluation.evaluate import evaluate_needles as evaluate_needles
+from surgery.evaluation.run import refuse_unknown_items
 from surgery.io.safetensors import header_table
 from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
@@ -67,6 +68,8 @@ def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), *
     """
     refuse_swapped(recipe, model)
     resolved = recipes.load(recipe, texts(overrides), **fields)
+    if resolved.evaluate is not None:
+        refuse_unknown_items(resolved.evaluate.asked, resolved.evaluate.limits)
     if not isinstance(model, str | Path):
         return make_plan(resolved, anatomy_of(model), type(model).__name__)
     from surgery.io.hub import resolve

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.config.options import RunOptions
     from surgery.config.recipe import Evaluate, Recipe
     from surgery.evaluation.conversation import Reply
+    from surgery.healing.heal import HealedFolder
     from surgery.io.loading import ModelSource
     from surgery.machine.progress import Progress
 
@@ -82,13 +83,13 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
     judged_by = _judged_by(recipe, converted.folder)
     base_name = str(base) if base is not None else model
     shown = replace(options, on_plan=None)  # the plan of the whole recipe was shown already
-    healed, source = heal_folder(converted, base_name, recipe.heal, judged_by, out, shown)
-    if healed is None:
+    healed = heal_folder(converted, base_name, recipe.heal, judged_by, out, shown)
+    if healed.report is None:
         return None
-    _judge_healed(healed, converted, source, judged_by, options)
+    _judge_healed(healed, converted, judged_by, options)
     if not recipe.heal.keeps_adapter:
         remove_own(unhealed)
-    return healed
+    return healed.report
 
 
 def heal_to_folder(
@@ -108,10 +109,10 @@ def heal_to_folder(
     options = _timed(options)
     report = Report.of(folder)
     heal, evaluate = read_settings(report.data["recipe"], settings, overrides)
-    healed, source = heal_folder(report, base, heal, evaluate, output, options, overrides)
-    if healed is not None:
-        _judge_healed(healed, report, source, evaluate, options)
-    return healed
+    healed = heal_folder(report, base, heal, evaluate, output, options, overrides)
+    if healed.report is not None:
+        _judge_healed(healed, report, evaluate, options)
+    return healed.report
 
 
 def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions) -> Report:
@@ -322,16 +323,21 @@ def _sample(weight: Any) -> list[float]:
     return flat[:: max(1, len(flat) // SAMPLED)].tolist()
 
 
-def _judge_healed(
-    healed: Report, converted: Report, base: Path | None, evaluate: Evaluate | None, options: RunOptions
-) -> None:
-    """Check the healed folder, score it against the base and the converted model, and record the results."""
+def _judge_healed(healed: HealedFolder, converted: Report, evaluate: Evaluate | None, options: RunOptions) -> None:
+    """Check the healed folder, score it against the base and the converted model, record the results, report them."""
     from surgery.healing.heal import compare
 
     gc.collect()  # a reference cycle may hold the trained model and its base
-    if _check(healed, options) and base is not None and _score(healed, base, evaluate, options):
-        compare(healed, converted.folder, base, evaluate, options)
-    _close(healed, options)
+    report, base, trackers = healed
+    with closing(trackers) if trackers else nullcontext():
+        if _check(report, options) and base is not None and _score(report, base, evaluate, options):
+            compare(report, converted.folder, base, evaluate, options)
+        _skip_gate(report, options)
+        if trackers:
+            trackers.report(report.data)
+    if trackers and trackers.faults:
+        report.data["heal"]["tracker_faults"] = trackers.faults
+    _close(report, options)
 
 
 def _judged_by(recipe: Recipe, model: ModelSource) -> Evaluate | None:
@@ -358,9 +364,13 @@ def _score(report: Report, base: Path, evaluate: Evaluate | None, options: RunOp
     return True
 
 
-def _close(report: Report, options: RunOptions) -> Report:
+def _skip_gate(report: Report, options: RunOptions) -> None:
     if not options.gate and report.data["gate"]["limits"]:
         report.data["gate"]["status"] = "skipped"
+
+
+def _close(report: Report, options: RunOptions) -> Report:
+    _skip_gate(report, options)
     if isinstance(options.progress, StageClock):
         report.data[KEY] = timing(options.progress)
     report.save()

@@ -40,10 +40,10 @@ DECIDED = {
     "fresh_process lengths paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",
-    "evaluation/harness": "answers command task_files task_set",
+    "evaluation/harness": "answers command scores task_files task_set",
     "evaluation/probes": "base fields recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
-    "sparse_attention teacher trainer validate weighted_gqa",
+    "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",
     "io": "card_text demo_model files hub hub_errors identity key_values loading manifest model_folder output_folder "
     "pickle plain_config printing ranges resume safetensors",

@@ -213,7 +213,9 @@ class Heal(Variants):
     checkpoint_every: Count = Field(50, ge=0, description="Steps between checkpoints; 0: none.")
     keep_checkpoints: Count = Field(2, ge=1, description="Checkpoints that are kept while it trains.")
     report_to: str = Field(
-        "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."
+        "none",
+        min_length=1,
+        description="none, or what the Trainer reports to (tensorboard, ...); it also gets the scores and the gate.",
     )
     seed: Count = Field(0, ge=0, le=2**32 - 1, description="Of data, text, adapters and dropout.")
 

@@ -198,6 +198,7 @@ class _Stages:
         """Bytes of a loaded model, of the logits of a text (main probe) or its cache, and of one layer's attention."""
         length, layer = probe.effort.length, self.anatomy.layers[0]
         logits = 8 * length * self.vocabulary if probe.main else 2 * length * self.anatomy.kv_bytes_per_token
+        logits += probe.effort.logits * self.vocabulary * BYTES.get(self.anatomy.dtype, 4)
         return self.loaded + logits + 3 * 4 * layer.heads * length**2
 
 

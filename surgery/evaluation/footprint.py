@@ -20,10 +20,14 @@ class Footprint:
     Attributes:
         load_bytes: bytes of the weight files that are loaded from the folder, or of the parameters of a loaded model.
         kv_bytes_per_token: KV cache of one token, all layers; None if the attention is not understood.
+        logit_bytes: the logits of one token, in the model's dtype.
+        positions: the most tokens that the model takes; 0 if it does not say.
     """
 
     load_bytes: int
     kv_bytes_per_token: int | None = None
+    logit_bytes: int = 0
+    positions: int = 0
 
 
 def footprint(source: ModelSource, label: str, notes: list[str]) -> Footprint:
@@ -34,14 +38,20 @@ def footprint(source: ModelSource, label: str, notes: list[str]) -> Footprint:
         label: name of the model in a note.
         notes: gets a line if the attention is not understood.
     """
-    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.anatomy import Anatomy, positions_of
+    from surgery.architecture.layer import BYTES
+    from surgery.io.loading import read_config
 
-    size = _bytes(source)
+    size, config = _bytes(source), read_config(source)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 0
+    positions, width = positions_of(config) or 0, 4
     try:
-        return Footprint(size, int(Anatomy.of(source).kv_bytes_per_token))
+        anatomy = Anatomy.of(source)
+        width = BYTES.get(anatomy.dtype, width)
+        return Footprint(size, int(anatomy.kv_bytes_per_token), width * vocabulary, positions)
     except SurgeryError as error:
         notes.append(f"KV bytes of {label} are unknown: {error.what}")
-        return Footprint(size)
+        return Footprint(size, None, width * vocabulary, positions)
 
 
 def _bytes(source: ModelSource) -> int:

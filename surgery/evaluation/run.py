@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError, SurgeryError
 from surgery.evaluation.probes.base import UNASKED, Probe, Progress
-from surgery.evaluation.probes.settings import requested_probes
+from surgery.evaluation.probes.settings import requested_probes, unknown_items
 from surgery.evaluation.result import without_cases
 from surgery.report.lineage import recipe_probe, same_settings
 
@@ -19,11 +20,28 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
     from surgery.report.report import Report
 
+# Loaded model -> what is called with its report's data after each score, such as the trackers of its training.
+SCORE_LISTENERS: WeakKeyDictionary[Any, Callable[[dict[str, Any]], None]] = WeakKeyDictionary()
+
 
 def refuse_unscorable(base: Path, settings: Evaluate) -> None:
     """Raise, before anything is written, the errors that the evaluation would raise at the end."""
     for probe in settings.asked:
         probe.refuse(base)
+    refuse_unknown_items(settings.asked, settings.limits)
+
+
+def refuse_unknown_items(asked: Iterable[Probe], limits: Mapping[str, Any]) -> None:
+    """Raise where a limit bounds an item that no probe measures, such as a task that is not run.
+
+    Args:
+        asked: the probes that are run.
+        limits: name of a limit -> its value.
+    """
+    faults = [fault for probe in asked for fault in unknown_items(probe, limits, look_up=True)]
+    if faults:
+        first, *rest = (SettingError(f"{f.where} {f.what}", exists=f.exists, fix=f.fix) for f in faults)
+        raise SettingError(first.what, exists=first.exists, fix=first.fix, others=tuple(rest))
 
 
 def evaluate_report(
@@ -59,6 +77,7 @@ def evaluate_in_memory(
     options = {"tokenizer": tokenizer, "progress": progress}
     if probe is None:
         asked = requested_probes(report.data["recipe"].get("evaluate") or {})
+        refuse_unknown_items(asked, report.data["gate"]["limits"])
         result: Result = _measure_all(asked, model, base, **options)
         report.record_evaluation(result.to_dict())
     else:
@@ -74,6 +93,8 @@ def evaluate_in_memory(
             report.record_evaluation(result.to_dict())
         else:
             report.record_probe(probe.name, result.to_dict())
+    if listener := SCORE_LISTENERS.get(model):
+        listener(report.data)
     report.data["in_memory"] = (report.data.get("in_memory") or {}) | {"scored": weights_version(model)}
     return result
 

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.config.heal_overrides import settings as read_settings
@@ -59,11 +59,27 @@ if TYPE_CHECKING:
     from surgery.config.options import RunOptions
     from surgery.config.recipe import Evaluate
     from surgery.healing.run import HealRun
+    from surgery.healing.trackers import Trackers
 
 
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
 # Files of RUN that stay after the training. `runs` is tensorboard's, and is never pushed.
 KEPT_FILES = ("metrics.jsonl", "loss.png", "runs")
+
+
+class HealedFolder(NamedTuple):
+    """What `heal_folder` returns.
+
+    Attributes:
+        report: None in all processes but the first.
+        base: the base's folder; None if it is unknown.
+        trackers: what the training reported to, which waits for the scores; the caller closes it. None if nothing was
+            left to train.
+    """
+
+    report: Report | None
+    base: Path | None
+    trackers: Trackers | None = None
 
 
 def heal_folder(
@@ -74,7 +90,7 @@ def heal_folder(
     output: str | Path,
     options: RunOptions,
     overrides: Sequence[str] | None = None,
-) -> tuple[Report | None, Path | None]:
+) -> HealedFolder:
     """Train a folder that surgery wrote, and write the healed one.
 
     Args:
@@ -82,9 +98,6 @@ def heal_folder(
         base: the model that the folder was converted from; default the one that the report names.
         overrides: the overrides of `surgery heal`; None where the healing is part of a recipe.
         others: as for `surgery.heal`.
-
-    Returns:
-        The report, saved with the folder (None in all processes but the first), and the base's folder.
     """
     from surgery.healing.run import HealRun, train
 
@@ -102,7 +115,7 @@ def heal_folder(
     if source is not None:
         out.refuse_nesting(source)
     if resume and not overwrite and out.is_same_conversion():  # it stopped during its check or score
-        return (Report.of(out.out) if ranks.first else None), source
+        return HealedFolder(Report.of(out.out) if ranks.first else None, source)
     needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
     with ranks.opened(out, max(0, needed)) as partial, _mark_resumable(partial / RUN):
         model, dtype = converted_model(folder, anatomy)
@@ -125,7 +138,8 @@ def heal_folder(
             begin(job.progress, "writing")
             save_as_stored(model, partial, dtype)
             _document(partial, report, job, heal, training)
-    return (Report.of(out.out) if ranks.first else None), source
+    job.trackers.moved(out.out / RUN)
+    return HealedFolder(Report.of(out.out) if ranks.first else None, source, job.trackers)
 
 
 def _settings_of_plan(report: Report, heal: Heal, base: Path | None) -> dict[str, Any]:
@@ -246,6 +260,7 @@ def heal_model(
 
     from surgery.healing.distributed import processes
     from surgery.healing.run import HealRun, train, trained_of
+    from surgery.healing.trackers import close_earlier
 
     report = report_in_memory(model)
     heal, judged_by = read_settings(report.data["recipe"], settings, overrides)
@@ -258,18 +273,19 @@ def heal_model(
     if source is None:
         source = base_folder(report.data, base, needed=heal.needs_base, wanted=bool(heal.eval_every))
     elif source is model:
-        raise SurgeryError(
+        what, fix = (
             "the base is this very model, which was edited in place",
-            where=type(model).__name__,
-            fix="load it again: AutoModelForCausalLM.from_pretrained(BASE)",
+            "AutoModelForCausalLM.from_pretrained(BASE)",
         )
+        raise SurgeryError(what, where=type(model).__name__, fix=f"load it again: {fix}")
     _refuse_tokenizer(tokenizer, source if source is not None else model)
-    operations, table = report.data["operations"], model_table(model)
+    operations = report.data["operations"]
     before = Anatomy.of(source) if source is not None else None
-    plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=operations)
+    plan = HealPlan.of(heal, anatomy, model_table(model), rewritten, base=before, operations=operations)
     trained = trained_of(model, heal, rewritten, plan.mixing)
     if options.on_plan:
         options.on_plan(plan)
+    close_earlier(model)
     run_settings = heal.model_copy(update={"checkpoint_every": 0})  # a run in a temporary folder cannot be resumed
     with (
         restore_weights_on_error(model, trained, bool(plan.mixing)),
@@ -282,6 +298,9 @@ def heal_model(
         job = HealRun(run_settings, source, tokenizer, rewritten, Path(run), **optional)
         training = train(model, job)
         processes().wait_for_everyone()  # else the first would remove the folder that others use
+    if job.trackers.faults:
+        training["tracker_faults"] = job.trackers.faults
+    job.trackers.keep_open(model)
     earlier = report.data.get("heal")
     # The record's check and scores are from before the training.
     report.data.update(records.report_after_healing(report.data, heal, judged_by))

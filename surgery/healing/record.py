@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from surgery.config.heal_overrides import published
 from surgery.errors import SurgeryError
 from surgery.healing.callbacks import METRICS, read
+from surgery.healing.sparse_attention import record_of
 from surgery.report.gate import finite
 from surgery.report.report import versions
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LEAST_GAP = 0.01  # nats; for a smaller damage, no recovered share is recorded
 CURVE = "loss.png"
+CURVE_ENDS = 5  # the first and last loss are means of this many lines of metrics, at most of a quarter
 
 
 def new_record(heal: Heal, training: dict, earlier: dict | None) -> dict:
@@ -86,6 +88,18 @@ def _recovered_fraction(base, converted, healed) -> float | None:
     if not all(map(finite, (base, converted, healed))) or converted - base < LEAST_GAP:
         return None
     return (converted - healed) / (converted - base)
+
+
+def of_metrics(lines: list[dict]) -> dict:
+    """The entries of the record that follow from metrics.jsonl."""
+    # Losses under sparse and under full attention are not compared with each other.
+    losses = [line["loss"] for line in lines if line.get("full_attention") == lines[0].get("full_attention")]
+    span = max(1, min(CURVE_ENDS, len(losses) // 4))
+    return {"loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}} | record_of(lines)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:

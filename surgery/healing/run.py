@@ -38,8 +38,9 @@ from surgery.healing.lora import adapt, bare, freeze, merge
 from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
-from surgery.healing.sparse_attention import record_of
+from surgery.healing.record import of_metrics
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
+from surgery.healing.trackers import Trackers
 from surgery.healing.trainer import (
     Clock,
     HealTrainer,
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
 ENDLESS = 1_000_000  # number of steps where the clock ends the training
 STARTED, STARTED_WEIGHTS = "warm-start.json", "warm-start.safetensors"
 TEACHER = "teacher"  # folder of a stored teacher
-CURVE_ENDS = 5  # the record's first and last loss are means of this many lines of metrics, at most of a quarter
 
 
 def train(model, job: HealRun) -> dict:
@@ -245,6 +245,17 @@ def _read_rows(packed: Packed, heal: Heal) -> Packed:
     return packed.select(sorted(rows.row(step_row) for step_row in range(count)))
 
 
+def _refuse_other_engine(checkpoint: dict, engine: Engine, folder: Path | None) -> None:
+    """Raise where a checkpoint's optimizer is shared out otherwise than this engine does it."""
+    if checkpoint.get("shared", []) != list(engine.sharded):
+        raise OtherTrainingError(
+            "the checkpoint's optimizer was saved by another engine, which shares it out in another way",
+            where=str(folder),
+            exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
+            fix="use the accelerate config that it began with, or start again with --overwrite",
+        )
+
+
 def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluator | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
     engine, original = Engine.here(), student
@@ -258,20 +269,16 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     checkpoint = checkpoint_record(last) if last else {"seconds": 0.0, "shared": list(engine.sharded)}
     if checkpoint.get("ended"):  # clock or gate ended the run: there is nothing left to train
         steps = checkpoint["step"]
-    if checkpoint.get("shared", []) != list(engine.sharded):
-        raise OtherTrainingError(
-            "the checkpoint's optimizer was saved by another engine, which shares it out in another way",
-            where=str(last),
-            exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
-            fix="use the accelerate config that it began with, or start again with --overwrite",
-        )
+    _refuse_other_engine(checkpoint, engine, last)
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
     callback = HealCallback(heal, job.run, heal.planned_steps, held_out, checkpoint["seconds"], progress)
+    # In memory, a tracker writes where any script's does, since the run's folder is temporary.
+    written = Path() if job.in_memory else job.run
     with quiet_transformers(), unprepared(student):  # metrics.jsonl has the Trainer's messages
         trainer = HealTrainer(
             model=student,
-            args=arguments(heal, job.run, steps, state.num_processes, plain.config.get_text_config().vocab_size),
+            args=arguments(heal, written, steps, state.num_processes, plain.config.get_text_config().vocab_size),
             train_dataset=Rows(packed, steps * heal.rows, heal.seed),
             callbacks=[callback],
             heal=heal,
@@ -281,6 +288,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
             in_memory=job.in_memory,
         )
         trainer.remove_callback(PrinterCallback)
+        job.trackers = Trackers(trainer, state.is_main_process)
         callback.trainer, trainer.ended = trainer, checkpoint.get("ended", "")
         clock.start(checkpoint["seconds"])  # the first rate is computed before the training begins
         try:
@@ -297,25 +305,13 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
         "tokens": done * heal.rows * heal.length,
         "minutes": round(clock.seconds / 60, 2),
         "ended_by": trainer.ended or "steps",
-        **_of_metrics(read(job.run / METRICS)),
+        **of_metrics(read(job.run / METRICS)),
         "processes": state.num_processes,
         "engine": engine.name,
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
         "resumed": last is not None,
     }
-
-
-def _of_metrics(lines: list[dict]) -> dict:
-    """The entries of the record that follow from metrics.jsonl."""
-    # Losses under sparse and under full attention are not compared with each other.
-    losses = [line["loss"] for line in lines if line.get("full_attention") == lines[0].get("full_attention")]
-    span = max(1, min(CURVE_ENDS, len(losses) // 4))
-    return {"loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}} | record_of(lines)
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _keep_adapter(student, job: HealRun) -> None:
@@ -343,6 +339,7 @@ class HealRun:
         evaluate: text and limits of the recipe, for held-out scores during the training.
         adapter: the folder in which the adapter is kept with `heal.keep_adapter`.
         in_memory: the model is the user's: an error restores it, and there is no run to resume.
+        trackers: what the training reported to; `train` sets it, and the caller closes it.
     """
 
     heal: Heal
@@ -355,6 +352,7 @@ class HealRun:
     evaluate: Evaluate | None = None
     adapter: Path | None = None
     in_memory: bool = False
+    trackers: Trackers | None = None
     progress: Callable[[int, int, str], None] | None = None
     _base: list = field(default_factory=list)
 

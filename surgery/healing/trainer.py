@@ -148,7 +148,7 @@ class HealTrainer(Trainer):
         return norm
 
     def _stop(self, what: str) -> None:
-        checkpoints = complete_checkpoints(Path(self.args.output_dir))
+        checkpoints = [] if self.in_memory else complete_checkpoints(Path(self.args.output_dir))
         otherwise = "" if self.in_memory else "no checkpoint yet"
         raise TrainingError(
             f"{what} in step {self.state.global_step + 1}",

@@ -33,7 +33,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
                 exists=", ".join(known),
                 fix=f"use {nearest(name, known) or next(iter(known))}",
             )
-        _refuse_no_number(name, limit, known[name][1].by_item)
+        _refuse_no_number(name, limit, known[name][1].by_item is not None)
     if evaluation.get("status") != "done":
         return "not run", [evaluation.get("reason") or "the evaluation was not run"]
 

@@ -46,11 +46,16 @@ def verdict(data: dict[str, Any]) -> str:
 
 
 def notes(data: dict[str, Any]) -> list[str]:
-    """Reasons why the figures say little."""
+    """Reasons why the figures say little, and trackers that did not get all of them."""
+    faults = (data.get("heal") or {}).get("tracker_faults")
+    faults = [f"the tracker {fault}" for fault in faults] if isinstance(faults, list) else []
     before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
     if not isinstance(before, int | float) or before <= NO_MODEL:
-        return []
-    return [f"the base's perplexity is {shown_perplexity(before)}: it is no language model, or this is not its text"]
+        return faults
+    return [
+        *faults,
+        f"the base's perplexity is {shown_perplexity(before)}: it is no language model, or this is not its text",
+    ]
 
 
 def nothing_came_back(data: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +20,9 @@ from surgery.errors import MachineError, NetworkError, SurgeryError
 from surgery.evaluation import harness
 from surgery.evaluation.harness import answers as asking
 from surgery.evaluation.harness import task_set
+from surgery.evaluation.harness.scores import TaskResult, paired_interval
 from surgery.evaluation.harness.task_files import write_task as write
 from surgery.evaluation.probes.settings import make
-from surgery.evaluation.probes.tasks import paired_interval
 from surgery.io.loading import load_model, read_tokenizer
 from surgery.report.gate import gate
 
@@ -281,6 +282,66 @@ def test_a_model_of_nan_is_broken_and_not_scored_by_chance(model, merged, choosi
         tasks(choosing).measure(merged, broken, tokenizer=read_tokenizer(model))
 
 
+@pytest.fixture
+def broken(model):
+    """The model with NaN in every weight, loaded."""
+    result = load_model(model)
+    for weight in result.parameters():
+        weight.data.fill_(math.nan)
+    return result
+
+
+def test_what_a_model_of_nan_scores_are_misses(model, broken, tmp_path, items):
+    """NaN likelihoods rank the first choice best, and a written text may hold the answer by chance."""
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(each | {"answer": 0}) + "\n" for each in items))
+    choosing = write_task(
+        tmp_path, "choosing", output_type="multiple_choice", doc_to_text="prompt", doc_to_choice="choices",
+        doc_to_target="answer", metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+    result = tasks(choosing).measure(broken, model, tokenizer=read_tokenizer(model))
+    assert result["tasks"]["choosing"]["out"] == 0.0
+    assert all(case["out"] == {"acc": 0.0} for case in result["cases"])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_nan_in_what_is_written_is_seen(model, merged, broken, tmp_path, items, batch, drawn):
+    kwargs = {"until": ["zzz"], "max_gen_toks": 3, "do_sample": drawn} | ({"temperature": 1.0} if drawn else {})
+    writing = write_task(
+        tmp_path, "writing", output_type="generate_until", doc_to_text="prompt", doc_to_target="{{choices[0]}}",
+        generation_kwargs=kwargs, metric_list=[{"metric": "exact_match"}],
+    )  # fmt: skip
+    tokenizer = read_tokenizer(model)
+    asked = tasks(writing, batch=batch)
+    result = asked.measure(broken, model, tokenizer=tokenizer)
+    assert f"out gives NaN or infinite values for {ITEMS} of {ITEMS} items: misses" in str(result)
+    with pytest.raises(SurgeryError, match="the base model itself gives NaN"):
+        asked.measure(merged, broken, tokenizer=tokenizer)
+    assert "NaN" not in str(asked.measure(merged, model))
+
+
+def test_one_bad_answer_is_the_one_that_is_told_also_from_the_kept_answers(model, writing, items):
+    """One word has an infinite embedding. Requests are asked in batches, and not in the order of the items."""
+    word, tokenizer = "rain", read_tokenizer(model)
+    for number, item in enumerate(items):
+        item["prompt"] = " ".join(each for each in item["prompt"].split() if each != word) or "the"
+        item["prompt"] += f" {word}" if number == 4 else ""
+    (model.parent / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+
+    def change(tensors) -> None:
+        table = tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        table[token] = math.inf
+
+    sound = shutil.copytree(model, model.parent / "sound")
+    edit_tensors(model, change)
+    first = tasks(writing, batch=2).measure(model, sound)
+    again = tasks(writing, batch=2).measure(model, sound)
+    for result in (first, again):
+        assert f"NaN or infinite values for 1 of {ITEMS} items" in str(result)
+        assert [score.broken for score in result.outcomes["out"]] == [number == 4 for number in range(ITEMS)]
+
+
 def test_two_names_of_one_task_and_prompts_that_are_cut(model, tmp_path, items, choosing):
     (tmp_path / "again.yaml").write_text((tmp_path / "choosing.yaml").read_text())
     with pytest.raises(SurgeryError, match="has the task choosing, which another name has too"):
@@ -300,6 +361,48 @@ def test_a_group_has_a_row_of_its_own(model, merged, tmp_path, choosing, monkeyp
     assert (both["of"], both["tasks"], both["metric"]) == (2 * ITEMS, 2, "acc_norm")
     assert both["drop"] == pytest.approx(one["drop"])
     assert both["high"] - both["low"] < one["high"] - one["low"], "twice the items"
+
+
+@pytest.mark.parametrize(
+    ("rules", "metric", "figures"),
+    [
+        ([], "acc_norm", (0.6, 0.4)),  # over the items, by the metric that judges the tasks
+        ([("acc", True)], "acc", (0.4, 0.2)),
+        ([("acc", False)], "acc", (0.625, 0.125)),  # over the tasks: (1/4 + 1) / 2, (1/4 + 0) / 2
+        ([("f1", True)], None, ()),
+    ],
+)
+def test_a_group_is_judged_as_its_file_says(rules, metric, figures):
+    """By the metric that it names, over the items or over its tasks, as lm-eval reports it."""
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    task = SimpleNamespace(
+        config=SimpleNamespace(metadata=None, num_fewshot=0), higher_is_better=dict,
+        aggregation=lambda: {"acc": mean, "acc_norm": mean},
+    )  # fmt: skip
+    members = {"long": task, "short": task}
+    listed = [SimpleNamespace(metric=name, weight_by_size=by_size) for name, by_size in rules]
+    group = SimpleNamespace(
+        get_all_tasks=lambda: [SimpleNamespace(task_name=name) for name in members], aggregate_metric_list=listed
+    )
+    cases = [("long", number) for number in range(4)] + [("short", 0)]
+    scores = {"base": {"acc": [1, 0, 0, 0, 1], "acc_norm": [1, 1, 0, 0, 1]}}
+    scores |= {"out": {"acc": [1, 0, 0, 0, 0], "acc_norm": [1, 1, 0, 0, 0]}}
+    outcomes = {
+        side: [task_set.ItemScore({name: each[name][index] for name in each}, "") for index in range(5)]
+        for side, each in scores.items()
+    }
+    chosen = task_set.TaskSet({"tasks": members, "groups": {"ours": group}}, ("ours",))
+    rows = TaskResult("done", {}, cases, outcomes=outcomes, tasks=chosen).compare()
+    if metric is None:
+        assert "ours" not in rows
+        return
+    row = rows["ours"]
+    assert (row["metric"], row["base"], row["out"]) == (metric, *map(pytest.approx, figures))
+    assert row["drop"] == pytest.approx(figures[0] - figures[1])
+    assert ("low" in row) == (figures != (0.625, 0.125)), "the interval is of a mean over the items"
 
 
 def test_errors_inside_lm_eval_are_told(refused, model, choosing, tmp_path, items):
@@ -324,6 +427,50 @@ def test_drawn_answers_are_not_kept(model, tmp_path, items):
     assert not any((tmp_path / "cache/answers").glob("*"))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1], "the caller's random numbers are not touched"
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def needed(monkeypatch, probe, *models) -> list[int]:
+    """Bytes that each model is said to need besides its weights."""
+    asked = []
+    monkeypatch.setattr("surgery.evaluation.paired.too_big", lambda weights, extra: (asked.append(extra), "")[1])
+    probe.measure(*models)
+    return asked
+
+
+def test_the_memory_of_logits_is_counted(model, merged, tmp_path, items, choosing, writing, monkeypatch):
+    config = load_model(model).config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # keys and values, float32
+    of_logits = 2 * 3 * 512 * config.vocab_size * 4  # two copies, a batch of 3, prompts of 512 tokens
+    base, out = needed(monkeypatch, tasks(choosing, batch=3, limit=1), merged, model)
+    assert base == 2 * 3 * 512 * token + of_logits
+    assert base - out == 2 * 3 * 512 * token * 2 // 3, "one KV head of three"
+    assert needed(monkeypatch, tasks(writing, batch=3, limit=1), model) == [2 * 3 * 512 * token], "only of one token"
+    (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": " ".join(WORDS * 200)}) + "\n")
+    rolling = write_task(
+        tmp_path, "rolling", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="prompt",
+        metric_list=[{"metric": "word_perplexity"}],
+    )  # fmt: skip
+    (bytes_,) = needed(monkeypatch, tasks(rolling), model)
+    assert bytes_ == 2 * 512 * token + 2 * config.max_position_embeddings * config.vocab_size * 4
+
+
+def test_a_plan_shows_the_memory_of_logits(tiny_llama):
+    from surgery.conversion.estimate import estimate
+
+    def memory(**settings):
+        probes = {"perplexity": {"windows": 1, "length": 64}, "tasks": settings}
+        recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+        plan = package.plan(recipe | {"evaluate": {"probes": probes}}, str(tiny_llama))
+        return {each.stage: each.memory_bytes for each in estimate(plan).stages}["tasks"], plan.before
+
+    one, anatomy = memory(names=["piqa"])
+    many, _ = memory(names=["piqa"], batch=65)
+    width = {"F32": 4, "BF16": 2, "F16": 2}[anatomy.dtype]
+    assert many - one == 2 * 64 * 512 * anatomy.config.vocab_size * width
+    assert memory(ruler=[256])[0] < one, "what is written needs the logits of one token"
 
 
 # --- RULER ----------------------------------------------------------------------------------------------------------
@@ -364,6 +511,29 @@ def test_tasks_of_ruler_that_the_network_does_not_give_are_left_out(model, monke
         task_set.load_tasks(("niah_single_2",), (512,), read_tokenizer(model))
 
 
+def test_what_nltk_prints_when_a_task_is_imported_is_not_seen(capsys, monkeypatch):
+    import nltk
+
+    message = nltk.downloader.ErrorMessage(None, "no network")
+    monkeypatch.setattr(nltk.downloader.Downloader, "incr_download", lambda *args, **options: iter([message]))
+    nltk.download("punkt_tab", print_error_to=sys.stderr)
+    assert "[nltk_data] no network" in capsys.readouterr().err, "what would be seen"
+    with task_set.quiet():
+        nltk.download("punkt_tab")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_data_of_nltk_that_are_missing_are_told_in_a_line():
+    import nltk
+
+    def load(names):
+        nltk.data.find("tokenizers/of_nobody")
+
+    with pytest.raises(NetworkError, match="the task niah_single_2 needs data of nltk") as caught:
+        task_set._load(SimpleNamespace(load=load), "niah_single_2")
+    assert len(str(caught.value)) < 300
+
+
 def test_prompts_longer_than_the_model(refused, model):
     refused("eval", model, "--ruler", "4096", says=["out has 1024 positions, RULER's prompts have 4096 tokens"])
 
@@ -394,7 +564,7 @@ def test_a_recipe_asks_for_tasks_and_bounds_them(surgery, model, text, choosing,
     blocks = {"perplexity": {"windows": 1, "length": 64}, "tasks": {"max_drop": {"choosing": limit}}}
     recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
     (text.parent / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": {"text": text.name, "probes": blocks}}))
-    monkeypatch.setattr("surgery.evaluation.probes.tasks.TaskResult.compare", lambda self: drop)
+    monkeypatch.setattr("surgery.evaluation.harness.scores.TaskResult.compare", lambda self: drop)
     named = f"evaluate.probes.tasks.names=[{choosing}]"
     ran = surgery("apply", "r.yaml", model, "-o", "out", named, "--no-check")
     assert ran.code == code, ran.err
@@ -570,6 +740,53 @@ def test_a_recipe_with_unknown_tasks_is_refused_before_anything_is_converted(ref
     ):
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": {"probes": {"tasks": block}}}))
         refused("apply", "r.yaml", model, "-o", "out", says=[says])
+
+
+WRONG = {
+    "a slip": ({"names": ["piqa"]}, "piqaa", ["max_drop bounds 'piqaa', which is not measured", "mean 'piqa'?"]),
+    "another task": ({"names": ["piqa", "boolq"]}, "winogrande", ["boolq, piqa", "or measure it too"]),
+    "a tag has no row": ({"names": ["ai2_arc"]}, "ai2_arc", ["bounds 'ai2_arc'", "arc_challenge, arc_easy"]),
+    "not in the group": ({"names": ["mmlu_stem"]}, "mmlu_anatomyy", ["mmlu_abstract_algebra", "mean 'mmlu_anatomy'?"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("verb", [("plan",), ("apply", "-o", "out")])
+def test_a_limit_of_what_is_not_measured_is_refused_at_once(refused, model, tmp_path, case, verb):
+    """`refused` sees that nothing was written."""
+    block, item, says = WRONG[case]
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    asked = {"probes": {"tasks": block | {"max_drop": {item: 0.01}}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": asked}))
+    refused(verb[0], "r.yaml", model, *verb[1:], says=says)
+
+
+def test_limits_of_ruler_name_the_length_and_are_read_without_lm_eval(refused, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "is_installed", lambda: False)
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    limit = {"ruler_vt": 0.1, "ruler_cwe 8192": 0.1, "ruler_fwe 4096": 0.1}
+    asked = {"probes": {"tasks": {"ruler": [4096], "max_drop": limit}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": asked}))
+    says = ["r.yaml:", "max_drop bounds 'ruler_cwe 8192', 'ruler_vt', which are not measured", "'ruler_cwe 4096'?"]
+    refused("plan", "r.yaml", model, says=says)
+
+
+def test_rows_of_groups_tags_and_files(tmp_path):
+    """Each name stands for the rows that lm-eval makes of it; the groups here are lm-eval's own."""
+    assert task_set.row_names(["piqa"]) == {"piqa"}
+    assert task_set.row_names(["ai2_arc"]) == {"arc_easy", "arc_challenge"}
+    mmlu = task_set.row_names(["mmlu"])
+    assert {"mmlu", "mmlu_stem", "mmlu_abstract_algebra"} <= mmlu
+    assert len(mmlu) == 1 + 4 + 57, "the group, its four groups and 57 subjects"
+    assert "mmlu_generative::stem" in task_set.row_names(["mmlu_generative"]), "a group inside a group's file"
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: mine\ndoc_to_text: !function mine.read\n")
+    assert task_set.row_names([str(file)]) == {"mine"}
+    file.write_text("group: ours\ntask: [piqa, {task: own, doc_to_text: x}]\n")
+    assert task_set.row_names([str(file)]) == {"ours", "piqa", "ours::own"}
+    file.write_text("include: other.yaml\n")
+    assert task_set.row_names([str(file), "piqa"]) is None, "the file does not say"
+    assert task_set.row_names([str(tmp_path / "none.yaml")]) is None
 
 
 def test_prompts_that_differ_are_not_compared(model, merged, choosing, monkeypatch):

@@ -11,13 +11,18 @@ import importlib.util
 from surgery.errors import MachineError
 
 
+def is_installed() -> bool:
+    """Whether lm-eval is installed. It is not imported."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
 def version() -> str:
     """The version of lm-eval.
 
     Raises:
         MachineError: lm-eval is not installed.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    if not is_installed():
         raise MachineError(
             "lm-eval, which has the tasks, is not installed",
             fix="pip install 'attention-surgery[eval]'",

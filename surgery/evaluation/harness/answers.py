@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import surgery.kernels
 import surgery.runtime
@@ -21,6 +21,11 @@ from surgery.io.files import sha256
 from surgery.io.hub_errors import brief
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.machine.device import is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "2"  # of the files that keep answers
 
 
 def run(
@@ -58,7 +63,13 @@ def run(
             fewshot_as_multiturn=True,
             bootstrap_iters=0,
         )
-    return {name: scores_of(results["samples"][name], name, hook.broken) for name in tasks.loaded["tasks"]}
+    return {
+        name: [
+            tasks.missed(name, score) if score.broken else score
+            for score in scores_of(results["samples"][name], name, hook.broken)
+        ]
+        for name in tasks.loaded["tasks"]
+    }
 
 
 @contextmanager
@@ -95,21 +106,22 @@ def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook
     """lm-eval's model, which takes known answers from the hook's file and tells the hook each new one."""
     from lm_eval.api.model import hash_args
     from lm_eval.models.huggingface import HFLM
+    from transformers import LogitsProcessorList
 
-    known = _read_answers(hook.file)
+    known = hook.read()
 
     class RememberingModel(HFLM):
         def _ask(self, kind: str, requests: list) -> list:
             total = sum(each.repeats for task in tasks.loaded["tasks"].values() for each in task.instances)
-            keys = [None if _is_drawn(request.args) else hash_args(kind, request.args) for request in requests]
+            keys = [hash_args(kind, request.args) for request in requests]
             new = [request for key, request in zip(keys, requests, strict=True) if key not in known]
             hook.begin(len(requests) - len(new), total)
             if kind != "loglikelihood_rolling":  # which reads a long text in windows
                 tasks.cut += sum(len(self.tok_encode(request.args[0])) > self.max_length for request in new)
             given = iter(getattr(HFLM, kind)(self, new, disable_tqdm=True) if new else ())
             answers = [known[key] if key in known else next(given) for key in keys]
-            for request, answer in zip(requests, answers, strict=True):
-                if not _is_finite(answer):
+            for key, request, answer in zip(keys, requests, answers, strict=True):
+                if key in hook.nonfinite or not _is_finite(answer):
                     hook.broken.add((request.task_name, request.doc_id))
             return answers
 
@@ -121,6 +133,13 @@ def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook
 
         def generate_until(self, requests: list, disable_tqdm: bool = True) -> list:
             return self._ask("generate_until", requests)
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            check = _FiniteLogits(len(context))
+            options["logits_processor"] = LogitsProcessorList([check])
+            written = super()._model_generate(context, max_length, stop, **options)
+            hook.broken_rows = check.broken
+            return written
 
     lm = RememberingModel(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     lm.set_cache_hook(hook)
@@ -147,40 +166,65 @@ def answers_file(folder: Path, tokenizer: Any, batch: int) -> Path:
     folders = [Path(each) for package in (surgery.runtime, surgery.kernels) for each in package.__path__]
     code = [f"{file.name} {sha256(file)}" for parent in folders for file in sorted(parent.glob("*.py"))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = [version(), torch.__version__, transformers.__version__, device, str(batch), *code]
+    parts = [FORMAT, version(), torch.__version__, transformers.__version__, device, str(batch), *code]
     parts += [model_identity(folder), tokenizer_identity(tokenizer)]
     parent = cache_folder() / "answers"
     parent.mkdir(parents=True, exist_ok=True)
     return parent / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:32]}.jsonl"
 
 
-def _read_answers(file: Path | None) -> dict[str, Any]:
-    """The answers of an interrupted run; a line that is no answer (it was cut off) is left out."""
-    answers: dict[str, Any] = {}
-    if file is None or not file.is_file():
-        return answers
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            parts = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[0], str):
-            answers[parts[0]] = parts[1]
-    return answers
+class _FiniteLogits:
+    """A logits processor that notes the prompts of a batch whose logits are NaN or infinite, and lets them go on.
+
+    Args:
+        prompts: the number of prompts; each may have several beams.
+    """
+
+    def __init__(self, prompts: int):
+        self.broken = [False] * prompts
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The logits [prompts * beams, vocabulary], zeros where they are broken: drawing from NaN would raise."""
+        rows = ~logits.amax(-1).isfinite()  # -inf alone rules a token out
+        if rows.any():
+            now = rows.reshape(len(self.broken), -1).any(-1).tolist()
+            self.broken = [one or other for one, other in zip(self.broken, now, strict=True)]
+        return logits.masked_fill(rows[:, None], 0.0)
 
 
 def _is_finite(answer: Any) -> bool:
-    """Whether a log-likelihood is a number; a written answer always counts as one."""
+    """Whether a log-likelihood is a number; of a written answer the logits say so (`_FiniteLogits`)."""
     value = answer[0] if isinstance(answer, list | tuple) else answer
     return not isinstance(value, float) or not (math.isnan(value) or value == math.inf)
 
 
 class _AnswerHook:
-    """What lm-eval calls with each new answer: it is written down and counted."""
+    """What lm-eval calls with each new answer: it is written down and counted.
+
+    The file has a line for each answer: its key, the answer, and true where an answer was written from NaN or infinite
+    logits. Answers that may be drawn at random are not in it.
+    """
 
     def __init__(self, file: Path | None, progress: Callable[[int, int], None] | None):
         self.file, self.progress, self.done, self.total = file, progress, 0, 0
         self.broken: set[tuple[str, int]] = set()  # (task, item) of answers that are NaN or infinite
+        self.nonfinite: set[str] = set()  # keys of answers that were written from such logits
+        self.broken_rows: list[bool] = []  # of the batch that lm-eval hands over next, in its order
+
+    def read(self) -> dict[str, Any]:
+        """The answers of an interrupted run, by key; a line that is no answer (it was cut off) is left out."""
+        answers: dict[str, Any] = {}
+        if self.file is None or not self.file.is_file():
+            return answers
+        for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                key, answer, *nonfinite = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            if isinstance(key, str):
+                answers[key] = answer
+                self.nonfinite |= {key} if nonfinite else set()
+        return answers
 
     def begin(self, known: int, total: int) -> None:
         """Count the answers that are known already."""
@@ -191,9 +235,11 @@ class _AnswerHook:
         """lm-eval's own name for this call."""
         from lm_eval.api.model import hash_args
 
+        key, nonfinite = hash_args(kind, request), kind == "generate_until" and self.broken_rows.pop(0)
+        self.nonfinite |= {key} if nonfinite else set()
         if self.file is not None and not _is_drawn(request):
             with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps([hash_args(kind, request), answer]) + "\n")
+                lines.write(json.dumps([key, answer, *([True] if nonfinite else [])]) + "\n")
         self.done += 1
         self._report()
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import math
 import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
+
+import yaml
 
 from surgery.errors import NetworkError, SettingError, SurgeryError, nearest
 from surgery.evaluation.harness import version
@@ -99,11 +103,27 @@ class TaskSet:
                 chosen[name] = list(every[:limit])
         return chosen
 
+    def scored(self, limit: int | None) -> tuple[bool, str]:
+        """Whether likelihoods are asked for, of whole prompts; and the longest text of which all tokens are scored."""
+        kinds = {name: task.OUTPUT_TYPE for name, task in self.loaded["tasks"].items()}
+        texts = (
+            self.loaded["tasks"][name].doc_to_target(self.loaded["tasks"][name].eval_docs[number])
+            for name, numbers in self.items(limit).items()
+            for number in (numbers if kinds[name] == "loglikelihood_rolling" else ())
+        )
+        longest = max((text for text in texts if isinstance(text, str)), key=len, default="")
+        return any(kind != "generate_until" for kind in kinds.values()), longest
+
     def groups(self) -> dict[str, list[str]]:
         """Group -> its tasks."""
         return {
             name: [task.task_name for task in group.get_all_tasks()] for name, group in self.loaded["groups"].items()
         }
+
+    def aggregates(self, group: str) -> dict[str, bool]:
+        """The metrics that a group names -> whether each item counts alike, and not each task; {}: none."""
+        listed = getattr(self.loaded["groups"].get(group), "aggregate_metric_list", None) or ()
+        return {each.metric: each.weight_by_size for each in listed}
 
     def about(self, name: str) -> dict[str, Any]:
         """Version of a task, and how many solved examples stand before its question."""
@@ -120,6 +140,14 @@ class TaskSet:
     def higher_is_better(self, name: str, metric: str) -> bool:
         """Whether a higher value of the metric is better."""
         return self.loaded["tasks"][name].higher_is_better().get(metric.partition(",")[0]) is not False
+
+    def missed(self, name: str, score: ItemScore) -> ItemScore:
+        """The score of an item whose answer is NaN: 0, or NaN for a metric that is better the lower it is."""
+        values = dict(score.values)
+        for metric in values:
+            if score.number(metric) is not None:
+                values[metric] = 0.0 if self.higher_is_better(name, metric) else math.nan
+        return replace(score, values=values)
 
     def total(self, name: str, metric: str, scores: Sequence[ItemScore]) -> float:
         """The metric over all items, by the task's own rule."""
@@ -209,6 +237,54 @@ def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
         raise SettingError(first.what, exists=first.exists, fix=first.fix, others=tuple(rest))
 
 
+def row_names(names: Sequence[str]) -> set[str] | None:
+    """The tasks and groups that names and files stand for; None where a file does not say. No data are read."""
+    index, rows = _manager("{}").task_index, set()
+    for name in names:
+        entry = name if name in index else _entry_of_file(Path(name))
+        if not entry:
+            return None
+        rows |= _members(entry, index)
+    return rows
+
+
+def _members(entry: str | dict[str, Any], index: dict[str, Any], group: str = "") -> set[str]:
+    """A task, or a group or tag with all that is in it, as lm-eval names them.
+
+    Args:
+        entry: its name, or a mapping with the key `task` or `group`.
+        group: the group that it is in; lm-eval puts this before names that are not in its index.
+    """
+    inline = {} if isinstance(entry, str) else entry
+    name = entry if isinstance(entry, str) else inline.get("group") or inline.get("task")
+    known = index.get(name)
+    if known is None:
+        members, own = inline.get("task") if "group" in inline else (), f"{group}::{name}" if group else str(name)
+    elif known.kind.name == "TAG":
+        return set(known.tags)
+    else:
+        members, own = (known.cfg or {}).get("task") if known.kind.name == "GROUP" else (), name
+    listed = members if isinstance(members, list) else ()
+    return {own}.union(*(_members(member, index, own) for member in listed))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a task's file without running what it names."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _entry_of_file(file: Path) -> dict[str, Any] | None:
+    """The keys `task` and `group` of a task's file; None where it has neither."""
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    keys = {key: data[key] for key in ("task", "group") if key in data} if isinstance(data, dict) else {}
+    return keys or None
+
+
 def _load(manager: Any, name: str) -> dict[str, Any]:
     """A task, group or tag with its data; errors of lm-eval and of its data as ours."""
     try:
@@ -216,6 +292,13 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except SurgeryError:
         raise
     except Exception as error:  # any kind: tasks are files and code of others
+        if (
+            type(error) is LookupError and "nltk" in str(error).lower()
+        ):  # its own page of advice is longer than a screen
+            what = (
+                f"the task {name} needs data of nltk that are not on this machine, and the network does not give them"
+            )
+            raise NetworkError(what, fix="allow the network once, or python -m nltk.downloader all") from error
         if _is_of_network(error):
             what = f"the data of the task {name} are not on this machine, and the network does not give them"
             fix = "allow the network once, after which they stay in the cache; or use a task with local data"
@@ -254,7 +337,7 @@ def quiet() -> Iterator[None]:
         make(self, *args, **options | {"disable": True})
 
     no_bars = mock.patch.object(tqdm, "__init__", without_bar)
-    with no_bars, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with no_bars, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _quiet_nltk(nowhere):
         try:
             for each in loggers:
                 each.setLevel(logging.CRITICAL)
@@ -262,6 +345,18 @@ def quiet() -> Iterator[None]:
         finally:
             for each, level in zip(loggers, levels, strict=True):
                 each.setLevel(level)
+
+
+def _quiet_nltk(nowhere: TextIO) -> AbstractContextManager[Any]:
+    """With the lines of nltk's downloader written elsewhere: tasks that use nltk ask for its data on import.
+
+    RULER asks too, and splits only its essays with them. Where they are missing, `_load` says so.
+    """
+    if importlib.util.find_spec("nltk") is None:
+        return nullcontext()
+    import nltk
+
+    return mock.patch.object(nltk, "download", partial(nltk.download, quiet=True, print_error_to=nowhere))
 
 
 @contextmanager

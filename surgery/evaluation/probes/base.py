@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,7 +39,7 @@ class Limit:
         description: text for the schema.
         most: the largest limit that makes sense (1 for a share).
         words: name of the number when it is shown with its limit ("KL").
-        by_item: the limit is a dict of limits, one for each item that is bounded ({"piqa": 0.01}).
+        by_item: of a dict of limits ({"piqa": 0.01}): (probe, may it take seconds) -> names of items, are these all.
     """
 
     figure: Callable[[dict], Any]
@@ -47,7 +47,7 @@ class Limit:
     description: str
     most: float | None = None
     words: str = ""
-    by_item: bool = False
+    by_item: Callable[[Any, bool], tuple[Collection[str], bool]] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ class Effort:
         read: tokens that the model reads in all.
         length: tokens of the longest text.
         written: tokens that the model generates one by one.
+        logits: tokens whose logits are in memory at once (not of the main probe).
     """
 
     read: int
     length: int
     written: int = 0
+    logits: int = 0
 
 
 @dataclass(frozen=True)
@@ -397,6 +399,10 @@ class CaseProbe(Probe):
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         """Bytes needed in addition to the weights, computed from the model's KV bytes per token."""
 
+    def logits_at_once(self, result: Any, positions: int) -> int:
+        """Tokens whose logits are in memory at once, if many. `positions`: the most that a model takes, or 0."""
+        return 0
+
     @abstractmethod
     def is_broken(self, outcome: Any) -> bool:
         """Whether the outcome comes from NaN or infinity."""
@@ -414,11 +420,9 @@ class CaseProbe(Probe):
         """See `Probe.measure`. Pickled weights are refused; `progress` is called after each case."""
 
         def tick(done: int, total: int, whose: str) -> None:
-            if not progress:
-                return
-            if whose:  # counts for each model, and a share of both
+            if progress and whose:  # counts for each model, and a share of both
                 progress(PERCENT * done // total, PERCENT, f"{self.stage}: {whose}")
-            else:
+            elif progress:
                 progress(done, total, self.stage)
 
         sources = sides(out, base)

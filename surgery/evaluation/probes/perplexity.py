@@ -155,7 +155,7 @@ class Perplexity(Probe):
         for label, source in sources.items():
             if isinstance(source, str | Path) and not (allow_pickle and label == "base"):
                 refuse_pickle(Path(source))
-            setattr(result, label, Side(**vars(footprint(source, label, result.notes))))
+            setattr(result, label, Side.of(vars(footprint(source, label, result.notes))))
         load_sizes = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
         # 8 bytes for each logit: the model returns at most float32, and one copy is made.
         if reason := too_big(max(load_sizes, default=0), extra=8 * self.length * vocabulary):

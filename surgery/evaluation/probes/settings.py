@@ -6,17 +6,19 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from surgery.architecture.anatomy import positions_of
 from surgery.errors import SettingError, SurgeryError, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import every, find, limits
 from surgery.evaluation.probes.base import Limit, Probe
-from surgery.evaluation.probes.fields import SETTINGS_ERROR
+from surgery.evaluation.probes.fields import SETTINGS_ERROR, settings_error
 from surgery.io.key_values import read_key_values
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+SHOWN = 20  # names of items that an error lists
 
 
 def make(name: str, settings: Mapping[str, Any], spelled: Callable[[str], str] = str, where: str = "") -> Probe:
@@ -111,6 +113,37 @@ def limit_field(limit: Limit) -> tuple[Any, Any]:
     return float | None, Field(None, description=limit.description, **bounds)
 
 
+def _refuse_unknown_items(block: Any) -> Any:
+    """Raise where a block bounds an item that it does not measure, as far as its settings alone say so."""
+    limits = {name: getattr(block, name) for name in type(block).limits}
+    for fault in unknown_items(block, limits, look_up=False):
+        raise settings_error(fault.what, key=fault.where, exists=fault.exists, fix=fault.fix)
+    return block
+
+
+def unknown_items(probe: Probe, limits: Mapping[str, Any], look_up: bool) -> list[SettingError]:
+    """An error for each limit that bounds items which the probe does not measure; `where` is the limit's name.
+
+    Args:
+        limits: name of a limit -> its value.
+        look_up: whether it may take seconds to find out what the probe measures.
+    """
+    faults = []
+    for name, limit in type(probe).limits.items():
+        if limit.by_item is None or not limits.get(name):
+            continue
+        known, complete = limit.by_item(probe, look_up)
+        wrong = [item for item in limits[name] if complete and item not in known]
+        if not wrong:
+            continue
+        what = f"bounds {', '.join(map(repr, wrong))}, which {'is' if len(wrong) == 1 else 'are'} not measured"
+        exists = ", ".join([*sorted(known)[:SHOWN], *(["..."] if len(known) > SHOWN else [])])
+        close = next(filter(None, (nearest(item, known) for item in wrong)), "")
+        fix = f"did you mean {close!r}?" if close else "drop it, or measure it too"
+        faults.append(SettingError(what, where=name, exists=exists, fix=fix))
+    return faults
+
+
 def alias_fields() -> dict[str, tuple[Any, Any]]:
     """The keys of `evaluate:` that are earlier spellings of a probe's settings and limits: name -> type, field."""
     fields: dict[str, tuple[Any, Any]] = {}
@@ -126,7 +159,8 @@ def blocks() -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for cls in every():
         bounds = {name: limit_field(limit) for name, limit in cls.limits.items()}
-        block = create_model(cls.__name__, __base__=cls, __doc__=cls.__doc__, **bounds)
+        checks = {"known_items": model_validator(mode="after")(_refuse_unknown_items)}
+        block = create_model(cls.__name__, __base__=cls, __doc__=cls.__doc__, __validators__=checks, **bounds)
         fields[cls.name] = (block | None, Field(None, description=f"{cls.summary[:1].upper()}{cls.summary[1:]}."))
     return create_model(
         "Probes",

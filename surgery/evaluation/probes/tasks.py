@@ -1,16 +1,9 @@
-"""Tasks of lm-eval (`surgery.evaluation.harness`), for a model alone or compared with its base item by item.
-
-A task has one metric that judges it: normalised accuracy where it has that, or accuracy, or the first of its own. The
-`drop` is how much worse the converted model is by that metric. Its 95% interval is of the differences of the items,
-since both models read the same ones: for scores from 0 to 1 that of Agresti and Min (2005), which adds half an item
-each way and so is not empty where no item differs.
-"""
+"""Tasks of lm-eval (`surgery.evaluation.harness`), for a model alone or compared with its base item by item."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,9 +14,9 @@ from surgery.errors import ModelMismatchError, SettingError
 from surgery.evaluation import harness
 from surgery.evaluation.harness.answers import answers_file, run
 from surgery.evaluation.harness.command import run_alone
-from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, TaskSet, load_tasks, refuse_unknown
-from surgery.evaluation.paired import CaseResult
-from surgery.evaluation.probes.base import Aliases, CaseProbe, Flag, Limit, Metric, Row, Table
+from surgery.evaluation.harness.scores import TaskResult
+from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, load_tasks, refuse_unknown, row_names
+from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TaskNames, TokenLengths
 from surgery.io.files import published
 from surgery.io.loading import read_config
@@ -35,151 +28,9 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 TYPICAL = 512  # tokens of a prompt of a task other than RULER's, for the estimate of memory
+LOGITS = 2  # copies in memory, since lm-eval takes the log-softmax in the dtype of the logits
 SHOWN = 3  # tasks that the closing lines of `apply` name
 READING, ALONE = "reading tasks", "lm_eval alone"  # names of stages
-HALF = 1.959964  # standard errors on each side of a 95% interval
-
-
-@dataclass(repr=False)
-class TaskResult(CaseResult):
-    """The result of the probe. A case is (task, number of the item); an outcome is an `ItemScore`.
-
-    Attributes:
-        tasks, tokenizer: what is run. A result is not stored with them.
-        answers: label -> file with the answers of an interrupted run; {} for loaded models.
-        by_others: the outcomes of `out` by lm-eval's own command; [] if it was not run.
-    """
-
-    tasks: TaskSet | None = None
-    tokenizer: Any = None
-    answers: dict[str, Path] = field(default_factory=dict)
-    by_others: list[ItemScore] = field(default_factory=list)
-
-    PROBE: ClassVar[str] = "tasks"
-    COUNT: ClassVar[str] = "items"
-    COMPARISON: ClassVar[str] = "tasks"
-
-    def by_task(self, label: str) -> dict[str, list[ItemScore]]:
-        """The outcomes of one model: task -> those of its items; {} if it was not run."""
-        found: dict[str, list[ItemScore]] = {}
-        for (name, _), score in zip(self.cases, self.outcomes.get(label, ()), strict=label in self.outcomes):
-            found.setdefault(name, []).append(score)
-        return found
-
-    def side(self, label: str) -> dict:
-        """Every metric of one model: task -> metric -> value."""
-        return {
-            name: {metric: self.tasks.total(name, metric, scores) for metric in self.tasks.metrics(name, scores)}
-            for name, scores in self.by_task(label).items()
-        }
-
-    def compare(self) -> dict:
-        """What each task and group says, by name: its metric, the models' values, and the drop with its interval."""
-        base, out = self.by_task("base"), self.by_task("out")
-        rows = {key: row for name in out for key, row in self._rows(name, base.get(name), out[name]).items()}
-        for group, names in self.tasks.groups().items():
-            if pooled := self._pooled([name for name in names if name in rows], base, out):
-                rows[group] = pooled
-        return rows
-
-    @property
-    def manner(self) -> dict:
-        """How the items were asked, for the record of a task."""
-        return {key: self.settings.get(key) for key in ("limit", "chat")}
-
-    def _rows(self, name: str, base: list[ItemScore] | None, out: list[ItemScore]) -> dict[str, dict]:
-        """The record of a task; in RULER one for each length of the prompts."""
-        metrics, about = self.tasks.metrics(name, out), self.tasks.about(name) | self.manner
-        if not (name in RULER and self.tasks.lengths):
-            return {name: self._row(name, metrics[0], base, out) | about}
-        return {f"{name} {metric}": self._row(name, metric, base, out) | about for metric in metrics}
-
-    def _row(self, name: str, metric: str, base: list[ItemScore] | None, out: list[ItemScore]) -> dict:
-        higher = self.tasks.higher_is_better(name, metric)
-        numbers = [score.number(metric) for score in out]
-        of = sum(number is not None for number in numbers) or len(out)
-        row = {"metric": metric, "higher_is_better": higher, "of": of, "out": self.tasks.total(name, metric, out)}
-        if base is None:
-            return row
-        row["base"] = self.tasks.total(name, metric, base)
-        row["drop"] = (row["base"] - row["out"]) if higher else (row["out"] - row["base"])
-        paired = zip((score.number(metric) for score in base), numbers, strict=True)
-        drops, interval = _paired([(one, two) for one, two in paired if one is not None and two is not None], higher)
-        if drops and math.isclose(math.fsum(drops) / len(drops), row["drop"], abs_tol=1e-9):  # a mean over the items
-            row |= interval
-            row["worse"], row["better"] = sum(drop > 0 for drop in drops), sum(drop < 0 for drop in drops)
-        return row
-
-    def _pooled(self, names: list[str], base: dict, out: dict) -> dict | None:
-        """The row of a group: the mean over all items of its tasks, if they have one metric that is such a mean."""
-        metrics = {self.tasks.metrics(name, out[name])[0] for name in names}
-        if len(metrics) != 1:
-            return None
-        (metric,) = metrics
-        sides = {"out": out} | ({"base": base} if base else {})
-        numbers = {
-            label: [score.number(metric) for name in names for score in side[name]] for label, side in sides.items()
-        }
-        if any(number is None for each in numbers.values() for number in each):
-            return None
-        higher, of = self.tasks.higher_is_better(names[0], metric), len(numbers["out"])
-        row: dict[str, Any] = {"metric": metric, "higher_is_better": higher, "of": of, "tasks": len(names)}
-        row |= {label: math.fsum(each) / len(each) for label, each in numbers.items()} | self.manner
-        if not base:
-            return row
-        drops, interval = _paired(list(zip(numbers["base"], numbers["out"], strict=True)), higher)
-        return row | {"drop": math.fsum(drops) / of} | interval
-
-    def about(self) -> dict:
-        """Tasks that were left out, and whether lm-eval's own command agrees."""
-        data: dict[str, Any] = {}
-        if self.tasks and self.tasks.left_out:
-            data["left_out"] = self.tasks.left_out
-        if self.by_others:
-            pairs = zip(self.outcomes["out"], self.by_others, strict=True)
-            same = sum((one.values, one.prompt) == (two.values, two.prompt) for one, two in pairs)
-            data["by_others"] = {"same": same, "of": len(self.by_others)}
-        return data
-
-    def case(self, index: int) -> dict:
-        """One item: its task, its number and what each model scored."""
-        name, number = self.cases[index]
-        return {"task": name, "item": number} | {
-            label: {key: value for key, value in outcomes[index].values.items() if isinstance(value, int | float)}
-            for label, outcomes in self.outcomes.items()
-        }
-
-    def alone(self) -> str:
-        return ", ".join(f"{name}: {row['metric']} {row['out']:.4g}" for name, row in self.compare().items())
-
-
-def _paired(pairs: Sequence[tuple[float, float]], higher: bool) -> tuple[list[float], dict[str, float]]:
-    """How much worse each item is than the base's, and the interval of their mean; {} without items.
-
-    Args:
-        pairs: scores of the base and of the model.
-        higher: whether a higher score is better.
-    """
-    drops = [(one - two) if higher else (two - one) for one, two in pairs]
-    if not drops:
-        return drops, {}
-    low, high = paired_interval(drops, all(0 <= value <= 1 for pair in pairs for value in pair))
-    return drops, {"low": low, "high": high}
-
-
-def paired_interval(drops: Sequence[float], shares: bool) -> tuple[float, float]:
-    """The 95% interval of a mean of differences; `shares`: whether each is between two scores from 0 to 1.
-
-    For shares, the formula of Agresti and Min (Statistics in Medicine 24, 2005): to the four cells of the table (both
-    right, one, other, neither) half an item each is added. Otherwise the normal interval of a mean.
-    """
-    number, total, squares = len(drops), math.fsum(drops), math.fsum(drop * drop for drop in drops)
-    if shares:
-        number, squares = number + 2, squares + 1
-    mean = total / number
-    degrees = number if shares else max(1, number - 1)
-    spread = math.sqrt(max(0.0, squares - number * mean * mean) / degrees / number)
-    return mean - HALF * spread, mean + HALF * spread
 
 
 class Tasks(CaseProbe):
@@ -210,7 +61,7 @@ class Tasks(CaseProbe):
             at_least=False,
             description="Gate: for a task, how much worse its metric may be than the base's, at most: {piqa: 0.01}.",
             words="drop of",
-            by_item=True,
+            by_item=lambda probe, look_up: probe.bounded(look_up),
         )
     }
     aliases: ClassVar[Aliases] = Aliases(
@@ -237,6 +88,21 @@ class Tasks(CaseProbe):
         self._refuse_nothing()
         refuse_unknown(self.names)
         refuse_too_long({"the base": read_config(base)}, *self._longest)
+
+    def bounded(self, look_up: bool) -> tuple[Collection[str], bool]:
+        """The names of the rows that the tasks get, and whether these are all; only lm-eval knows what is in a group.
+
+        Args:
+            look_up: read lm-eval's index, if it is installed.
+        """
+        ruler = [f"{name} {length}" for name in RULER for length in self.ruler]
+        if not self.names:
+            return ruler, bool(ruler)  # without any task, `refuse` says so
+        if not look_up or not harness.is_installed():
+            return [*ruler, *self.names], False
+        names = row_names(self.names)
+        known = [name for name in names or () if not (self.ruler and name in RULER)]
+        return [*ruler, *known], names is not None
 
     def _refuse_nothing(self) -> None:
         if not self.names and not self.ruler:
@@ -311,6 +177,19 @@ class Tasks(CaseProbe):
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 2 * self.batch * max(self.ruler, default=TYPICAL) * kv_bytes  # twice the cache, as growing it copies it
+
+    @property
+    def effort(self) -> Effort:
+        """The memory of both models. How many tokens they read is not known before the tasks are."""
+        length = max(*self.ruler, TYPICAL if self.names else 0, 0)
+        return Effort(0, length, logits=LOGITS * self.batch * TYPICAL if self.names else 0)
+
+    def logits_at_once(self, result: TaskResult, positions: int) -> int:
+        """Choices are scored from the logits of all tokens, and a corpus in windows as long as the model takes."""
+        scored, corpus = result.tasks.scored(self.limit)
+        longest = len(result.tokenizer.encode(corpus)) if corpus else 0
+        window = min(longest, positions) if positions else longest
+        return LOGITS * self.batch * max(window, TYPICAL if scored else 0)
 
     def is_broken(self, outcome: ItemScore) -> bool:
         return outcome.broken or any(
