@@ -215,7 +215,7 @@ class NeedleMaker:
         self.title, self.text = text.title, text.text.strip()
         self.bos = begin_of_text(tokenizer) if form == "plain" else []  # a chat template adds its own
         self.starts = [0, *(m.end() for m in SENTENCE_START.finditer(self.text))]
-        self.letters_per_token = len(self.text) / max(1, len(self._ids(self.text)))
+        self.letters_per_token = len(self.text) / max(1, len(self.ids(self.text)))
 
     def make(self, length: int, depth: float, sample: int, seed: int, templates: Sequence[tuple[str, ...]]) -> Needle:
         """One needle. The numbers are those of `Needle`, and determine everything that is random."""
@@ -254,7 +254,7 @@ class NeedleMaker:
         cuts = [m.end() for m in CUT.finditer(hay)]
 
         def ids(cut: int) -> list[int]:
-            return self._ids(self._compose(hay[:cut].rstrip(), hidden).text)
+            return self.ids(self._compose(hay[:cut].rstrip(), hidden).text)
 
         fits = bisect_right(cuts, length, key=lambda cut: len(ids(cut)))
         if not fits:
@@ -266,7 +266,7 @@ class NeedleMaker:
             what = f"the text of a prompt of {length} tokens has no room for {len(places)} needles"
             raise SettingError(what, where=self.title, fix="a longer length, or fewer needles")
         fix = f"use the secret {'words' if self.kind == 'digits' else 'digits'}"
-        return in_tokens(self.tokenizer, self._ids, hidden.answer, self._compose(fitted, hidden), fix)
+        return in_tokens(self.tokenizer, self.ids, hidden.answer, self._compose(fitted, hidden), fix)
 
     def _compose(self, hay: str, hidden: Hidden) -> Composed:
         places = _places(hay, [depth for depth, _ in hidden.sentences])
@@ -285,7 +285,8 @@ class NeedleMaker:
         span, *more = ((shift + first, shift + end) for first, end in (spans[index] for index in hidden.needed))
         return Composed(text, span, shift + question, tuple(more))
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, with BOS if the tokenizer begins a text with it."""
         return self.bos + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

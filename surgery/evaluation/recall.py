@@ -50,15 +50,19 @@ def run_needles(
     outcomes = []
     with loaded(model), torch.no_grad():
         for needle in needles:
-            logits = _cached_logits(model, needle, late) if cached else _uncached_logits(model, needle)
+            logits = cached_logits(model, needle, late) if cached else _uncached_logits(model, needle)
             outcomes.append(_outcome(needle, logits))
             if progress:
                 progress(len(outcomes))
     return outcomes
 
 
-def _cached_logits(model, needle: Needle, late: bool):
-    """Logits that predict each of the answer's tokens, computed one by one with the cache."""
+def cached_logits(model, needle: Needle, late: bool):
+    """Logits [vocabulary] that predict each of the answer's tokens, computed one by one with the cache.
+
+    Args:
+        late: see `run_needles`.
+    """
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
