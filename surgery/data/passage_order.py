@@ -127,10 +127,15 @@ def _fitting_cut(maker: NeedleMaker, hay: str, pair: list[tuple[int, int]], leng
     cuts = [match.end() for match in CUT.finditer(hay) if match.end() >= pair[1][1]]
 
     def tokens(cut: int) -> int:
-        return max(len(maker.ids(_composed(maker, hay[:cut].rstrip(), pair, order).text)) for order in (0, 1))
+        return max(_up_to_the_answer(maker, _composed(maker, hay[:cut].rstrip(), pair, order)) for order in (0, 1))
 
     fits = bisect_right(cuts, length, key=tokens)
     return cuts[fits - 1] if fits else None
+
+
+def _up_to_the_answer(maker: NeedleMaker, composed: Composed) -> int:
+    """The number of tokens before the one at which the two answers differ."""
+    return common(*(maker.ids(f"{composed.text} {label}") for label in LABELS))
 
 
 def _composed(maker: NeedleMaker, hay: str, pair: list[tuple[int, int]], order: int) -> Composed:
