@@ -8,6 +8,7 @@ import math
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,6 +349,11 @@ def test_kinds_keep_the_contract():
             assert fields.setdefault(key, told) == told, "kinds that share a setting agree on it"
             assert key in Needles.model_fields
     assert needle_kinds.recorded({}).name == "key", "a record of an earlier version"
+    page = (Path(needle_kinds.__file__).parents[2] / "evaluation/README.md").read_text(encoding="utf-8")
+    for cls in needle_kinds.every():
+        (row,) = re.findall(rf"^\| `{cls.name}` \|.*$", page, re.MULTILINE)
+        for key, info in cls.model_fields.items():
+            assert f"`{key}` ({info.default})" in row
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
