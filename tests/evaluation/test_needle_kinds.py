@@ -382,6 +382,13 @@ def test_the_record_names_the_kind_and_a_base_at_the_floor_is_no_gate(kind):
     assert Needles.verdict(result.to_dict()).startswith("The converted model ")
 
 
+def test_lengths_are_cut_to_what_a_model_takes():
+    """An answer leaves room for each of its secrets."""
+    for settings, longest in (({"kind": "chain"}, 4096 - 32), ({"kind": "value", "values": 3}, 4096 - 3 * 32)):
+        assert Needles(lengths=(1000, 5000), **settings).cuts(Config()) == {"lengths": [1000, longest]}
+        assert Needles(length=longest, **settings).cuts(Config()) == {}
+
+
 def test_a_cell_with_few_needles_says_how_many_would_do():
     for samples, depths, says in (
         (4, 2, "A cell of 4 needles has no share of its own: 48 make it reportable (samples=48)."),

@@ -83,6 +83,11 @@ class Kind(BaseModel):
         """What a right answer finds, with these settings."""
         return self.found.format(**self.model_dump())
 
+    @property
+    def secrets(self) -> int:
+        """How many secrets an answer has."""
+        return 1
+
     def refuse(self) -> None:
         """Raise a SurgeryError where settings do not go together."""
 

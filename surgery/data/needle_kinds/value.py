@@ -44,6 +44,10 @@ class MultiValue(PlantedKind):
 
     values: int = Field(2, ge=2, le=8, description="Values of the key.")
 
+    @property
+    def secrets(self) -> int:
+        return self.values
+
     def chance(self, secret: str) -> float:
         return 1 / math.factorial(self.values)
 

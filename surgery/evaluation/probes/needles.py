@@ -15,7 +15,7 @@ With `without=SCORES.json` the model is asked again with its highest-scored quer
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, create_model, model_validator
 
@@ -53,10 +53,14 @@ SHORTEST = 64  # tokens of a prompt
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
-def longest_prompt(config: PretrainedConfig) -> int | None:
-    """The most tokens of a prompt that leaves positions for its answer; None: no limit, or too low a one to ask."""
-    positions = positions_of(config)
-    return positions - ANSWER if positions and positions - ANSWER >= SHORTEST else None
+def longest_prompt(config: PretrainedConfig, secrets: int = 1) -> int | None:
+    """The most tokens of a prompt that leaves positions for its answer; None: no limit, or too low a one to ask.
+
+    Args:
+        secrets: how many an answer has.
+    """
+    longest = (positions_of(config) or 0) - secrets * ANSWER
+    return longest if longest >= SHORTEST else None
 
 
 def _kind_settings() -> dict[str, Any]:
@@ -72,7 +76,8 @@ def _kind_settings() -> dict[str, Any]:
         for key, info in cls.model_fields.items():
             kinds = ", ".join(needle_kinds.readers(key))
             own = info.description[0].lower() + info.description[1:]
-            fields[key] = (info.annotation, info.merge_field_infos(info, description=f"With kind {kinds}: {own}"))
+            bounded = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+            fields[key] = (bounded, Field(info.default, description=f"With kind {kinds}: {own}"))
     return fields
 
 
@@ -199,7 +204,7 @@ class Needles(RecallOfKinds):
         return Effort(tokens, max(self.tokens, default=0))
 
     def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
-        longest = longest_prompt(config)
+        longest = longest_prompt(config, self.chosen_kind.secrets)
         if longest is None or longest >= max(self.tokens, default=0):
             return {}
         if self.length is not None:
