@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from surgery.data import needle_kinds
 from surgery.evaluation.probes import REGISTRY
 from surgery.healing.losses import LOSSES
 from surgery.operations.duo_attention.scorers import METHODS as SCORERS
@@ -34,14 +35,15 @@ DECIDED = {
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
-    "data": "documents generated haystack name_list packing passkeys questions quotations recall_rows repeats "
-    "requests text word_list",
+    "data": "documents generated haystack name_list packing passage_order passkeys questions quotations recall_rows "
+    "repeats requests text word_list",
+    "data/needle_kinds": "base",
     "evaluation": "ablation answers base_runs check check_code check_layers conversation evaluate figures footprint "
     "fresh_process lengths paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",
     "evaluation/harness": "answers command scores task_files task_set",
-    "evaluation/probes": "base fields recall settings",
+    "evaluation/probes": "base fields grid recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",
@@ -82,6 +84,7 @@ MANY = {
 }
 OPEN = {"runtime": ("surgery_estimate_", "surgery_kv_")}  # room -> how the name of a new entry begins
 ENTRIES = {  # room -> modules of its registry, which may come and go
+    "data/needle_kinds": {entry.split(":")[0] for entry in needle_kinds.REGISTRY.values()},
     "evaluation/probes": {entry.split(":")[0] for entry in REGISTRY.values()},
     "healing/losses": {entry.split(":")[0] for entry in LOSSES.values()},
     "operations/duo_attention": {method.module for method in SCORERS.values()},

@@ -42,11 +42,37 @@ CUT = re.compile(r"\S{1,16}\s*")  # the haystack may end after a word, or inside
 
 
 class Composed(NamedTuple):
-    """A prompt as text, the letters [first, end) of what is asked for, and the first letter of the question."""
+    """A prompt as text, with places in letters.
+
+    Attributes:
+        text: the prompt.
+        span: letters [first, end) of what is asked for.
+        question: first letter of the question.
+        more: letters [first, end) of what else the answer needs.
+    """
 
     text: str
     span: tuple[int, int]
     question: int
+    more: tuple[tuple[int, int], ...] = ()
+
+
+class Hidden(NamedTuple):
+    """What a prompt hides in its text, and what it asks.
+
+    Attributes:
+        sentences: (depth, sentence) for each needle.
+        needed: indices of the sentences that the answer needs; the first is the one that is asked for.
+        question: follows the text.
+        lead: the answer's first words, which the prompt has already.
+        answer: follows `lead` after a space.
+    """
+
+    sentences: Sequence[tuple[float, str]]
+    needed: Sequence[int]
+    question: str
+    lead: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +88,7 @@ class Needle:
         answer: token ids of the secret, as they follow the prompt.
         span: tokens [first, end) of the prompt that contain the needle, which is a whole sentence.
         question: first token of the question. The question and the first words of the answer follow up to the end.
+        more: tokens [first, end) of further needles that the answer needs.
     """
 
     length: int
@@ -73,15 +100,16 @@ class Needle:
     answer: tuple[int, ...]
     span: tuple[int, int]
     question: int
+    more: tuple[tuple[int, int], ...] = ()
 
     def outside(self, sinks: int, window: int) -> bool:
-        """Whether no row of question and answer sees any part of the needle through sinks + window.
+        """Whether no row of question and answer sees any part of the needles through sinks + window.
 
         Row i sees key j if j < sinks or i - j < window, so the question's first row sees furthest back. Rows between
         needle and question may still see the needle, and pass information on from layer to layer.
         """
-        first, end = self.span
-        return first >= sinks and self.question - (end - 1) >= window
+        spans = (self.span, *self.more)
+        return all(first >= sinks and self.question - (end - 1) >= window for first, end in spans)
 
 
 def make_needles(
@@ -95,7 +123,7 @@ def make_needles(
     secret: str = "digits",
     size: int | None = None,
     form: str = "auto",
-    templates: Sequence[tuple[str, str]] = TEMPLATES,
+    templates: Sequence[tuple[str, ...]] = TEMPLATES,
 ) -> list[Needle]:
     """Prompts for a grid of lengths and depths, `samples` in each cell. The same arguments give the same prompts.
 
@@ -111,7 +139,8 @@ def make_needles(
         secret, size: "digits" or "words", and how many (default 5 digits, 3 words).
         form: "chat" puts text and question into a user's message of the tokenizer's chat template, and the answer's
             first words after the generation prompt. "plain" has no template. "auto" is chat if there is a template.
-        templates: (statement up to the secret, question), both with {key}.
+        templates: (statement up to the secret, question), both with {key}; or (statement, question, first words of
+            the answer) where these are not the statement.
 
     Raises:
         SurgeryError: an argument makes no sense, the text or the length is too short, there is no chat template, or
@@ -121,8 +150,8 @@ def make_needles(
     size = SECRETS.get(secret, 0) if size is None else size
     refuse_settings(lengths, fractions, samples, secret, size)
     words = load_text(text, part="held-out")
-    maker = _NeedleMaker(tokenizer, words, form_for(tokenizer, form), secret, size, templates)
-    return [maker.make(n, depth, i, seed) for n in lengths for depth in fractions for i in range(samples)]
+    maker = NeedleMaker(tokenizer, words, form_for(tokenizer, form), secret, size)
+    return [maker.make(n, depth, i, seed, templates) for n in lengths for depth in fractions for i in range(samples)]
 
 
 def spread(depths: int | Sequence[float]) -> list[float]:
@@ -173,65 +202,91 @@ def refuse_settings(
         raise SettingError(f"a secret of {size} {secret} is none", fix="use at least 1")
 
 
-class _NeedleMaker:
-    """Makes needles in one text with one tokenizer."""
+class NeedleMaker:
+    """Makes prompts from one text with one tokenizer.
 
-    def __init__(self, tokenizer, text: Text, form: str, secret: str, size: int, templates):
-        self.tokenizer, self.form, self.secret, self.size = tokenizer, form, secret, size
-        self.title, self.text, self.templates = text.title, text.text.strip(), templates
+    Args:
+        form: "chat" or "plain".
+        secret, size: as for `make_needles`, without None.
+    """
+
+    def __init__(self, tokenizer, text: Text, form: str, secret: str, size: int):
+        self.tokenizer, self.form, self.kind, self.size = tokenizer, form, secret, size
+        self.title, self.text = text.title, text.text.strip()
         self.bos = begin_of_text(tokenizer) if form == "plain" else []  # a chat template adds its own
         self.starts = [0, *(m.end() for m in SENTENCE_START.finditer(self.text))]
-        self.letters_per_token = len(self.text) / max(1, len(self._ids(self.text)))
+        self.letters_per_token = len(self.text) / max(1, len(self.ids(self.text)))
 
-    def make(self, length: int, depth: float, sample: int, seed: int) -> Needle:
-        """One needle. The arguments are those of `Needle`, and determine everything that is random."""
+    def make(self, length: int, depth: float, sample: int, seed: int, templates: Sequence[tuple[str, ...]]) -> Needle:
+        """One needle. The numbers are those of `Needle`, and determine everything that is random."""
         draw = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # a text seeds the same in every Python
         key = draw.choice(KEYS.split())
-        statement, question = (template.format(key=key) for template in draw.choice(self.templates))
-        hay = self._stretch(draw.choice(self.starts), length)
-        secret = self._secret(draw, hay)
-        cuts = [m.end() for m in CUT.finditer(hay)]
+        statement, question, *lead = (template.format(key=key) for template in draw.choice(templates))
+        hay = self.stretch(draw, length)
+        secret = self.secret(draw, hay)
+        hidden = Hidden([(depth, f"{statement} {secret}.")], [0], question, *lead or [statement], secret)
+        return Needle(length, depth, sample, seed, secret, **self.fit(hay, length, hidden))
 
-        def ids(cut: int) -> list[int]:
-            return self._ids(self._compose(hay[:cut].rstrip(), depth, statement, secret, question).text)
-
-        fits = bisect_right(cuts, length, key=lambda cut: len(ids(cut)))
-        if not fits:
-            raise SettingError(f"{length} tokens are too few for a needle", fix=f"at least {len(ids(cuts[0]))} tokens")
-        fitted = hay[: cuts[fits - 1]].rstrip()
-        composed = self._compose(fitted, depth, statement, secret, question)
-        fix = f"use the secret {'words' if self.secret == 'digits' else 'digits'}"
-        return Needle(
-            length, depth, sample, seed, secret, **in_tokens(self.tokenizer, self._ids, secret, composed, fix)
-        )
-
-    def _stretch(self, start: int, length: int) -> str:
-        """The text from `start` on, with more than enough letters for `length` tokens."""
+    def stretch(self, draw: random.Random, length: int) -> str:
+        """The text from a random sentence on, with more than enough letters for `length` tokens."""
+        start = draw.choice(self.starts)
         wanted = int(3 * length * self.letters_per_token) + 100
         cycle = f"{self.text[start:]}\n\n{self.text[:start]}\n\n".lstrip()
         return (cycle * (wanted // len(cycle) + 1))[:wanted]
 
-    def _secret(self, draw: random.Random, hay: str) -> str:
+    def secret(self, draw: random.Random, hay: str) -> str:
+        """A random secret that is not in a text."""
         while True:
-            if self.secret == "digits":
+            if self.kind == "digits":
                 secret = "".join(draw.choices("0123456789", k=self.size))
             else:
                 secret = " ".join(draw.choices(WORDS.split(), k=self.size))
             if secret not in hay or self.size < 3:  # a short secret may occur everywhere
                 return secret
 
-    def _compose(self, hay: str, depth: float, statement: str, secret: str, question: str) -> Composed:
-        position = _nearest_start(hay, depth * len(hay))
-        needle = f"{statement} {secret}."
-        before = hay[:position].rstrip()
-        gap = hay[len(before) : position] or "\n\n"  # between two paragraphs, the needle is a paragraph
-        first = len(before + gap) if before else 0
-        content = f"{before}{gap * bool(before)}{needle}{gap}{hay[position:]}".rstrip() + f"\n\n{question}"
-        question_start = len(content) - len(question)
-        text, shift = asked(self.tokenizer, self.form, content, statement)
-        return Composed(text, (shift + first, shift + first + len(needle)), shift + question_start)
+    def fit(self, hay: str, length: int, hidden: Hidden) -> dict[str, Any]:
+        """Prompt, answer and places of a `Needle`: as much of the text `hay` as fits into a prompt of `length` tokens.
 
-    def _ids(self, text: str) -> list[int]:
+        Raises:
+            SurgeryError: the length has no room for the question, or for the needles; the tokenizer cannot write the
+                answer.
+        """
+        cuts = [m.end() for m in CUT.finditer(hay)]
+
+        def ids(cut: int) -> list[int]:
+            return self.ids(self._compose(hay[:cut].rstrip(), hidden).text)
+
+        fits = bisect_right(cuts, length, key=lambda cut: len(ids(cut)))
+        if not fits:
+            least, what = len(ids(cuts[0])), "a needle" if len(hidden.sentences) == 1 else "these needles"
+            raise SettingError(f"{length} tokens are too few for {what}", fix=f"at least {least} tokens")
+        fitted = hay[: cuts[fits - 1]].rstrip()
+        places = _places(fitted, [depth for depth, _ in hidden.sentences])
+        if len(set(places)) < len(places):
+            what = f"the text of a prompt of {length} tokens has no room for {len(places)} needles"
+            raise SettingError(what, where=self.title, fix="a longer length, or fewer needles")
+        fix = f"use the secret {'words' if self.kind == 'digits' else 'digits'}"
+        return in_tokens(self.tokenizer, self.ids, hidden.answer, self._compose(fitted, hidden), fix)
+
+    def _compose(self, hay: str, hidden: Hidden) -> Composed:
+        places = _places(hay, [depth for depth, _ in hidden.sentences])
+        content, done, spans = "", 0, {}
+        for index in sorted(range(len(places)), key=lambda index: (places[index], hidden.sentences[index][0])):
+            chunk = hay[done : places[index]]
+            before = chunk.rstrip()
+            gap = chunk[len(before) :] or "\n\n"  # between two paragraphs, a needle is a paragraph
+            content += f"{before}{gap}" if before else ""
+            spans[index] = (len(content), len(content) + len(hidden.sentences[index][1]))
+            content += f"{hidden.sentences[index][1]}{gap}"
+            done = places[index]
+        content = f"{content}{hay[done:]}".rstrip() + f"\n\n{hidden.question}"
+        question = len(content) - len(hidden.question)
+        text, shift = asked(self.tokenizer, self.form, content, hidden.lead)
+        span, *more = ((shift + first, shift + end) for first, end in (spans[index] for index in hidden.needed))
+        return Composed(text, span, shift + question, tuple(more))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, with BOS if the tokenizer begins a text with it."""
         return self.bos + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -258,7 +313,7 @@ def asked(tokenizer, form: str, content: str, statement: str) -> tuple[str, int]
 def in_tokens(
     tokenizer, encode: Callable[[str], list[int]], secret: str, composed: Composed, fix: str
 ) -> dict[str, Any]:
-    """Prompt, answer, span and question of a `Needle`.
+    """Prompt, answer, span, further spans and question of a `Needle`.
 
     Args:
         encode: gives the tokens of a text, with BOS if the tokenizer has one.
@@ -275,10 +330,18 @@ def in_tokens(
         raise ModelMismatchError(
             f"the tokenizer cannot write {secret!r}: it gives {tokenizer.decode(full[cut:])!r}", fix=fix
         )
-    first, end, question = (common(encode(composed.text[:at]), prompt) for at in (*composed.span, composed.question))
-    if len(encode(composed.text[: composed.span[1]])) > end:  # its last letters share a token with what follows
-        end += 1
-    return {"prompt": tuple(full[:cut]), "answer": tuple(full[cut:]), "span": (first, end), "question": question}
+
+    def token_at(letter: int) -> int:
+        return common(encode(composed.text[:letter]), prompt)
+
+    def tokens_of(first: int, end: int) -> tuple[int, int]:
+        last = token_at(end)
+        shared = len(encode(composed.text[:end])) > last  # its last letters share a token with what follows
+        return token_at(first), last + shared
+
+    span, *more = (tokens_of(*letters) for letters in (composed.span, *composed.more))
+    parts = {"prompt": tuple(full[:cut]), "answer": tuple(full[cut:]), "span": span, "more": tuple(more)}
+    return parts | {"question": token_at(composed.question)}
 
 
 def chat_prompt(tokenizer, content: str, fix: str, before: Sequence[dict[str, str]] = ()) -> str:
@@ -302,13 +365,22 @@ def chat_prompt(tokenizer, content: str, fix: str, before: Sequence[dict[str, st
         raise UnsupportedModelError(f"the chat template does not work: {error}", fix=fix) from error
 
 
-def _nearest_start(hay: str, wanted: float) -> int:
-    """The start of the sentence (or of the word, without sentences) that is nearest to a position in letters."""
+def _places(hay: str, depths: Sequence[float]) -> list[int]:
+    """For each depth, the start of a sentence (or of a word, without enough sentences) that is nearest to it.
+
+    Places are letters. They differ where the text has enough of them, and come in the order of the depths.
+    """
+    order = sorted(range(len(depths)), key=depths.__getitem__)
     for pattern in (SENTENCE_START, WORD_START):
         starts = [m.end() for m in pattern.finditer(hay)]
-        if starts:
-            return min([0, *starts, len(hay)], key=lambda position: abs(position - wanted))
-    return 0 if wanted <= len(hay) / 2 else len(hay)
+        free = [0, *starts, len(hay)]
+        if starts and len(set(free)) >= len(depths):
+            break
+    taken: list[int] = []
+    for index in order:
+        left = [place for place in free if place not in taken] or free
+        taken.append(min(left, key=lambda place: abs(place - depths[index] * len(hay))))
+    return [place for _, place in sorted(zip(order, sorted(taken), strict=True))]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Quotation(Needle):
         unread: the prompt with another piece of the text in place of the paragraph; as many tokens as `prompt`.
     """
 
-    unread: tuple[int, ...]
+    unread: tuple[int, ...] = field(kw_only=True)
 
 
 class Passage(NamedTuple):
@@ -105,7 +105,7 @@ def _quotation(
     )
     span, question = (len(lead), len(lead) + end - first), len(prompt) - prose.cue
     secret = tokenizer.decode(answer)
-    return Quotation(distance, 0.0, sample, seed, secret, prompt, tuple(answer), span, question, unread)
+    return Quotation(distance, 0.0, sample, seed, secret, prompt, tuple(answer), span, question, unread=unread)
 
 
 class _Prose:

@@ -116,6 +116,8 @@ def evaluate_needles(
     draws: int | None = None,
     off: str | None = None,
     late: bool | None = None,
+    kind: str | None = None,
+    **of_kind: int,
 ) -> NeedleResult:
     """Run the recall test: hide secrets in a text and count those that a model, and its base if given, finds.
 
@@ -137,8 +139,10 @@ def evaluate_needles(
         draws: random draws (5).
         late: the question comes in a call of its own, after the text is read.
         off: "all": heads are off for all tokens; "answer": from the last token of the prompt on.
+        kind: what is hidden and asked ("key"); see `surgery.data.needle_kinds`.
+        of_kind: settings of this kind alone, such as `keys` of "multi".
     """
-    given = _given(text=text, lengths=lengths, length=length, depths=depths, samples=samples)
+    given = of_kind | _given(kind=kind, text=text, lengths=lengths, length=length, depths=depths, samples=samples)
     given |= _given(cases=cases, seed=seed, secret=secret, form=form)
     given |= _given(without=without, top=top, draws=draws, off=off, late=late)
     return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))

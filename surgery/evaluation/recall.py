@@ -71,7 +71,7 @@ def run_needles(
     outcomes = []
     with loaded(model), torch.no_grad():
         for needle in needles:
-            logits = _cached_logits(model, needle, late) if cached else _uncached_logits(model, needle)
+            logits = cached_logits(model, needle, late) if cached else _uncached_logits(model, needle)
             copied, losses = _followed(needle.answer, logits)
             outcomes.append(Outcome(_is_hit(needle.answer, copied, losses), _mean(losses)))
             if progress:
@@ -97,7 +97,7 @@ def run_quotations(
         for quotation in quotations:
             unread = replace(quotation, prompt=quotation.unread)
             (copied, losses), (guessed, others) = (
-                _followed(each.answer, _cached_logits(model, each, late)) for each in (quotation, unread)
+                _followed(each.answer, cached_logits(model, each, late)) for each in (quotation, unread)
             )
             hit = _is_hit(quotation.answer, copied, losses)
             outcomes.append(Recitation(hit, _mean(losses), copied, _mean(others), guessed))
@@ -106,8 +106,12 @@ def run_quotations(
     return outcomes
 
 
-def _cached_logits(model, needle: Needle, late: bool):
-    """Logits that predict each of the answer's tokens, computed one by one with the cache."""
+def cached_logits(model, needle: Needle, late: bool):
+    """Logits [vocabulary] that predict each of the answer's tokens, computed one by one with the cache.
+
+    Args:
+        late: see `run_needles`.
+    """
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE

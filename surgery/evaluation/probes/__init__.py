@@ -22,6 +22,7 @@ REGISTRY = {  # name -> "module:class", in the order in which probes are run and
     "multi_needle": "multi_needle:MultiNeedle",
     "repeats": "repeats:Repeats",
     "lookup": "lookup:Lookup",
+    "order": "order:Order",
     "verbatim": "verbatim:Verbatim",
     "chat": "chat:Chat",
     "tasks": "tasks:Tasks",

@@ -5,39 +5,42 @@ Base and converted model run one after the other, never both in memory. The surg
 "kept": those that the converted model finds, among those that the base finds. Needles that streaming heads see anyway,
 through sinks or window, prove nothing and do not count.
 
+`kind` chooses what is hidden and how it is asked for (`surgery.data.needle_kinds`): each kind has its floor, which is
+what a guess reaches, and a base that does not exceed it by its interval proves nothing.
+
 With `without=SCORES.json` the model is asked again with its highest-scored query heads off, and with random ones off
 (`surgery.evaluation.ablation`).
 """
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from surgery.architecture.anatomy import Anatomy, positions_of
 from surgery.calibration.head_scores import ABOVE, read_scores
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
-from surgery.data.haystack import (
-    FORMS,
-    SECRETS,
-    chance,
-    form_for,
-    make_needles,
-    refuse_form,
-    refuse_settings,
-    spread,
-)
+from surgery.data import needle_kinds
+from surgery.data.haystack import FORMS, SECRETS, form_for, refuse_form, refuse_settings, spread
+from surgery.data.needle_kinds.base import Grid, Kind
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation import ablation
 from surgery.evaluation.ablation import ROWS, HeadAblation
-from surgery.evaluation.paired import NAMES, kept_words, percent, share_of
+from surgery.evaluation.paired import NAMES, kept_words, percent
 from surgery.evaluation.probes.base import Aliases, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.probes.recall import ANSWER, LATE, RecallProbe, RecallResult, kept_limit, kept_sentence
+from surgery.evaluation.probes.grid import NeedleResult, heat_map, hits_table, too_few
+from surgery.evaluation.probes.recall import (
+    ANSWER,
+    LATE,
+    RecallProbe,
+    floor_words,
+    kept_limit,
+    kept_sentence,
+    share_words,
+)
 from surgery.evaluation.recall import longest_sequence, reach_of
 from surgery.io.printing import count
 
@@ -50,71 +53,44 @@ SHORTEST = 64  # tokens of a prompt
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
-@dataclass(repr=False)
-class NeedleResult(RecallResult):
-    """The result of the recall test. `cases` are needles; an outcome is an `Outcome`.
+def longest_prompt(config: PretrainedConfig, secrets: int = 1) -> int | None:
+    """The most tokens of a prompt that leaves positions for its answer; None: no limit, or too low a one to ask.
 
-    Attributes:
-        settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance (that a guess is right).
-        ablation: the query heads of `out` that were switched off, if any; `changed` has the outcomes.
+    Args:
+        secrets: how many an answer has.
     """
-
-    ablation: HeadAblation | None = None
-
-    PROBE: ClassVar[str] = "needles"
-    COUNT: ClassVar[str] = "needles"
-
-    def cell(self, label: str, length: int, depth: float) -> tuple[int, int]:
-        """Hits and needles of one cell of the grid."""
-        rows = zip(self.cases, self.outcomes[label], strict=True)
-        hits = [outcome.hit for needle, outcome in rows if (needle.length, needle.depth) == (length, depth)]
-        return sum(hits), len(hits)
-
-    def grid(self, label: str) -> list[list[float]]:
-        """Share of hits [depths][lengths]; NaN for a cell without needles."""
-        return [
-            [hits / total if total else math.nan for hits, total in (self.cell(label, n, depth) for n in self.lengths)]
-            for depth in self.depths
-        ]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Prompt lengths in tokens, the columns of the grid."""
-        return self.settings["lengths"]
-
-    @property
-    def depths(self) -> list[float]:
-        """Depths as shares of the text, the rows of the grid."""
-        return self.settings["depths"]
-
-    def side(self, label: str) -> dict:
-        """The figures of one model: hits, accuracy with its 95% interval, mean NLL, and the grid."""
-        return super().side(label) | {"grid": self.grid(label)}
-
-    def change_figures(self) -> dict:
-        """The figures of `out` with query heads off; {} if there were none."""
-        if self.ablation is None:
-            return {}
-        sides = [share_of("hits", (o.hit for o in run), (o.nll for o in run)) for run in self.changed["out"].values()]
-        return {"without": self.ablation.to_dict(sides)}
-
-    def case(self, index: int) -> dict:
-        """See `RecallResult.case`; and whether it was found with query heads off."""
-        off = [run[index].hit for run in self.changed.get("out", {}).values()]
-        return super().case(index) | ({"without": off} if off else {})
+    longest = (positions_of(config) or 0) - secrets * ANSWER
+    return longest if longest >= SHORTEST else None
 
 
-def longest_prompt(config: PretrainedConfig) -> int | None:
-    """The most tokens of a prompt that leaves positions for its answer; None: no limit, or too low a one to ask."""
-    positions = positions_of(config)
-    return positions - ANSWER if positions and positions - ANSWER >= SHORTEST else None
+def _kind_settings() -> dict[str, Any]:
+    """The setting `kind`, and the settings of all kinds, with the kinds that read them."""
+    options = {"description": f"What is hidden and asked: {', '.join(needle_kinds.REGISTRY)}."}
+    fields: dict[str, Any] = {
+        "kind": (
+            str,
+            Field(needle_kinds.DEFAULT, **options, json_schema_extra={"enum": list(needle_kinds.REGISTRY)}),
+        )
+    }
+    for cls in needle_kinds.every():
+        for key, info in cls.model_fields.items():
+            kinds = ", ".join(needle_kinds.readers(key))
+            own = info.description[0].lower() + info.description[1:]
+            bounded = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+            fields[key] = (bounded, Field(info.default, description=f"With kind {kinds}: {own}"))
+    return fields
 
 
-class Needles(RecallProbe):
-    """Secrets hidden in a text, one in each prompt: a grid of prompt lengths and depths."""
+KIND_SETTINGS = _kind_settings()
+# The settings of kinds are settings of the probe. A new kind brings its own.
+RecallOfKinds: Any = create_model("RecallOfKinds", __base__=RecallProbe, __doc__=RecallProbe.__doc__, **KIND_SETTINGS)
+
+
+class Needles(RecallOfKinds):
+    """Secrets hidden in a text: a grid of prompt lengths and depths, in several kinds."""
 
     name: ClassVar[str] = "needles"
-    summary: ClassVar[str] = "secrets hidden in a text, one in a prompt, over lengths and depths: which are found"
+    summary: ClassVar[str] = "secrets hidden in a text, over lengths and depths: which are found"
     cases_are: ClassVar[str] = "needles"
     stage: ClassVar[str] = "recall test"
     drawing: ClassVar[str] = "Draw the hits by length and place into this file."
@@ -182,7 +158,27 @@ class Needles(RecallProbe):
         check_setting(ablation.refuse_settings, self.off, self.without, self.model_fields_set)
         check_setting(refuse_settings, self.tokens, self.depth_shares, self.repetitions, self.secret)
         check_setting(refuse_form, self.form)
+        check_setting(needle_kinds.find, self.kind)
+        self._refuse_settings_of_other_kinds()
+        check_setting(self.chosen_kind.refuse)
         return self
+
+    def _refuse_settings_of_other_kinds(self) -> None:
+        kind, given = needle_kinds.find(self.kind), self.model_fields_set
+        others = [key for key in KIND_SETTINGS if key not in {"kind", *kind.model_fields}]
+        unread = [key for key in (*others, *kind.unread) if key in given]
+        if not unread:
+            return
+        kinds = [name for name in needle_kinds.REGISTRY if set(unread) <= needle_kinds.find(name).model_fields.keys()]
+        exists = f"the kind {kind.name} has {', '.join(kind.model_fields) or 'no settings of its own'}"
+        fix = f"kind={' or '.join(kinds)}, or " * bool(kinds) + f"leave out {' and '.join(unread)}"
+        what = f"{'are' if len(unread) > 1 else 'is'} not for kind={kind.name}"
+        raise settings_error(f"{' and '.join(unread)} {what}", exists=exists, fix=fix)
+
+    @property
+    def chosen_kind(self) -> Kind:
+        """The kind with its settings."""
+        return needle_kinds.recorded({key: getattr(self, key) for key in KIND_SETTINGS})
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -208,7 +204,7 @@ class Needles(RecallProbe):
         return Effort(tokens, max(self.tokens, default=0))
 
     def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
-        longest = longest_prompt(config)
+        longest = longest_prompt(config, self.chosen_kind.secrets)
         if longest is None or longest >= max(self.tokens, default=0):
             return {}
         if self.length is not None:
@@ -221,10 +217,10 @@ class Needles(RecallProbe):
             read_scores(self.without)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
-        """The needles, from `make_needles`.
+        """The needles, from the kind.
 
         Raises:
-            SurgeryError: as for `make_needles`; prompts exceed a model's positions; the tokenizer is another model's.
+            SurgeryError: as for `Kind.make`; prompts exceed a model's positions; the tokenizer is another model's.
         """
         chosen = None
         if self.without is not None:
@@ -233,14 +229,18 @@ class Needles(RecallProbe):
         message = ("prompt and answer", "shorter lengths")
         refuse_too_long(configs, max(self.tokens, default=0), *message)
         text = load_text(self.text, part="held-out")
-        form = form_for(tokenizer, self.form)
-        draw_settings = {"samples": self.repetitions, "seed": self.seed, "secret": self.secret, "form": form}
-        needles = make_needles(tokenizer, lengths=self.tokens, depths=self.depth_shares, text=text, **draw_settings)
+        form, kind = form_for(tokenizer, self.form), self.chosen_kind
+        cells = Grid(self.tokens, self.depth_shares, self.repetitions, self.seed, self.secret)
+        needles = kind.make(tokenizer, text, form, cells)
         refuse_too_long(configs, longest_sequence(needles), *message)
         refuse_other_tokenizer(configs, max(token for n in needles for token in (*n.prompt, *n.answer)))
         grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
         text_info = {"title": text.title, "sha256": text.sha256[:12]}
-        settings = grid | draw_settings | {"text": text_info, "chance": chance(self.secret)}
+        settings = grid | {"samples": self.repetitions, "seed": self.seed, "secret": self.secret, "form": form}
+        settings |= {"text": text_info, "chance": kind.chance(self.secret)}
+        if kind.name != needle_kinds.DEFAULT:
+            settings |= {"kind": kind.name} | kind.model_dump()
+        settings = {key: value for key, value in settings.items() if key not in kind.unread}
         notes = list(chosen.notes) if chosen else []
         return NeedleResult("done", settings, needles, notes=notes, reach=reach_of(configs["out"]), ablation=chosen)
 
@@ -252,14 +252,18 @@ class Needles(RecallProbe):
 
     @classmethod
     def what(cls, settings: dict) -> str:
-        return "hidden passkeys found"
+        return needle_kinds.recorded(settings).finds
 
     @classmethod
     def worst(cls, record: dict) -> tuple[float, str]:
         """See `Probe.worst`; it is reported if half of the needles that the base finds are lost, or more."""
         kept, base, out = (record.get(key) or {} for key in ("kept", "base", "out"))
-        if not kept.get("of") or 2 * kept["kept"] > kept["of"]:
+        if not kept.get("of") or 2 * kept["kept"] > kept["of"] or cls.missing(record):
             return 0.0, ""
+        if (kind := needle_kinds.recorded(record.get("settings") or {})).name != needle_kinds.DEFAULT:
+            lost = _lost(kind)
+            found = f"{kind.finds}: {kept['kept']} of the {kept['of']} prompts that the base answers"
+            return 1 - kept["kept"] / kept["of"], f"This model {lost} ({found})."
         copies = "no longer copies" if not kept["kept"] else "hardly copies any more"
         found = f"{out.get('hits')} of {out.get('of')} hidden passkeys found; the base finds {base.get('hits')}"
         if record.get("streaming"):
@@ -280,7 +284,7 @@ class Needles(RecallProbe):
         settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
         text = settings.get("text") or {}
         about = {key: value for key, value in text.items() if key == "sha256"} | {"tokens": settings.get("lengths")}
-        recall = Metric("recall", "hidden passkeys found", out.get("accuracy"), base.get("accuracy"))
+        recall = Metric("recall", cls.what(settings), out.get("accuracy"), base.get("accuracy"))
         return [({"name": f"passkeys hidden in {text.get('title') or 'a text'}"} | about, [recall])]
 
     @classmethod
@@ -289,7 +293,12 @@ class Needles(RecallProbe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        return kept_words("needles", record)
+        kind = needle_kinds.recorded(record.get("settings") or {})
+        return kept_words("needles" if kind.name == needle_kinds.DEFAULT else kind.finds, record)
+
+    @classmethod
+    def missing(cls, record: dict) -> str:
+        return super().missing(record) or floor_words(record, "the base")
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -299,7 +308,8 @@ class Needles(RecallProbe):
             return f"The recall test (needles: secrets hidden in a text) was **not run**: {reason}."
         settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
-        line = f"Recall test (needles: random {settings.get('secret')} hidden in that text, prompts of {lengths} "
+        hidden = needle_kinds.recorded(settings).detail(settings.get("secret"))
+        line = f"Recall test (needles: {hidden} hidden in that text, prompts of {lengths} "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         late = LATE if settings.get("late") else ""
         line += f"tokens{late}): the base finds {base}, the converted model {out}."
@@ -311,8 +321,10 @@ class Needles(RecallProbe):
     def lines(cls, result: NeedleResult) -> list[Table | str]:
         """The hits in every cell, and the totals."""
         labels, settings, record = list(result.outcomes), result.settings, result.to_dict()
-        lines: list[Table | str] = [_grid(result, labels)]
+        lines: list[Table | str] = [hits_table(result)]
         lines.append(f"Needles answered exactly{', base → converted' if len(labels) > 1 else ''}.")
+        if few := too_few(result):
+            lines.append(few)
         if inside := sum(not result.counts(n) for n in result.cases):
             sinks, window = result.reach
             verdict = "are left out of the line `kept`" if len(labels) > 1 else "prove nothing"
@@ -336,7 +348,12 @@ class Needles(RecallProbe):
             lines += ablation.lines(off, record["out"])
         samples = f"{count(settings['samples'], 'prompt')} for each depth and length"
         size = f"{samples}, {settings['form']} form, seed {settings['seed']}{LATE if settings.get('late') else ''}"
-        lines.append(f"{size}; a random guess is right with probability {settings['chance']:.0e}.")
+        kind, share = needle_kinds.recorded(settings), share_words(settings["chance"])
+        if kind.name != needle_kinds.DEFAULT:
+            lines.append(f"Kind {kind.name}: {kind.detail(settings.get('secret'))}.")
+        lines.append(f"{size}; {kind.guess} is right with probability {share}.")
+        if low := floor_words(record, "the base" if len(labels) > 1 else "the model"):
+            lines.append(f"{low[0].upper()}{low[1:]}: its answers prove nothing.")
         return [
             *lines,
             f"The secrets are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']}).",
@@ -345,10 +362,11 @@ class Needles(RecallProbe):
     @classmethod
     def verdict(cls, record: dict) -> str:
         kept = record.get("kept") or {}
-        if not kept.get("of"):
+        if not kept.get("of") or cls.missing(record):
             return ""
         if not kept["kept"]:
-            return "The converted model no longer copies from its prompt: it finds none of what the base finds."
+            lost = _lost(needle_kinds.recorded(record.get("settings") or {}))
+            return f"The converted model {lost}: it finds none of what the base finds."
         where = " outside sinks and window" if record.get("streaming") else ""
         if kept["kept"] == kept["of"]:
             return f"The converted model finds all {kept['of']} needles that the base finds{where}."
@@ -357,46 +375,8 @@ class Needles(RecallProbe):
     @classmethod
     def picture(cls, result: NeedleResult) -> dict:
         """A heat map of the share of hits for each model, with counts in the cells."""
-        starred = {(n.length, n.depth) for n in result.cases if not result.counts(n)}
-        inside = [[(length, depth) in starred for length in result.lengths] for depth in result.depths]
-        panels = {}
-        for label in result.outcomes:
-            side = result.side(label)
-            counts = [[result.cell(label, length, depth) for length in result.lengths] for depth in result.depths]
-            texts = [[f"{hits}/{of}" if of else "" for hits, of in row] for row in counts]
-            name = NAMES[label] if len(result.outcomes) > 1 else "model"
-            panels[f"{name}: {side['hits']} of {side['of']} found"] = {
-                "values": side["grid"],
-                "texts": texts,
-                "hatched": inside,
-            }
-        kept = result.compare()
-        title = "recall test: needles answered exactly"
-        if kept and kept["of"]:
-            interval = f"95% interval {kept['low']:.1%} to {kept['high']:.1%}"
-            title += f"\nkept {kept['kept']} of {kept['of']} that the base finds\n({interval})"
-        return {
-            "panels": panels,
-            "rows": [f"{depth:.2f}" for depth in result.depths],
-            "columns": [f"{length:,}" for length in result.lengths],
-            "row_label": "depth of the needle",
-            "column_label": "tokens of the prompt",
-            "value_label": "share of the needles found",
-            "title": title,
-            "limits": (0.0, 1.0),
-            "hatch_label": "within sinks or window: proves nothing",
-        }
+        return heat_map(result)
 
 
-def _grid(result: NeedleResult, labels: list[str]) -> Table:
-    """Depth x length: hits of each model."""
-    starred = {(n.length, n.depth) for n in result.cases if not result.counts(n)}
-    rows = []
-    for depth in result.depths:
-        cells = []
-        for length in result.lengths:
-            hits = [result.cell(label, length, depth) for label in labels]
-            star = "* " if (length, depth) in starred else ""
-            cells.append(f"{star}{' → '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
-        rows.append([f"{depth:.2f}", *cells])
-    return Table(("depth", *(f"prompts of {length:,} tokens" for length in result.lengths)), rows, justify="right")
+def _lost(kind: Kind) -> str:
+    return "no longer copies from its prompt" if kind.copies else f"can no longer do this ({kind.summary})"

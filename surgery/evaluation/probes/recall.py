@@ -129,6 +129,26 @@ def kept_sentence(record: dict, does: str) -> str:
     return f" Of those that the base {does}{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
 
 
+def floor_words(record: dict, who: str) -> str:
+    """Why the base's answers, or those of a model without a base, prove nothing; "" if they exceed a guess.
+
+    They do where the whole interval of the share of right answers lies above what a guess reaches.
+
+    Args:
+        who: whose answers they are ("the base").
+    """
+    chance, side = (record.get("settings") or {}).get("chance"), record.get("base") or record.get("out") or {}
+    if not chance or side.get("low") is None or side["low"] > chance:
+        return ""
+    reached = f"{side['hits']} of {side['of']}, 95% interval from {side['low']:.1%}"
+    return f"{who} answers no more than a guess does ({reached}; a guess {share_words(chance)})"
+
+
+def share_words(chance: float) -> str:
+    """The probability of a guess, as a table shows it."""
+    return f"{chance:.0%}" if chance >= 0.01 else f"{chance:.0e}"
+
+
 class RecallProbe(CaseProbe):
     """A probe whose cases are prompts with one right answer.
 
@@ -214,11 +234,12 @@ class RecallProbe(CaseProbe):
             seen = f"they lie within the {sinks} sinks and {window} tokens that streaming heads see"
             lines.append(f"{inside} of {len(result.cases)} prompts prove nothing and do not count: {seen}.")
         chance = settings["chance"]
-        share = f"{chance:.0%}" if chance >= 0.01 else f"{chance:.0e}"
-        guess = f"; {cls.guess} is right with probability {share}" if chance else ""
+        guess = f"; {cls.guess} is right with probability {share_words(chance)}" if chance else ""
         late = LATE if settings.get("late") else ""
         made = f"({cls.detail(settings)}), seed {settings['seed']}{late}{guess}"
         lines.append(f"{len(result.cases)} {settings['form']} prompts {made}.")
+        if low := floor_words(result.to_dict(), "the base" if len(result.outcomes) > 1 else "the model"):
+            lines.append(f"{low[0].upper()}{low[1:]}: its answers prove nothing.")
         text = settings.get("text")
         source = f"The text is {text['title']} (sha256 {text['sha256']})." if text else ""
         return [*lines, *([source] if source else [])]
