@@ -258,20 +258,20 @@ def test_prompts_of_multi_are_those_of_multi_needle_and_of_the_version_before_ki
 def test_index_asks_for_the_needles_of_multi():
     shared = {"lengths": [1200], "depths": [0.2, 0.5, 0.8], "samples": 2, "keys": 5}
     by_place, by_key = (cases_of(kind, **shared).cases for kind in ("index", "multi"))
-    places, in_order = set(), 0
+    places, same = set(), 0
     for one, other in zip(by_place, by_key, strict=True):
         texts = [TOKENIZERS["plain"].decode(needle.prompt) for needle in (one, other)]
         sentences = [re.findall(ABOUT + SECRET, text) for text in texts]
-        assert sorted(sentences[0]) == sorted(sentences[1])
         assert len(sentences[0]) == 5
-        in_order += sentences[0] == sentences[1]  # a longer question leaves less text, and may move the place
-        assert one.secret == other.secret
+        if sentences[0] == sentences[1]:
+            assert one.secret == other.secret
+            same += 1
         ordinal = lead_of(texts[0]).split()[1]
         assert sentences[0][ORDINALS.index(ordinal)][1] == one.secret
-        assert not [key for key in KEYS.split() if key in texts[0][len(texts[0]) - 150 :].partition("?")[2]]
+        assert not [key for key in KEYS.split() if key in lead_of(texts[0])], "the question names no key"
         places.add(ordinal)
     assert len(places) > 1
-    assert in_order >= 4
+    assert same >= 4, "its question is longer: rarely a needle has no room, and another stretch is drawn"
 
 
 def test_similar_keys_differ_in_one_word():

@@ -2,8 +2,8 @@
 number of the text". A look-up by key copies what follows a match. A look-up by place must count.
 
 With the same settings, the needles and their text are those of `multi`, so the two kinds differ in the question alone.
-The question is longer, so that a prompt has a little less text. Rarely, this moves the needle that is asked for past a
-neighbour, or leaves out another, and then another stretch of text is drawn.
+The question is longer, so that a prompt has a little less text. Rarely, a needle then has no room, and another stretch
+of the text is drawn.
 """
 
 from __future__ import annotations
