@@ -61,7 +61,7 @@ CHEAPEST_FIRST = (
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="a model folder, or smollm2-135m")
 parser.add_argument("--out", type=Path, required=True)
-parser.add_argument("--minutes", type=float, default=5.0, help="the most for each recipe")
+parser.add_argument("--minutes", type=float, default=5.0, help="the most for each recipe; 0: plans alone")
 parser.add_argument("--windows", type=int, default=1, help="held-out windows")
 parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
 parser.add_argument("--check", action="store_true", help="check each result as `surgery apply` does")
@@ -92,8 +92,8 @@ def apply(recipe: str, options) -> dict[str, Any]:
     return {"outcome": "run", "loss": loss, "seconds": round(time.monotonic() - began, 1)}
 
 
-def outcome(recipe: str, options) -> dict[str, Any]:
-    """What a recipe does to the model: its plan, and what came of it in a process of its own."""
+def planned(recipe: str, options) -> dict[str, Any]:
+    """Whether a recipe fits the model, and what it would change."""
     if reasons := fitting_recipes(anatomy_of(options.model))[recipe]:
         return {"outcome": "refused", "reason": "; ".join(reasons)}
     try:
@@ -101,25 +101,31 @@ def outcome(recipe: str, options) -> dict[str, Any]:
     except SurgeryError as error:
         return {"outcome": "refused", "reason": error.what}
     summary = plan.summary()
-    planned = {"changes": list(plan.changes), "tier": plan.tier}
-    planned |= {key: summary[key] for key in ("kv_bytes_per_token", "kv_bytes_fixed")}
+    found = {"outcome": "not run", "reason": "it fits", "changes": list(plan.changes), "tier": plan.tier}
+    return found | {key: summary[key] for key in ("kv_bytes_per_token", "kv_bytes_fixed")}
+
+
+def outcome(recipe: str, options) -> dict[str, Any]:
+    """What came of a recipe, which is applied in a process of its own if it fits."""
+    found = planned(recipe, options)
+    if found["outcome"] == "refused":
+        return found
     command = [sys.executable, __file__, options.model, "--out", str(options.out), "--one", recipe]
     command += ["--windows", str(options.windows), "--length", str(options.length), *["--check"] * options.check]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60 * options.minutes, check=False)
     except subprocess.TimeoutExpired:
-        return planned | {"outcome": "stopped", "reason": f"after {options.minutes:g} minutes"}
+        return found | {"outcome": "stopped", "reason": f"after {options.minutes:g} minutes"}
     if done.returncode:
-        return planned | {"outcome": "failed", "reason": done.stderr.strip().splitlines()[-1]}
-    return planned | json.loads(done.stdout.splitlines()[-1])
+        return found | {"outcome": "failed", "reason": done.stderr.strip().splitlines()[-1]}
+    return found | json.loads(done.stdout.splitlines()[-1])
 
 
-def rows(measured: Measured) -> list[list[Any]]:
-    """The rows of the table."""
+def rows(measured: Measured, recipes: list[str], options) -> list[list[Any]]:
+    """The rows of the table; a recipe that was not run has what its plan says."""
     made = []
-    for recipe, found in measured.items():
-        if recipe == "base":
-            continue
+    for recipe in recipes:
+        found = measured.get(recipe) or planned(recipe, options)
         cache = [found.get(key) for key in ("kv_bytes_per_token", "kv_bytes_fixed")]
         growth, fixed = [f"{each['before']:,} → {each['after']:,}" if each else "" for each in cache]
         loss = f"{math.exp(measured['base']):.2f} → {math.exp(found['loss']):.2f}" if "loss" in found else ""
@@ -128,7 +134,7 @@ def rows(measured: Measured) -> list[list[Any]]:
     return made
 
 
-def write_results(measured: Measured, options) -> None:
+def write_results(measured: Measured, recipes: list[str], options) -> None:
     """Write results/NAME.json."""
     command = f"python examples/benchmarks/every_recipe.py {Path(options.model).name} --out rows.json"
     command += f" --windows {options.windows} --length {options.length} --minutes {options.minutes:g}"
@@ -139,7 +145,12 @@ def write_results(measured: Measured, options) -> None:
         "KV bytes of sinks and windows",
         "perplexity",
     ]
-    content = {"command": command, "machine": options.machine, "columns": columns, "rows": rows(measured)}
+    content = {
+        "command": command,
+        "machine": options.machine,
+        "columns": columns,
+        "rows": rows(measured, recipes, options),
+    }
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (FOLDER / f"{options.results}.json").write_text(f"{text}\n", encoding="utf-8")
 
@@ -157,11 +168,11 @@ def main() -> None:
     measured = Measured(options.out, settings | {"model": Path(options.model).name})
     base = measured.once("base", partial(score, options.model, options))
     print(f"{options.model}: perplexity {math.exp(base):.2f} on {options.windows} windows of {options.length} tokens")
-    for recipe in chosen:
+    for recipe in chosen if options.minutes else ():
         found = measured.once(recipe, partial(outcome, recipe, options))
         print(recipe, json.dumps(found, ensure_ascii=False), flush=True)
     if options.results:
-        write_results(measured, options)
+        write_results(measured, ordered, options)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from surgery.io.safetensors import TORCH_NAMES
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from surgery.runtime.surgery_config import HeadCost
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -129,7 +129,7 @@ def test_facts_are_those_of_the_modules(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_cache_bytes_are_those_of_a_cache(name):
-    """At 9 and at 12 tokens: a window of 6 tokens has been passed, so that its layers store no more for more tokens."""
+    """At 9 and at 12 tokens: both are beyond a window of 6 tokens, so that its layers store the same."""
     model, stored = base(name), {}
     for length in (9, 12):
         with torch.no_grad():

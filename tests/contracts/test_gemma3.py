@@ -27,7 +27,7 @@ ALONE = {
     "mqa",
     "prune-heads",
     "wgqa",
-}  # what one KV head leaves nothing to do for
+}  # they need two KV heads
 
 
 @pytest.fixture(scope="module")
