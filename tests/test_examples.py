@@ -363,6 +363,55 @@ def test_uptrain_from_scratch(tmp_path):
     assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
 
 
+FEW_STEPS = (
+    *("--base-only", "--hidden", "32", "--layers", "2", "--context", "512", "--windows", "2", "--threads", "1"),
+    *("--steps", "40"),
+)
+
+
+def test_a_base_trained_from_scratch_is_a_model_for_every_verb(surgery, tmp_path):
+    """Its tokenizer has one token for each byte, and one that no text has."""
+    from transformers import AutoTokenizer
+
+    printed = run("benchmarks/uptrain_from_scratch.py", *FEW_STEPS, "--out", "mha.json", cwd=tmp_path)
+    assert printed.splitlines()[-1] == "mha-base"
+    assert {path.name for path in tmp_path.iterdir()} == {"mha.json", "mha-base"}
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "mha-base"), "\x00ÿĀ caf\u00e9 \U0001f600\n"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id not in ids
+    assert len(tokenizer) == 256
+    layers = surgery("inspect", "mha-base", "--json").json["layers"]
+    assert [(layer["heads"], layer["kv_heads"]) for layer in layers] == [(8, 8), (8, 8)]
+    merge = ("kv_heads=4", "calibration_samples=4", "calibration_length=64", "calibration_text=builtin")
+    split = ("sinks=4", "window=28", "calibration_samples=2", "calibration_length=512")
+    for recipe, settings, kept in (("gqa", merge, 4), ("duo-attention", split, 8)):
+        assert surgery("plan", recipe, "mha-base", *settings).code == 0
+        made = surgery("apply", recipe, "mha-base", *settings, "-o", recipe, "--no-gate")
+        assert made.code == 0, made.err
+        layers = surgery("inspect", recipe, "--json").json["layers"]
+        assert [layer["kv_heads"] for layer in layers] == [kept, kept]
+
+
+@pytest.mark.slow
+def test_the_training_of_a_base_resumes_where_it_was_killed(tmp_path):
+    """It ends with the same weights as one that was never interrupted."""
+    killed = "import os, runpy, shutil, sys; shutil.rmtree = lambda *_, **__: os._exit(9); sys.argv = sys.argv[1:]; "
+    killed += "sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0], run_name='__main__')"
+    name, options = "benchmarks/uptrain_from_scratch.py", (*FEW_STEPS, "--out", "cut.json")
+    command = [sys.executable, "-c", killed, str(EXAMPLES / name), *options]  # killed at its second checkpoint
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 9, done.stderr[-2000:]
+    losses = re.findall(r"^base: step \d+ of 40, loss ([\d.]+), about", done.stderr, re.MULTILINE)
+    assert float(losses[-1]) < float(losses[0]) < 1.05 * math.log(256), "it learns"
+    printed = run(name, *options, cwd=tmp_path)
+    assert run(name, *options, cwd=tmp_path) == printed, "the second time all is known"
+    assert run(name, *FEW_STEPS, "--out", "whole.json", cwd=tmp_path) == printed.replace("cut", "whole")
+    weights = [(tmp_path / f"{name}-base" / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.slow
 def test_gqa_robustness(tiny_llama, tmp_path):
     (tmp_path / "prose.txt").write_text("\n\n".join([TEXT] * 8))

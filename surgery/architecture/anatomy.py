@@ -7,6 +7,7 @@ table but has the common form is marked as a guess.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ from surgery.io.safetensors import TORCH_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from surgery.runtime.surgery_config import HeadCost
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,17 @@ class Anatomy:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes by which keys and values in the cache grow with each token, in the checkpoint's dtype."""
-        tokens = (2 * layer.head_dim * sum(head.growing for head in layer.kv_cost) for layer in self.layers)
-        return round(BYTES.get(self.dtype, 2) * sum(tokens))
+        return round(self._kv_bytes(lambda head: head.growing))
 
     @property
     def kv_bytes_fixed(self) -> int:
         """Bytes of the cache that do not depend on the length of the text, such as sinks and windows."""
-        tokens = (2 * layer.head_dim * sum(head.fixed for head in layer.kv_cost) for layer in self.layers)
-        return BYTES.get(self.dtype, 2) * sum(tokens)
+        return round(self._kv_bytes(lambda head: head.fixed))
+
+    def _kv_bytes(self, tokens: Callable[[HeadCost], float]) -> float:
+        """Bytes of keys and values in the cache; `tokens` says how many tokens of a KV head count."""
+        costs = ((layer.head_dim, layer.kv_cost(self.positions)) for layer in self.layers)
+        return BYTES.get(self.dtype, 2) * sum(2 * size * sum(map(tokens, heads)) for size, heads in costs)
 
     @property
     def positions(self) -> int | None:

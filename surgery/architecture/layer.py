@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.families import Family
@@ -88,12 +89,17 @@ class LayerAnatomy:
         """Number of last tokens that the streaming heads see."""
         return self.entry.get("window", 0)
 
-    @property
-    def kv_cost(self) -> list[HeadCost]:
-        """What the cache holds for each KV head, in tokens."""
+    def kv_cost(self, positions: int | None = None) -> list[HeadCost]:
+        """What the cache holds for each KV head, in tokens.
+
+        Args:
+            positions: the most tokens that the model takes (None: unknown). A sliding window of the base's own bounds
+                the cache if it is narrower.
+        """
         from surgery.runtime.surgery_config import HeadCost
 
-        heads = [HeadCost()] * self.kv_heads
+        limit = self.window if self.window and self.window < (positions or inf) else None
+        heads = [HeadCost() if limit is None else HeadCost(0, limit)] * self.kv_heads
         for part in self.parts.values():
             heads = part.kv_cost(self.entry, heads)
         return heads

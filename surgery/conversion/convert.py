@@ -112,6 +112,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
         data = new_report(
             plan,
             work.source,
+            Anatomy.of(partial),
             overrides=plan.recipe.overrides,
             engine="streaming" if streaming else "loaded",
             fingerprint=fingerprint,
@@ -163,7 +164,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     hub_id = name if name.count("/") == 1 and not local else None
     source = ResolvedModel(Path(), utf8(Path(name).name) if local else name, hub_id=hub_id, base_model=hub_id)
     details = {"overrides": recipe.overrides, "engine": "loaded", "fingerprint": ""}
-    return Report(new_report(plan, source, **details, records=records))
+    return Report(new_report(plan, source, Anatomy.of(model), **details, records=records))
 
 
 def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):

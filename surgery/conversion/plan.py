@@ -193,17 +193,18 @@ class Plan(Printed):
         """Estimated seconds of the whole run on this machine."""
         return self.estimate.seconds
 
-    def summary(self) -> dict:
-        """The part of the plan that surgery.json keeps."""
+    def summary(self, made: Anatomy | None = None) -> dict:
+        """The part of the plan that surgery.json keeps; `made`: the anatomy of the result, if there is one."""
+        after = made or self.after
         return {
             "changes": self.changes,
             "notes": self.notes,
             "parameters": {"before": self.before.parameters, "after": self.parameters_after},
             "kv_bytes_per_token": {
                 "before": self.before.kv_bytes_per_token,
-                "after": self.after.kv_bytes_per_token,
+                "after": after.kv_bytes_per_token,
             },
-            "kv_bytes_fixed": {"before": self.before.kv_bytes_fixed, "after": self.after.kv_bytes_fixed},
+            "kv_bytes_fixed": {"before": self.before.kv_bytes_fixed, "after": after.kv_bytes_fixed},
         }
 
     def to_dict(self) -> dict:

@@ -62,7 +62,8 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
         counts = " or ".join(map(str, sorted({layer.kv_heads for layer in plan.after.layers})))
         return [*rows, f"{old.kv_heads} → {counts} KV heads: which layers get which is measured"]
     earlier = f" ({_readers(old)} before)" if _readers(old) != _readers(new) else ""
-    rows.append(f"{arrow(old.kv_heads, new.kv_heads)} KV heads, each read by {_readers(new)} query heads{earlier}")
+    heads = "1 KV head" if old.kv_heads == new.kv_heads == 1 else f"{arrow(old.kv_heads, new.kv_heads)} KV heads, each"
+    rows.append(f"{heads} read by {_readers(new)} query heads{earlier}")
     if known and (old.streaming or new.streaming):
         rows.append(f"{arrow(len(old.streaming), len(new.streaming))} streaming KV heads")
     for name in new.tensor_names:

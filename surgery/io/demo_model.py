@@ -177,15 +177,25 @@ def _make(source: Path, folder: Path, digest: str) -> None:
                 code="disk-full",
             )
         partial.mkdir()
-        _dequantise(source, partial)
-        _clean(partial)
+        dequantise(source, partial, MAX_LENGTH)
         card = _CARD.format(gguf=source.name, sha256=digest)
         (partial / "README.md").write_text(card, encoding="utf-8")
         os.replace(partial, folder)
 
 
+def dequantise(source: Path, folder: Path, max_length: int) -> None:
+    """Write weights (float32), config, tokenizer and chat template of a GGUF file as Hugging Face files.
+
+    Args:
+        source: the GGUF file, of an architecture that Transformers reads.
+        folder: an existing folder.
+        max_length: tokens that the model takes; the tokenizer of a GGUF file does not know them.
+    """
+    _dequantise(source, folder)
+    _clean(folder, max_length)
+
+
 def _dequantise(source: Path, folder: Path) -> None:
-    """Write weights, config, tokenizer and chat template of a GGUF file as Hugging Face files."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -201,7 +211,7 @@ def _dequantise(source: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _clean(folder: Path) -> None:
+def _clean(folder: Path, max_length: int) -> None:
     """Remove fields that only record where the files came from, and correct two values that GGUF changes or lacks."""
     with _edit(folder / "config.json") as config:
         config.pop("_model_name_or_path", None)  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
@@ -214,7 +224,7 @@ def _clean(folder: Path) -> None:
     with _edit(folder / "tokenizer_config.json") as tokenizer:
         tokenizer.pop("is_local", None)
         tokenizer.pop("local_files_only", None)
-        tokenizer["model_max_length"] = MAX_LENGTH
+        tokenizer["model_max_length"] = max_length
 
 
 @contextlib.contextmanager

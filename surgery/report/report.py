@@ -32,6 +32,7 @@ from surgery.operations import third_party
 from surgery.operations.base import SURGICAL
 
 if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
     from surgery.evaluation.figures import Evaluation
 
 GateStatus = Literal["passed", "failed", "skipped", "not run"]
@@ -338,12 +339,15 @@ def base_card(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, records: list[dict]) -> dict[str, Any]:
+def new_report(
+    plan, source, made: Anatomy, *, overrides=(), engine: str, fingerprint: str, records: list[dict]
+) -> dict[str, Any]:
     """The data of a report before any check or score.
 
     Args:
         plan: the `Plan` that was carried out.
         source: the `hub.ResolvedModel` of the base.
+        made: the anatomy of the result. Where a measurement chose the heads, the plan knows the cache only roughly.
         overrides: the user's changes to the recipe, as typed.
         engine: "streaming" or "loaded".
         fingerprint: fingerprint of the base's weight files.
@@ -370,7 +374,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
         "recipe": published_recipe(plan.recipe.identity()),
         "recipe_source": plan.recipe.source,
         "overrides": [published_override(text) for text in overrides],
-        "plan": plan.summary(),
+        "plan": plan.summary(made),
         "operations": [step.record(record) for step, record in zip(plan.steps, records, strict=True)],
         "versions": versions(step.operation.op for step in plan.steps),
         "threads": torch.get_num_threads(),

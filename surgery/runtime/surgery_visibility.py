@@ -177,8 +177,11 @@ class HeadSplit(Part):
         return ("visibility",) if layer.get("streaming") else ()
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
-        tokens, streaming = layer.get("sinks", 0) + layer.get("window", 0), {*layer.get("streaming", ())}
-        return [HeadCost(0, tokens) if head in streaming else cost for head, cost in enumerate(heads)]
+        streaming, window = {*layer.get("streaming", ())}, layer.get("window", 0)
+        narrow = HeadCost(0, layer.get("sinks", 0) + window)
+        # A base's window that is no wider replaces sinks and window (`Visibility.simplified`).
+        wider = [cost.growing or cost.fixed > window for cost in heads]
+        return [narrow if head in streaming and wider[head] else cost for head, cost in enumerate(heads)]
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
         streaming = layer.get("streaming")

@@ -147,6 +147,12 @@ class DuoAttention(Operation):
                 f"{len(local)} of {len(anatomy.layers)} layers see no farther than {self.window} tokens by the base's "
                 "own window: they stay as they are, and the ratio is of the others"
             )
+        wide = [layer for layer in anatomy.layers if layer.window is not None and layer.index not in local]
+        if measured and wide:
+            notes.append(
+                f"{len(wide)} of {len(anatomy.layers)} layers have a window of the base's own, where a streaming head "
+                "saves little: how much smaller the cache gets depends on the choice of heads"
+            )
         if measured:
             # Which heads stream is known only after measuring. How many is known, unless a threshold decides.
             streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)

@@ -137,7 +137,8 @@ class PruneHeads(Operation):
         counts = [len(units) for units in self._units(anatomy)]
         fewest = min((counts[layer.index] for layer in open_layers), default=1)
         if self.per_layer is not None and self.per_layer >= fewest and open_layers:
-            return [f"prune_heads: per_layer {self.per_layer}: a layer has {fewest} {unit}, and one must stay"]
+            one = f"1 {unit[:-1]}, which must stay" if fewest == 1 else f"{fewest} {unit}, and one must stay"
+            return [f"prune_heads: per_layer {self.per_layer}: a layer has {one}"]
         wanted, most = round((self.ratio or 0) * sum(counts)), sum(counts[layer.index] - 1 for layer in open_layers)
         if wanted > most:
             return [
