@@ -311,7 +311,7 @@ PLOTS = {
     "gqa": Plot(
         gqa,
         ("gqa-closed-form", "gqa-means"),
-        "Loss above the base of six ways to merge three KV heads into one, on two texts.",
+        "Loss above the base of five ways to merge three KV heads into one, on two texts.",
     ),
     "duo-attention": Plot(
         duo_attention,

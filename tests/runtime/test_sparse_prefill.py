@@ -477,7 +477,7 @@ def test_the_operation_knows_every_method_and_setting():
         ({"method": "streaming", "gamma": 0.9}, "streaming has no setting 'gamma'"),
         ({"method": "streming"}, "streaming"),
         ({"delta": 7}, "delta is 7, and must divide the block of 128"),
-        ({"heads": "retrieval"}, "needs a head split"),
+        ({"heads": "retrieval"}, "needs streaming heads"),
         ({"method": "streaming", "window": [8, 8]}, "one for each query head"),
     ],
 )
