@@ -117,7 +117,10 @@ def evaluate_needles(
     off: str | None = None,
     late: bool | None = None,
     kind: str | None = None,
-    **of_kind: int,
+    keys: int | None = None,
+    values: int | None = None,
+    hops: int | None = None,
+    chains: int | None = None,
 ) -> NeedleResult:
     """Run the recall test: hide secrets in a text and count those that a model, and its base if given, finds.
 
@@ -140,11 +143,13 @@ def evaluate_needles(
         late: the question comes in a call of its own, after the text is read.
         off: "all": heads are off for all tokens; "answer": from the last token of the prompt on.
         kind: what is hidden and asked ("key"); see `surgery.data.needle_kinds`.
-        of_kind: settings of this kind alone, such as `keys` of "multi".
+        keys, values, hops, chains: settings of some kinds: keys in a prompt, values of a key, steps of a chain, and
+            chains in a prompt.
     """
-    given = of_kind | _given(kind=kind, text=text, lengths=lengths, length=length, depths=depths, samples=samples)
+    given = _given(text=text, lengths=lengths, length=length, depths=depths, samples=samples)
     given |= _given(cases=cases, seed=seed, secret=secret, form=form)
     given |= _given(without=without, top=top, draws=draws, off=off, late=late)
+    given |= _given(kind=kind, keys=keys, values=values, hops=hops, chains=chains)
     return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))
 
 

@@ -28,12 +28,14 @@ class TaskResult(CaseResult):
         tasks, tokenizer: what is run. A result is not stored with them.
         answers: label -> file with the answers of an interrupted run; {} for loaded models.
         by_others: the outcomes of `out` by lm-eval's own command; [] if it was not run.
+        manner: how the items were asked, for the record of each task.
     """
 
     tasks: TaskSet | None = None
     tokenizer: Any = None
     answers: dict[str, Path] = field(default_factory=dict)
     by_others: list[ItemScore] = field(default_factory=list)
+    manner: dict[str, Any] = field(default_factory=dict)
 
     PROBE: ClassVar[str] = "tasks"
     COUNT: ClassVar[str] = "items"
@@ -61,11 +63,6 @@ class TaskResult(CaseResult):
             if pooled := self._pooled(group, [name for name in names if name in rows], base, out):
                 rows[group] = pooled
         return rows
-
-    @property
-    def manner(self) -> dict:
-        """How the items were asked, for the record of a task."""
-        return {key: self.settings.get(key) for key in ("limit", "chat")}
 
     def _rows(self, name: str, base: list[ItemScore] | None, out: list[ItemScore]) -> dict[str, dict]:
         """The record of a task; in RULER one for each length of the prompts."""

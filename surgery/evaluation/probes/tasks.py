@@ -128,7 +128,8 @@ class Tasks(CaseProbe):
         settings: dict[str, Any] = {"lm_eval": harness.version(), "names": names, "ruler": list(self.ruler)}
         settings |= vars(self.asking)
         refuse_too_long(configs, *self._longest)
-        return TaskResult("done", settings, [], tokenizer=tokenizer)
+        manner = {"limit": self.limit, "chat": self.chat}
+        return TaskResult("done", settings, [], tokenizer=tokenizer, manner=manner)
 
     def prepare(self, result: TaskResult, sources: dict[str, ModelSource], progress: Progress | None) -> None:
         """Read the tasks, and find the answers of an earlier run.

