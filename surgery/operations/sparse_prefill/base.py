@@ -104,7 +104,9 @@ class SparsePrefill(Variants, Operation):
         if not self.term_layers(anatomy):
             return ["no head of these layers sees all: there is nothing to make sparse"]
         if self.heads == "retrieval" and not any(layer.streaming for layer in anatomy.layers):
-            return ["heads: retrieval needs streaming heads; there are none: put duo_attention before it, or heads: all"]
+            return [
+                "heads: retrieval needs streaming heads; there are none: put duo_attention before it, or heads: all"
+            ]
         return self.problems_of_search(anatomy) or self._faults_of_settings(anatomy)
 
     @property
