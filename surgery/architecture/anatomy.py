@@ -87,6 +87,10 @@ class Anatomy:
         """Bytes of the cache that do not depend on the length of the text, such as sinks and windows."""
         return round(self._kv_bytes(lambda head: head.fixed))
 
+    def kv_bytes_at(self, tokens: int) -> int:
+        """Bytes of the cache of a text of so many tokens. A window that the text does not fill holds the text."""
+        return round(self._kv_bytes(lambda head: head.growing * tokens + min(head.fixed, tokens)))
+
     def _kv_bytes(self, tokens: Callable[[HeadCost], float]) -> float:
         """Bytes of keys and values in the cache; `tokens` says how many tokens of a KV head count."""
         costs = ((layer.head_dim, layer.kv_cost(self.positions)) for layer in self.layers)

@@ -197,7 +197,7 @@ class _Stages:
     def _memory(self, probe: Probe) -> float:
         """Bytes of a loaded model, of the logits of a text (main probe) or its cache, and of one layer's attention."""
         length, layer = probe.effort.length, self.anatomy.layers[0]
-        logits = 8 * length * self.vocabulary if probe.main else 2 * length * self.anatomy.kv_bytes_per_token
+        logits = 8 * length * self.vocabulary if probe.main else 2 * self.anatomy.kv_bytes_at(length)
         logits += probe.effort.logits * self.vocabulary * BYTES.get(self.anatomy.dtype, 4)
         return self.loaded + logits + 3 * 4 * layer.heads * length**2
 

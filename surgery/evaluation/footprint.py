@@ -19,13 +19,16 @@ class Footprint:
 
     Attributes:
         load_bytes: bytes of the weight files that are loaded from the folder, or of the parameters of a loaded model.
-        kv_bytes_per_token: KV cache of one token, all layers; None if the attention is not understood.
+        kv_bytes_per_token: KV cache of each further token of a long text, all layers; None if the attention is not
+            understood.
+        kv_bytes_unfilled: KV cache of each token as long as no window is full; 0 if that is unknown.
         logit_bytes: the logits of one token, in the model's dtype.
         positions: the most tokens that the model takes; 0 if it does not say.
     """
 
     load_bytes: int
     kv_bytes_per_token: int | None = None
+    kv_bytes_unfilled: int = 0
     logit_bytes: int = 0
     positions: int = 0
 
@@ -48,10 +51,11 @@ def footprint(source: ModelSource, label: str, notes: list[str]) -> Footprint:
     try:
         anatomy = Anatomy.of(source)
         width = BYTES.get(anatomy.dtype, width)
-        return Footprint(size, int(anatomy.kv_bytes_per_token), width * vocabulary, positions)
+        cache = int(anatomy.kv_bytes_per_token), anatomy.kv_bytes_at(1)
+        return Footprint(size, *cache, width * vocabulary, positions)
     except SurgeryError as error:
         notes.append(f"KV bytes of {label} are unknown: {error.what}")
-        return Footprint(size, None, width * vocabulary, positions)
+        return Footprint(size, None, 0, width * vocabulary, positions)
 
 
 def _bytes(source: ModelSource) -> int:

@@ -166,7 +166,7 @@ def _does_not_fit(result: CaseResult, sources: dict[str, ModelSource], probe: Ru
         on_disk = isinstance(source, str | Path)
         if on_disk:
             refuse_pickle(Path(source))
-        more = probe.extra_bytes(result.cases, size.kv_bytes_per_token or 0)
+        more = probe.extra_bytes(result.cases, size.kv_bytes_unfilled)
         more += probe.logits_at_once(result, size.positions) * size.logit_bytes
         needs.append((size.load_bytes if on_disk else 0, more))
     return next(filter(None, (too_big(weights, extra=more) for weights, more in needs)), "")

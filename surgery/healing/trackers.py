@@ -155,8 +155,10 @@ class Tracker:
             if not state.global_step:
                 fix = "see that its service is reached and logged in to, or heal.report_to=none"
                 raise MachineError(f"the tracker cannot begin: {reason}", where="heal.report_to", fix=fix) from error
-            self.fault = f"{reason}; nothing was reported to it after step {state.global_step}"
-            warn("%s. The result is not affected.", self.fault)
+            # The record is published, and an error may name addresses and keys: only the log has its words.
+            silent = f"nothing was reported to it after step {state.global_step}"
+            self.fault = f"{self.name}: {type(error).__name__}; {silent}"
+            warn("%s; %s. The result is not affected.", reason, silent)
             return None
 
 

@@ -60,7 +60,7 @@ def costs_text(report: dict) -> str:
     """The table of base and converted model, and the paragraphs of the probes. An unknown figure is left empty."""
     recorded, evaluation, plan = get(report, "evaluation"), figures_of(report), get(report, "plan")
     base, out = get(recorded, "base"), get(recorded, "out")  # cache and load size are known without a run
-    fixed = get(plan, "kv_bytes_fixed")  # only streaming heads have it
+    fixed = get(plan, "kv_bytes_fixed")  # of streaming heads, and of windows of the base's own
     cache, sizes = get(plan, "kv_bytes_per_token"), get(plan, "parameters")
     kv = base.get("kv_bytes_per_token") or cache.get("before"), out.get("kv_bytes_per_token") or cache.get("after")
     window = Row("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")

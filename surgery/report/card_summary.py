@@ -100,16 +100,24 @@ def _saved(report: dict, words: list[InWords]) -> list[str]:
     """Sentences on the savings in cache and weights, and the gains that operations state themselves."""
     plan, lines = get(report, "plan"), []
     cache, fixed, sizes = (get(plan, key) for key in ("kv_bytes_per_token", "kv_bytes_fixed", "parameters"))
-    before, after, always = cache.get("before"), cache.get("after"), fixed.get("after") or 0
+    before, after = cache.get("before"), cache.get("after")
+    held, always = fixed.get("before") or 0, fixed.get("after") or 0
     if finite(before) and finite(after) and before > 0 and after != before:
         bytes_ = f"{before:,} → {after:,} bytes per token"
         if not after:
             lines.append(f"Its KV cache stops growing at {always:,} bytes.")
         elif always:
-            share = f"{after / before:.3f} of the base's bytes"
-            lines.append(f"Its KV cache grows by {share} ({bytes_}), plus {always:,} bytes once.")
+            share, once = (
+                f"{after / before:.3f} of the base's bytes",
+                f"{held:,} → {always:,}" if held else f"{always:,}",
+            )
+            lines.append(f"Its KV cache grows by {share} ({bytes_}), plus {once} bytes once.")
         else:
             lines.append(f"Its KV cache takes {after / before:.3f} of the base's ({bytes_}).")
+    elif before == after and held and always != held:
+        lines.append(
+            f"Its windows hold {always / held:.3f} of the base's KV cache ({held:,} → {always:,} bytes once)."
+        )
     before, after = sizes.get("before"), sizes.get("after")
     if finite(before) and finite(after) and before > 0 and after / before < 1 - AT_LEAST:
         lines.append(f"Its weights are {after / before:.3f} of the base's.")

@@ -54,11 +54,13 @@ def blocks(data: dict[str, Any], folder: Path | None) -> list[Block]:
 
 def changed(plan: dict[str, Any]) -> str:
     """What changed, and the bytes of the KV cache before and after."""
-    kv, fixed = plan.get("kv_bytes_per_token") or {}, (plan.get("kv_bytes_fixed") or {}).get("after")
+    kv, fixed = plan.get("kv_bytes_per_token") or {}, plan.get("kv_bytes_fixed") or {}
     words = "; ".join(plan.get("changes") or ["nothing"])
     if not {"before", "after"} <= kv.keys():
         return words
-    also = f", plus {fixed:,} bytes of sinks and windows" if fixed else ""
+    held, always = fixed.get("before") or 0, fixed.get("after") or 0
+    once = f"{held:,} → {always:,}" if held and held != always else f"{always:,}"
+    also = f", plus {once} bytes of sinks and windows" if always or held else ""
     return f"{words}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token{also}"
 
 

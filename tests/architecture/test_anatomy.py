@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -136,11 +137,25 @@ def test_cache_bytes_are_those_of_a_cache(name):
             cache = model(input_ids=TOKENS[:1, :length], use_cache=True).past_key_values
         stored[length] = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     repeated = QUERIES // KV if name == "falcon_new" else 1  # Transformers' Falcon caches repeated heads; we say so
-    for anatomy in (Anatomy.of(model), Anatomy.of(model.config)):
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # a config of a model that was never saved may not say it
+    for anatomy in (Anatomy.of(model), Anatomy.of(config)):
         assert 3 * anatomy.kv_bytes_per_token * repeated == stored[12] - stored[9]
         # Transformers drops the oldest token of a window as soon as it has been read.
         kept = 12 * anatomy.kv_bytes_per_token + anatomy.kv_bytes_fixed * 5 // 6
         assert kept * repeated == stored[12]
+        if anatomy.kv_bytes_fixed == 0:
+            assert anatomy.kv_bytes_at(12) * repeated == stored[12]
+
+
+def test_cache_bytes_of_a_text_that_fills_no_window():
+    """A window of 6 tokens holds 4 of a text of 4, and 6 of a longer one; other layers hold all of it."""
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=6, sliding_window=6, num_key_value_heads=2, head_dim=8, dtype="float32"
+    )
+    anatomy, a_layer = Anatomy.of(config), 4 * 2 * 2 * 8  # keys and values of 2 heads of 8 channels, float32
+    for tokens in (1, 4, 6, 7, 100):
+        assert anatomy.kv_bytes_at(tokens) == a_layer * (5 * min(tokens, 6) + tokens)
 
 
 def test_windows_by_layer():

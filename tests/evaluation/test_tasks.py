@@ -789,6 +789,22 @@ def test_rows_of_groups_tags_and_files(tmp_path):
     assert task_set.row_names([str(tmp_path / "none.yaml")]) is None
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "group: [x, y]\ntask: own\n",
+        "task: [piqa, hellaswag]\n",
+        "group: {a: b}\n",
+        "task: &t [{group: h, task: *t}]\n",
+    ],
+)
+def test_a_file_that_names_nothing_in_strings_does_not_say(tmp_path, lines):
+    """Older spellings of lm-eval, and a file that refers to itself."""
+    file = tmp_path / "odd.yaml"
+    file.write_text(lines)
+    assert task_set.row_names([str(file)]) is None
+
+
 def test_prompts_that_differ_are_not_compared(model, merged, choosing, monkeypatch):
     run, calls = asking.run, []
 

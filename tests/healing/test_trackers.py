@@ -34,7 +34,7 @@ class Notebook(TrainerCallback):
 
     def _note(self, event, state, logs=None):
         if (event, state.global_step) in self.fails:
-            raise ConnectionError("the service is gone")
+            raise ConnectionError("the service is gone: https://me:SECRET@tracker")
         self.lines.append((event, state.global_step, dict(logs or {})))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -124,10 +124,13 @@ def test_a_tracker_that_fails_costs_no_result(healed, notebook, monkeypatch, cap
     assert done.report.data["heal"]["steps"] == STEPS
     assert done.report.gate == "passed"
     (fault,) = done.report.data["heal"]["tracker_faults"]
-    assert fault.startswith("Notebook: ConnectionError: the service is gone; ")
+    assert fault.startswith("Notebook: ConnectionError; nothing was reported to it after step ")
     assert last in fault
-    assert [record.getMessage() for record in caplog.records] == [f"{fault}. The result is not affected."]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("Notebook: ConnectionError: the service is gone: ")
+    assert said.endswith(f"{last}. The result is not affected.")
     assert fault in " ".join(str(done.report).split())
+    assert "SECRET" not in json.dumps(done.report.data), "the record is published"
 
 
 def test_a_tracker_that_fails_before_the_first_step_is_an_error(surgery, model, text, tmp_path, notebook, monkeypatch):

@@ -242,21 +242,32 @@ def row_names(names: Sequence[str]) -> set[str] | None:
     index, rows = _manager("{}").task_index, set()
     for name in names:
         entry = name if name in index else _entry_of_file(Path(name))
-        if not entry:
+        try:
+            rows |= _members(entry, index)
+        except _UnclearFileError:
             return None
-        rows |= _members(entry, index)
     return rows
 
 
-def _members(entry: str | dict[str, Any], index: dict[str, Any], group: str = "") -> set[str]:
+class _UnclearFileError(Exception):
+    """The file of a task or group does not say in strings what it names."""
+
+
+def _members(entry: Any, index: dict[str, Any], group: str = "", around: tuple[int, ...] = ()) -> set[str]:
     """A task, or a group or tag with all that is in it, as lm-eval names them.
 
     Args:
         entry: its name, or a mapping with the key `task` or `group`.
         group: the group that it is in; lm-eval puts this before names that are not in its index.
+        around: ids of the mappings that the entry lies in, since a file may refer to itself.
+
+    Raises:
+        _UnclearFileError: the entry has another form, such as the older spelling of tags as a list.
     """
-    inline = {} if isinstance(entry, str) else entry
-    name = entry if isinstance(entry, str) else inline.get("group") or inline.get("task")
+    inline = entry if isinstance(entry, dict) else {}
+    name = inline.get("group") or inline.get("task") if inline else entry
+    if not isinstance(name, str) or id(entry) in around:
+        raise _UnclearFileError
     known = index.get(name)
     if known is None:
         members, own = inline.get("task") if "group" in inline else (), f"{group}::{name}" if group else str(name)
@@ -265,7 +276,8 @@ def _members(entry: str | dict[str, Any], index: dict[str, Any], group: str = ""
     else:
         members, own = (known.cfg or {}).get("task") if known.kind.name == "GROUP" else (), name
     listed = members if isinstance(members, list) else ()
-    return {own}.union(*(_members(member, index, own) for member in listed))
+    inside = (*around, id(inline)) if inline else around
+    return {own}.union(*(_members(member, index, own, inside) for member in listed))
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -292,9 +304,8 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except SurgeryError:
         raise
     except Exception as error:  # any kind: tasks are files and code of others
-        if (
-            type(error) is LookupError and "nltk" in str(error).lower()
-        ):  # its own page of advice is longer than a screen
+        # nltk's own advice is longer than a screen.
+        if type(error) is LookupError and "nltk" in str(error).lower():
             what = (
                 f"the task {name} needs data of nltk that are not on this machine, and the network does not give them"
             )

@@ -150,7 +150,7 @@ class Calibration:
         if not self.written:
             return total
         rows, fast = samples_to_begin(self.written // self.length), fast_in_bfloat16()
-        writing = rows * (self.length * anatomy.kv_bytes_per_token + 3 * 8 * vocabulary)
+        writing = rows * (anatomy.kv_bytes_at(self.length) + 3 * 8 * vocabulary)
         if fast and BYTES.get(anatomy.dtype, 2) > 2:
             writing += 2 * anatomy.parameters
         compiled = KERNELS if fast and layer.heads == layer.kv_heads else 0.0
