@@ -377,13 +377,28 @@ def test_the_record_names_the_kind_and_a_base_at_the_floor_is_no_gate(kind):
         assert ("no more than a guess" in shown) is not above
         assert f"Kind {kind}: " in shown
         assert f"right with probability {floor:.0%}" in shown
-        assert f"kept {hits - 1} of {hits}" in Needles.sentence(record)
+        assert Needles.sentence(record).endswith(f"kept {hits - 1} of {hits}" if above else "")
+        assert bool(Needles.sentence(record)) is above
+        card = Needles.paragraph(record)
+        assert (f"it keeps {hits - 1} of {hits}" in card) is above
+        assert ("The base answers no more than a guess does" in card) is not above
+        assert Needles.recall(record) is None, "documented as that of single hidden secrets"
         assert "passkeys" not in Needles.rows(record)[0].name + Needles.metrics(record)[0][1][0].name
         assert Needles.paragraph(record).startswith("Recall test (needles: ")
     result.outcomes["base"] = [Outcome(True, 0.5)] * 12
     result.outcomes["out"] = [Outcome(False, 0.5)] * 12
     assert Needles.worst(result.to_dict())[0] == 1
     assert Needles.verdict(result.to_dict()).startswith("The converted model ")
+
+
+def test_the_share_of_single_secrets_is_the_recall_of_a_report():
+    result = cases_of("key")
+    result.outcomes = {"base": [Outcome(True, 0.5)] * 3, "out": [Outcome(n < 2, 0.5) for n in range(3)]}
+    record = result.to_dict()
+    assert Needles.recall(record) == pytest.approx(2 / 3)
+    result.settings["chance"] = 0.9
+    assert Needles.recall(result.to_dict()) is None, "a guess is as good as the base"
+    assert Needles.recall({"status": "not run", "reason": "memory"}) is None
 
 
 def test_lengths_are_cut_to_what_a_model_takes():

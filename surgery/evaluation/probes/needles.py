@@ -289,16 +289,14 @@ class Needles(RecallOfKinds):
 
     @classmethod
     def recall(cls, record: dict) -> float | None:
-        return (record.get("kept") or {}).get("share")
+        """See `Probe.recall`; only of the default kind: other kinds ask for more than a copy."""
+        other = ((record.get("settings") or {}).get("kind") or needle_kinds.DEFAULT) != needle_kinds.DEFAULT
+        return None if other or cls.missing(record) else record["kept"]["share"]
 
     @classmethod
     def sentence(cls, record: dict) -> str:
         kind = needle_kinds.recorded(record.get("settings") or {})
-        return kept_words("needles" if kind.name == needle_kinds.DEFAULT else kind.finds, record)
-
-    @classmethod
-    def missing(cls, record: dict) -> str:
-        return super().missing(record) or floor_words(record, "the base")
+        return "" if cls.missing(record) else kept_words("needles" if kind.name == needle_kinds.DEFAULT else kind.finds, record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:

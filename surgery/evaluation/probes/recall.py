@@ -118,12 +118,16 @@ def kept_limit(cases: str, done: str, words: str) -> Limit:
 def kept_sentence(record: dict, does: str) -> str:
     """The sentence of a card on what the converted model keeps, after a space; "" where there is nothing to keep.
 
+    Of a base that a guess equals, it says that instead.
+
     Args:
         does: what the base does ("answers").
     """
     kept = record.get("kept") or {}
     if not kept.get("of"):
         return ""
+    if low := floor_words(record, "the base"):
+        return f" {low[0].upper()}{low[1:]}: its answers say nothing about the surgery."
     condition = " and that lie outside sinks and window" if record.get("streaming") else ""
     interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
     return f" Of those that the base {does}{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
@@ -201,7 +205,9 @@ class RecallProbe(CaseProbe):
         reason = record.get("reason") or f"the base answers none of the {cls.cases_are} that count"
         if (within := record.get("streaming")) and within["needles_inside"] == record.get("out", {}).get("of"):
             reason = f"all {cls.cases_are} lie within sinks and window, which streaming heads see: ask longer ones"
-        return "" if answered else reason if record else super().missing(record)
+        if not answered:
+            return reason if record else super().missing(record)
+        return floor_words(record, "the base")
 
     @classmethod
     def rows(cls, record: dict) -> list[Row]:
@@ -211,7 +217,7 @@ class RecallProbe(CaseProbe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        return kept_words(cls.what(record["settings"]), record) if record.get("kept") else ""
+        return "" if cls.missing(record) else kept_words(cls.what(record["settings"]), record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
