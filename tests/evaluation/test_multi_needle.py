@@ -130,6 +130,10 @@ def test_a_base_at_the_floor_is_not_judged(tokenizer):
     card = MultiNeedle.paragraph(facts)
     assert "The base answers no more than a guess does" in card
     assert "it keeps" not in card
+    ((data, (share,)),) = MultiNeedle.metrics(facts)
+    assert data["name"].startswith("Several needles in one text: ")
+    assert (data["keys"], share.name, share.value) == (4, "right one of 4 hidden secrets", 0.25)
+    MultiNeedle.paragraph(facts | {"settings": facts["settings"] | {"keys": 99}})  # edited: shown all the same
     above = facts_of(tokenizer, [n < 40 for n in range(48)], [n < 40 for n in range(48)])
     assert gate(DONE | {"multi_needle": above}, {"min_multi_needle": 0.5}) == ("passed", [])
 
