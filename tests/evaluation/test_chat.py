@@ -204,6 +204,8 @@ def test_what_a_model_loses_after_a_text_is_counted_by_its_length(tokenizer, far
     assert Chat.sentence(record) == f"chat after 0, 200 or 900 tokens of text kept {20 + counts['answered']} of 30"
     assert [row.name for row in Chat.rows(record)][-1] == "the same after 900 tokens of text"
     lines = Chat.lines(result)
+    few = "A cell of 10 requests has no share of its own: 48 make it reportable (requests=FILE with 48 lines)."
+    assert few in lines
     table = next(each for each in lines if isinstance(each, Table) and each.headers[0] == "text before")
     assert table.rows[2][0] == "900 tokens"
     assert table.rows[2][2].startswith(f"{counts['answered']} of 10 answered; {counts['ended']} end, ")
