@@ -130,7 +130,7 @@ class _Prose:
         if not any(end - first >= need for first, end in found):
             self.ends = _sentences(tokenizer, self.ids, pieces)
             found = [Passage(one, end) for one in self.ends if (end := _next(self.ends, one + need)) is not None]
-        self.passages = [each for each in found if need <= each.end - each.first <= most and self._is_unique(each)]
+        self.passages = self._unique([each for each in found if need <= each.end - each.first <= most])
 
     def before(self, end: int, size: int) -> list[int]:
         """The `size` tokens that end at `end`."""
@@ -167,11 +167,19 @@ class _Prose:
             if found == samples:
                 return
 
-    def _is_unique(self, passage: Passage) -> bool:
-        """Whether the text has the passage's beginning, and what follows it, only once."""
-        middle = passage.first + self.cue
-        parts = self._written[passage.first : middle], self._written[middle : middle + self.tokens]
-        return all(self._written.count(part) == 1 for part in parts)
+    def _unique(self, passages: list[Passage]) -> list[Passage]:
+        """The passages of which the text has the beginning, and what follows it, only once."""
+        cues = self._repeated([each.first for each in passages], self.cue)
+        answers = self._repeated([each.first + self.cue for each in passages], self.tokens)
+        return [each for each in passages if each.first not in cues and each.first + self.cue not in answers]
+
+    def _repeated(self, places: list[int], size: int) -> set[int]:
+        """Of the places those whose next `size` tokens stand elsewhere too. The text is read once for all of them."""
+        times = dict.fromkeys((self._written[place : place + size] for place in places), 0)
+        for first in range(len(self._written) - size + 1):
+            if (part := self._written[first : first + size]) in times:
+                times[part] += 1
+        return {place for place in places if times[self._written[place : place + size]] > 1}
 
 
 def _is_free(first: int, end: int, taken: Sequence[Passage]) -> bool:

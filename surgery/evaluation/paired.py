@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +19,14 @@ from surgery.errors import ModelError
 from surgery.evaluation.footprint import footprint
 from surgery.evaluation.result import Result
 from surgery.io.loading import loaded, refuse_pickle
+from surgery.io.printing import count
 from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
+REPORTABLE = 48  # cases from which a share says something: the 95% interval of a half is 36% to 64%
 MODELS = {"base": "the base", "out": "the converted model"}  # label -> the model that runs, in progress
 NAMES = {"base": "base", "out": "converted"}  # label -> name of the model in results
 
@@ -203,6 +205,22 @@ def kept_of(pairs: Iterable[tuple[bool, bool]]) -> dict:
     low, high = wilson(sum(hits), len(hits))
     share = sum(hits) / len(hits) if hits else math.nan
     return {"of": len(hits), "kept": sum(hits), "share": share, "low": low, "high": high}
+
+
+def few_words(cells: Sequence[int], case: str, remedy: str) -> str:
+    """A note on cells with too few cases for a share of their own; "" if all have enough.
+
+    Args:
+        cells: how many cases each cell has.
+        case: what a case is ("needle"). remedy: what to set for enough of them ("samples=48").
+    """
+    fewest = min(cells, default=REPORTABLE)
+    if fewest >= REPORTABLE:
+        return ""
+    if len(cells) == 1:
+        few = f"{count(fewest, case)} {'is' if fewest == 1 else 'are'} few"
+        return f"{few}: {REPORTABLE} make the share reportable ({remedy})."
+    return f"A cell of {count(fewest, case)} has no share of its own: {REPORTABLE} make it reportable ({remedy})."
 
 
 def percent(figures: dict) -> str:

@@ -111,9 +111,10 @@ class Report(Printed):
 
     @property
     def recall(self) -> float | None:
-        """Of the needles that the base finds, the share that the converted model finds too: 0 to 1.
+        """Of the hidden secrets that the base finds, the share that the converted model finds too: 0 to 1.
 
-        Needles that streaming heads see anyway do not count (see the probe `needles`).
+        Those that streaming heads see anyway do not count (see the probe `needles`). None: the recall test was not
+        run, or hid needles of another kind than single secrets, or the base finds no more than a guess would.
         """
         shares = (cls.recall(record) for cls, record in done(self.data["evaluation"] or {}))
         return next((share for share in shares if share is not None), None)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import pytest
 from conftest import WORDS
 from tokenizers_of_bytes import byte_tokenizer, letters_tokenizer
 
-from surgery.data.quotations import LEAD, LONGEST, make_quotations
+from surgery.data.quotations import LEAD, LONGEST, _Prose, make_quotations
 from surgery.data.text import Text, begin_of_text, load_text
 from surgery.errors import SurgeryError
 
@@ -97,6 +98,10 @@ def test_code_and_what_comes_twice_are_not_quoted():
         quoted = byte_tokenizer().decode(case.prompt[slice(*case.span)])
         assert "value" not in quoted
         assert "two times" not in quoted
+    prose_of = _Prose(byte_tokenizer(), named(mixed), 20, 30)
+    for passage in prose_of.passages:
+        for first, size in ((passage.first, 20), (passage.first + 20, 30)):
+            assert occurrences(prose_of.ids, prose_of.ids[first : first + size]) == 1
     held_out = make_quotations(byte_tokenizer(), distances=(60,), samples=20)
     assert not [case for case in held_out if re.match(r"\s{3}", byte_tokenizer().decode(case.prompt[case.span[0] :]))]
 
@@ -116,6 +121,26 @@ def test_a_text_without_empty_lines_is_cut_at_sentences(sentence, stop):
         assert text.count(quoted) == 1
         assert text[: text.index(quoted)].strip().endswith(stop.strip())
         assert case.question - end == case.length
+
+
+def test_a_text_of_a_megabyte_is_read_in_time_that_grows_with_it():
+    """Not once for each of its paragraphs: that took a time that grows with the square."""
+
+    class Characters:
+        """A token for each character."""
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(map(ord, text))}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    def seconds(paragraphs: int) -> float:
+        text, started = named(prose(paragraphs, seed=1)), time.process_time()
+        assert _Prose(Characters(), text, 40, 40).passages
+        return time.process_time() - started
+
+    assert seconds(4000) < 30 * min(seconds(400) for _ in range(3)), "10 times as long; the square would be 100"
 
 
 def test_refused():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import surgery
 from surgery.data.requests import REQUESTS
 from surgery.evaluation.answers import goes_in_circles
+from surgery.evaluation.paired import few_words
 from surgery.evaluation.probes.chat import Chat
 from surgery.evaluation.probes.settings import make
 from surgery.io.printing import Table
@@ -203,6 +204,8 @@ def test_what_a_model_loses_after_a_text_is_counted_by_its_length(tokenizer, far
     assert Chat.sentence(record) == f"chat after 0, 200 or 900 tokens of text kept {20 + counts['answered']} of 30"
     assert [row.name for row in Chat.rows(record)][-1] == "the same after 900 tokens of text"
     lines = Chat.lines(result)
+    few = "A cell of 10 requests has no share of its own: 48 make it reportable (requests=FILE with 48 lines)."
+    assert few in lines
     table = next(each for each in lines if isinstance(each, Table) and each.headers[0] == "text before")
     assert table.rows[2][0] == "900 tokens"
     assert table.rows[2][2].startswith(f"{counts['answered']} of 10 answered; {counts['ended']} end, ")
@@ -328,3 +331,25 @@ def test_identity_on_disk(models, tmp_path):
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "copy")
     result = surgery.evaluate(str(tmp_path / "copy"), str(base), probe="chat", tokens=24)
     assert result.compare()["kept"] == result.compare()["of"] > 0
+
+
+def test_a_record_of_lengths_without_a_base_has_a_paragraph():
+    side = {"answered": 3, "of": 10, "share": 0.3, "ended": 6, "loops": 2, "empty": 1}
+    settings = {"requests": "ten requests", "tokens": 128, "margin": 0.5, "lengths": [512]}
+    rows = [{"length": 512, "out": side, "kept": None}]
+    record = {"status": "done", "settings": settings, "out": side, "kept": None, "lengths": rows}
+    said = Chat.paragraph(record)
+    assert "it answers 3 of 10. An answer counts if it ends and does not go round in circles." in said
+    assert "After 512 tokens of text it answers 3 of 10; 4 of its answers do not end, 2 go round in circles" in said
+    assert "base" not in said
+    assert "None" not in said
+
+
+def test_few_requests_are_told():
+    for cells, says in (
+        ([10], "10 requests are few: 48 make the share reportable (more)."),
+        ([1], "1 request is few: 48 make the share reportable (more)."),
+        ([48, 10], "A cell of 10 requests has no share of its own: 48 make it reportable (more)."),
+        ([48, 60], ""),
+    ):
+        assert few_words(cells, "request", "more") == says

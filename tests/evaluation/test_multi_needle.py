@@ -120,6 +120,24 @@ def test_gate_and_card_and_sentence_follow(tokenizer):
     )
 
 
+def test_a_base_at_the_floor_is_not_judged(tokenizer):
+    """A guess among four secrets is right in 12 of 48."""
+    facts = facts_of(tokenizer, [n < 12 for n in range(48)], [n < 12 for n in range(48)])
+    status, reasons = gate(DONE | {"multi_needle": facts}, {"min_multi_needle": 0.5})
+    assert status == "not run"
+    assert "the base answers no more than a guess does (12 of 48" in reasons[0]
+    assert MultiNeedle.sentence(facts) == ""
+    card = MultiNeedle.paragraph(facts)
+    assert "The base answers no more than a guess does" in card
+    assert "it keeps" not in card
+    ((data, (share,)),) = MultiNeedle.metrics(facts)
+    assert data["name"].startswith("Several needles in one text: ")
+    assert (data["keys"], share.name, share.value) == (4, "right one of 4 hidden secrets", 0.25)
+    MultiNeedle.paragraph(facts | {"settings": facts["settings"] | {"keys": 99}})  # edited: shown all the same
+    above = facts_of(tokenizer, [n < 40 for n in range(48)], [n < 40 for n in range(48)])
+    assert gate(DONE | {"multi_needle": above}, {"min_multi_needle": 0.5}) == ("passed", [])
+
+
 def test_the_command(surgery, reading_model, tmp_path):
     options = ("--probe", "multi_needle", "length=700", "cases=2", "depths=2", "keys=3")
     done = surgery("eval", reading_model, "--base", reading_model, *options)

@@ -321,6 +321,9 @@ def test_figures_and_lines(capsys):
     assert (facts["base"]["right"], facts["out"]["accuracy"]) == (3, 0.5)
     assert (facts["out"]["low"], facts["out"]["high"]) == wilson(2, 4)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    ((data, (metric,)),) = Choices.metrics(facts)
+    assert data["name"].startswith("Multiple choice: ")
+    assert (metric.kind, metric.value, metric.base) == ("accuracy", 0.5, 0.75)
     display.measured(Choices, result)
     said = capsys.readouterr().out
     for words in ("base:      3 of 4 questions right (75.0%", "both right 2, only the base 1", "p = 1", "33.3%"):

@@ -27,6 +27,7 @@ from surgery.evaluation.probes.grid import NeedleResult
 from surgery.evaluation.probes.needles import Needles
 from surgery.evaluation.probes.settings import make
 from surgery.evaluation.recall import Outcome, run_needles
+from surgery.report.card import render_card
 from surgery.report.gate import gate
 from surgery.runtime.modeling_surgery import CACHE
 
@@ -377,13 +378,59 @@ def test_the_record_names_the_kind_and_a_base_at_the_floor_is_no_gate(kind):
         assert ("no more than a guess" in shown) is not above
         assert f"Kind {kind}: " in shown
         assert f"right with probability {floor:.0%}" in shown
-        assert f"kept {hits - 1} of {hits}" in Needles.sentence(record)
+        assert Needles.sentence(record).endswith(f"kept {hits - 1} of {hits}" if above else "")
+        assert bool(Needles.sentence(record)) is above
+        card = Needles.paragraph(record)
+        assert (f"it keeps {hits - 1} of {hits}" in card) is above
+        assert ("The base answers no more than a guess does" in card) is not above
+        assert Needles.recall(record) is None, "documented as that of single hidden secrets"
         assert "passkeys" not in Needles.rows(record)[0].name + Needles.metrics(record)[0][1][0].name
         assert Needles.paragraph(record).startswith("Recall test (needles: ")
     result.outcomes["base"] = [Outcome(True, 0.5)] * 12
     result.outcomes["out"] = [Outcome(False, 0.5)] * 12
     assert Needles.worst(result.to_dict())[0] == 1
     assert Needles.verdict(result.to_dict()).startswith("The converted model ")
+
+
+@pytest.mark.parametrize("changed", [{"kind": "later"}, {"kind": ["multi"]}, {"keys": "many"}, {"keys": 99}])
+def test_a_record_of_a_later_version_or_with_other_settings_is_shown(changed):
+    result = cases_of("multi", depths=[0.5], samples=12)
+    result.outcomes = {label: [Outcome(True, 0.5)] * 12 for label in ("base", "out")}
+    result.settings |= changed
+    record = result.to_dict()
+    assert Needles.sentence(record) == "needles of an unknown kind found kept 12 of 12"
+    assert "secrets of an unknown kind hidden in that text, prompts of 801 tokens" in Needles.paragraph(record)
+    assert Needles.rows(record)[0].name == "needles of an unknown kind found, share"
+    assert "Kind unknown: secrets of an unknown kind." in Needles.lines(result)
+    assert "passkeys" not in Needles.metrics(record)[0][0]["name"]
+    assert Needles.recall(record) is None
+    card = render_card({"evaluation": DONE | {"needles": record}}, None)
+    assert "needles of an unknown kind found" in card
+
+
+def test_the_card_says_what_is_hidden_before_how_it_is_asked_for():
+    for kind, words in (
+        ("association", "4 people with a clue each hidden in that text, one asked for in other words, prompts"),
+        ("value", "one key with 2 values of random digits hidden in that text, all asked for, prompts"),
+        ("distractor", "4 similar keys with digits each hidden in that text, prompts"),
+    ):
+        result = cases_of(kind)
+        result.outcomes = {label: [Outcome(True, 0.5)] * 3 for label in ("base", "out")}
+        record = result.to_dict()
+        assert f"Recall test (needles: {words} of 801 tokens)" in Needles.paragraph(record)
+        ((data, (metric,)),) = Needles.metrics(record)
+        assert data["name"].startswith(f"needles of kind {kind} hidden in ")
+        assert (metric.kind, metric.value, metric.base) == ("recall", 1.0, 1.0)
+
+
+def test_the_share_of_single_secrets_is_the_recall_of_a_report():
+    result = cases_of("key")
+    result.outcomes = {"base": [Outcome(True, 0.5)] * 3, "out": [Outcome(n < 2, 0.5) for n in range(3)]}
+    record = result.to_dict()
+    assert Needles.recall(record) == pytest.approx(2 / 3)
+    result.settings["chance"] = 0.9
+    assert Needles.recall(result.to_dict()) is None, "a guess is as good as the base"
+    assert Needles.recall({"status": "not run", "reason": "memory"}) is None
 
 
 def test_lengths_are_cut_to_what_a_model_takes():

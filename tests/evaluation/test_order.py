@@ -157,6 +157,8 @@ def test_figures_gate_and_card():
     assert status == "not run"
     assert "the base answers no more than a guess does (4 of 12" in reasons[0]
     assert "The base answers no more than a guess" in Order.paragraph(record)
+    assert "it keeps" not in Order.paragraph(record)
+    assert Order.sentence(record) == ""
 
 
 def test_the_same_seed_gives_the_same_prompts():

@@ -211,6 +211,18 @@ def test_gate_card_and_closing_line(tokenizer):
     assert names[1:3] == ["tokens continued exactly, of 32", "the same, of a paragraph that was not read (floor)"]
 
 
+def test_few_paragraphs_at_a_distance_are_told(tokenizer):
+    result = cases_of(tokenizer)
+    record = planted(result)
+    note = "A cell of 2 prompts has no share of its own: 48 make it reportable (samples=48)."
+    assert Verbatim.lines(result).count(note) == 1
+    result.cases, result.outcomes = result.cases * 24, {k: v * 24 for k, v in result.outcomes.items()}
+    assert not [line for line in Verbatim.lines(result) if "reportable" in str(line)]
+    ((data, (share,)),) = Verbatim.metrics(record)
+    assert data["name"].startswith("Quoted paragraphs: ")
+    assert (data["distances"], share.kind, share.value, share.base) == ([128, 700], "recall", 0.5, 0.75)
+
+
 def test_what_a_window_sees_does_not_count(tokenizer):
     result = cases_of(tokenizer)
     result.reach = (16, 400)

@@ -175,9 +175,10 @@ def test_figures_of_a_report_are_those_of_its_record(shelf):
         assert getattr(bare, name) is None, name
     assert bare.checks == {}
     assert bare.gate == "not run"
-    scored = surgery.Report(report.data | {"evaluation": record | {"needles": {"kept": {"share": 0.75}}}})
+    kept = {"of": 4, "kept": 3, "share": 0.75}
+    scored = surgery.Report(report.data | {"evaluation": record | {"needles": {"kept": kept}}})
     assert scored.recall == 0.75
-    assert scored.evaluation.probes == {"needles": {"kept": {"share": 0.75}}}
+    assert scored.evaluation.probes == {"needles": {"kept": kept}}
 
 
 def test_a_record_of_an_earlier_version_prints(shelf):

@@ -1,7 +1,8 @@
 """The registry of kinds of needles: what a prompt hides in its text, and how it asks for it.
 
 A new kind is a file here, a line in `REGISTRY` and a test. The settings of the probe `needles`, its floor, its tables
-and its sentences follow from the class (see `base.Kind`).
+and its sentences follow from the class (see `base.Kind`). A setting that no other kind has is also a parameter of
+`surgery.evaluate_needles`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ def find(name: str) -> type[Kind]:
     Raises:
         SurgeryError: there is no such kind.
     """
-    if name in REGISTRY:
+    if isinstance(name, str) and name in REGISTRY:
         module, cls = REGISTRY[name].split(":")
         return getattr(import_module(f"{__name__}.{module}"), cls)
     raise SettingError(
         f"no kind {name!r}",
         exists="; ".join(f"{cls.name}: {cls.summary}" for cls in every()),
-        fix=f"use {nearest(name, REGISTRY) or DEFAULT}",
+        fix=f"use {nearest(str(name), REGISTRY) or DEFAULT}",
     )
 
 
@@ -48,10 +49,30 @@ def every() -> list[type[Kind]]:
     return [find(name) for name in REGISTRY]
 
 
-def recorded(settings: Mapping[str, Any]) -> Kind:
-    """The kind of a record's settings; an earlier version wrote none."""
+def of(settings: Mapping[str, Any]) -> Kind:
+    """The kind that settings of the probe choose, with its own settings.
+
+    Raises:
+        SurgeryError: there is no such kind.
+        pydantic.ValidationError: a setting of the kind is at fault.
+    """
     cls = find(settings.get("kind") or DEFAULT)
     return cls.model_validate({key: settings[key] for key in cls.model_fields if key in settings})
+
+
+def recorded(settings: Mapping[str, Any]) -> Kind:
+    """The kind of a record's settings, to show it; an earlier version wrote none.
+
+    `base.UnknownKind` stands for the kind of a later version and for settings that were edited.
+    """
+    from pydantic import ValidationError
+
+    from surgery.data.needle_kinds.base import UnknownKind
+
+    try:
+        return of(settings)
+    except (SettingError, ValidationError):
+        return UnknownKind()
 
 
 def readers(setting: str) -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.data.haystack import KEYS, SECRETS, Hidden, Needle, NeedleMaker
 from surgery.data.text import Text
+from surgery.errors import SettingError
 
 MOST_KEYS = 16
 MARGIN = 0.15  # share of its stratum, at both ends, in which no other needle lies
@@ -90,6 +91,23 @@ class Kind(BaseModel):
 
     def refuse(self) -> None:
         """Raise a SurgeryError where settings do not go together."""
+
+
+class UnknownKind(Kind):
+    """A record's kind that this version does not know, or cannot read. It has words for tables, and makes nothing."""
+
+    name: ClassVar[str] = "unknown"
+    summary: ClassVar[str] = "needles of an unknown kind"
+    found: ClassVar[str] = "needles of an unknown kind found"
+
+    def make(self, tokenizer: Any, text: Text, form: str, grid: Grid) -> list[Needle]:
+        raise SettingError("needles of an unknown kind cannot be made", fix="the version that wrote the record")
+
+    def chance(self, secret: str) -> float:
+        raise SettingError("an unknown kind has no known floor", fix="the version that wrote the record")
+
+    def detail(self, secret: str) -> str:
+        return "secrets of an unknown kind"
 
 
 class PlantedKind(Kind):

@@ -25,7 +25,7 @@ from surgery.data.requests import REQUESTS, make_requests
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import ModelMismatchError
 from surgery.evaluation.answers import Answer, run_requests, score_answers
-from surgery.evaluation.paired import NAMES, CaseResult, kept_of, kept_words, percent
+from surgery.evaluation.paired import NAMES, REPORTABLE, CaseResult, few_words, kept_of, kept_words, percent
 from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TextLengths, TextSource, settings_error
 from surgery.io.loading import read_tokenizer
@@ -290,12 +290,17 @@ class Chat(CaseProbe):
         if record.get("status") != "done":
             return f"Chat was **not run**: {record.get('reason') or 'no reason was recorded'}."
         settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
-        base, out = (f"{side.get('answered')} of {side.get('of')}" for side in both)
+        base, out = (f"{side['answered']} of {side['of']}" if side else "" for side in both)
+        answers = f"the base answers {base}, the converted model {out}" if base else f"it answers {out}"
+        counts = "it ends and does not go round in circles"
+        if base:
+            counts = (
+                f"it ends, does not go round in circles, and is at most {settings['margin']:g} nats a token less "
+                "likely to the base than the base's own"
+            )
         line = (
             f"Chat ({settings['requests']}{_after(settings.get('lengths'))}, the most probable answer of at most "
-            f"{settings['tokens']} tokens): the base answers {base}, the converted model {out}. An answer counts if "
-            f"it ends, does not go round in circles, and is at most {settings['margin']:g} nats a token less likely "
-            "to the base than the base's own."
+            f"{settings['tokens']} tokens): {answers}. An answer counts if {counts}."
         )
         if kept.get("of"):
             line += f" Of those that the base answers, it keeps {kept['kept']} of {kept['of']}."
@@ -333,6 +338,9 @@ class Chat(CaseProbe):
             text = result.settings["text"]
             source = f"The text is {text['title']} (sha256 {text['sha256']})."
             lines += ["", table, "", f"[n]: the request follows a text of n tokens. {source}"]
+        cells = [each["out"]["of"] for each in lengths] or [len(result.cases)]
+        if few := few_words(cells, "request", f"requests=FILE with {REPORTABLE} lines"):
+            lines.append(few)
         margin = f", within {result.settings['margin']:g} nats a token of the base's own" if both else ""
         lines.append(f"+: it ends within {result.settings['tokens']} tokens, does not go round in circles{margin}")
         return lines
@@ -359,11 +367,13 @@ def _kept_cells(figures: dict) -> list[str]:
 
 def _sentence(figures: dict) -> str:
     """What the converted model does after a text of one length, for the card."""
-    out, kept, base = figures["out"], figures["kept"], figures["base"]
+    out, kept, base = figures["out"], figures.get("kept"), figures.get("base")
+    answers = f"it answers {out['answered']} of {out['of']}"
+    if base and kept:
+        answers = f"the base answers {base['answered']} of {base['of']} and it keeps {kept['kept']}"
     return (
-        f"After {figures['length']:,} tokens of text the base answers {base['answered']} of {base['of']} and it keeps "
-        f"{kept['kept']}; {out['of'] - out['ended']} of its answers do not end, {out['loops']} go round in circles, "
-        f"{out['empty']} are empty."
+        f"After {figures['length']:,} tokens of text {answers}; {out['of'] - out['ended']} of its answers do not end, "
+        f"{out['loops']} go round in circles, {out['empty']} are empty."
     )
 
 

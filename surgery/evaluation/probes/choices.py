@@ -18,7 +18,7 @@ from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
 from surgery.data.questions import Choice, encode, make_choices, read_questions
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
-from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, RecipeField, Table
+from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Table
 from surgery.evaluation.probes.fields import TextSource, settings_error
 
 
@@ -169,6 +169,14 @@ class Choices(CaseProbe):
     def missing(cls, record: dict) -> str:
         right = (record.get("base") or {}).get("right")
         return "" if right else record.get("reason") or "the base has no question right"
+
+    @classmethod
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
+        settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
+        text = settings.get("text") or {}
+        about = {"name": f"Multiple choice: {text.get('title') or 'a text'}", "sha256": text.get("sha256")}
+        about |= {key: value for key, value in settings.items() if key != "text"}
+        return [(about, [Metric("accuracy", "questions right", out.get("accuracy"), base.get("accuracy"))])]
 
     @classmethod
     def sentence(cls, record: dict) -> str:

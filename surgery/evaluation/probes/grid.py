@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from surgery.evaluation.ablation import HeadAblation
-from surgery.evaluation.paired import NAMES, share_of
+from surgery.evaluation.paired import NAMES, REPORTABLE, few_words, share_of
 from surgery.evaluation.probes.base import Table
 from surgery.evaluation.probes.recall import RecallResult
-from surgery.io.printing import count
-
-REPORTABLE = 48  # needles from which a share says something: the 95% interval of a half is 36% to 64%
 
 
 @dataclass(repr=False)
@@ -86,15 +83,8 @@ def hits_table(result: NeedleResult) -> Table:
 def too_few(result: NeedleResult) -> str:
     """A note on cells with too few needles for a share of their own; "" if all have enough."""
     figures = [result.cell(next(iter(result.outcomes)), n, depth) for n in result.lengths for depth in result.depths]
-    fewest = min(of for _, of in figures)
-    if fewest >= REPORTABLE:
-        return ""
-    if len(figures) == 1:
-        return f"{count(fewest, 'needle')} are few: {REPORTABLE} make the share reportable (samples={REPORTABLE})."
-    enough = f"{REPORTABLE} make it reportable (samples={REPORTABLE})"
-    return (
-        f"A cell of {count(fewest, 'needle')} has no share of its own: {enough}. The lines below are over all cells."
-    )
+    few = few_words([of for _, of in figures], "needle", f"samples={REPORTABLE}")
+    return f"{few} The lines below are over all cells." if few and len(figures) > 1 else few
 
 
 def heat_map(result: NeedleResult) -> dict:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
+from surgery.data import needle_kinds
 from surgery.data.haystack import FORMS, SECRETS, form_for, refuse_form, refuse_settings, spread
 from surgery.data.needle_kinds.base import Grid, keys_field
 from surgery.data.needle_kinds.multi import MultiKey
@@ -68,7 +69,7 @@ class MultiNeedle(RecallProbe):
 
     @classmethod
     def detail(cls, settings: dict) -> str:
-        hidden = MultiKey(keys=settings["keys"]).detail(settings["secret"])
+        hidden = needle_kinds.recorded(settings | {"kind": MultiKey.name}).detail(settings["secret"])
         return f"{hidden} in a prompt of {settings['lengths'][0]:,} tokens, one asked for"
 
     @property

@@ -178,7 +178,7 @@ class Needles(RecallOfKinds):
     @property
     def chosen_kind(self) -> Kind:
         """The kind with its settings."""
-        return needle_kinds.recorded({key: getattr(self, key) for key in KIND_SETTINGS})
+        return needle_kinds.of({key: getattr(self, key) for key in KIND_SETTINGS})
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -285,20 +285,26 @@ class Needles(RecallOfKinds):
         text = settings.get("text") or {}
         about = {key: value for key, value in text.items() if key == "sha256"} | {"tokens": settings.get("lengths")}
         recall = Metric("recall", cls.what(settings), out.get("accuracy"), base.get("accuracy"))
-        return [({"name": f"passkeys hidden in {text.get('title') or 'a text'}"} | about, [recall])]
+        kind, hidden = settings.get("kind") or needle_kinds.DEFAULT, "passkeys"
+        if kind != needle_kinds.DEFAULT:  # the settings of the kind make other data of the same text
+            hidden = f"needles of kind {kind}"
+            about |= needle_kinds.recorded(settings).model_dump()
+        return [({"name": f"{hidden} hidden in {text.get('title') or 'a text'}"} | about, [recall])]
 
     @classmethod
     def recall(cls, record: dict) -> float | None:
-        return (record.get("kept") or {}).get("share")
+        """See `Probe.recall`; only of the default kind: other kinds ask for more than a copy."""
+        other = ((record.get("settings") or {}).get("kind") or needle_kinds.DEFAULT) != needle_kinds.DEFAULT
+        return None if other or cls.missing(record) else record["kept"]["share"]
 
     @classmethod
     def sentence(cls, record: dict) -> str:
         kind = needle_kinds.recorded(record.get("settings") or {})
-        return kept_words("needles" if kind.name == needle_kinds.DEFAULT else kind.finds, record)
-
-    @classmethod
-    def missing(cls, record: dict) -> str:
-        return super().missing(record) or floor_words(record, "the base")
+        return (
+            ""
+            if cls.missing(record)
+            else kept_words("needles" if kind.name == needle_kinds.DEFAULT else kind.finds, record)
+        )
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -308,8 +314,8 @@ class Needles(RecallOfKinds):
             return f"The recall test (needles: secrets hidden in a text) was **not run**: {reason}."
         settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
-        hidden = needle_kinds.recorded(settings).detail(settings.get("secret"))
-        line = f"Recall test (needles: {hidden} hidden in that text, prompts of {lengths} "
+        hidden, comma, asked = needle_kinds.recorded(settings).detail(settings.get("secret")).partition(",")
+        line = f"Recall test (needles: {hidden} hidden in that text{comma}{asked}, prompts of {lengths} "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         late = LATE if settings.get("late") else ""
         line += f"tokens{late}): the base finds {base}, the converted model {out}."

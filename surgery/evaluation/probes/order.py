@@ -23,7 +23,7 @@ from surgery.evaluation.paired import NAMES, CaseResult
 from surgery.evaluation.probes.base import Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import TextSource, check_setting
 from surgery.evaluation.probes.needles import longest_prompt
-from surgery.evaluation.probes.recall import RecallProbe, RecallResult, floor_words, kept_limit
+from surgery.evaluation.probes.recall import RecallProbe, RecallResult, kept_limit
 from surgery.evaluation.recall import cached_logits, longest_sequence, reach_of
 from surgery.io.loading import loaded
 
@@ -181,22 +181,10 @@ class Order(RecallProbe):
         return super().extra_bytes([needle for pair in cases for needle in pair.asked], kv_bytes)
 
     @classmethod
-    def missing(cls, record: dict) -> str:
-        return super().missing(record) or floor_words(record, "the base")
-
-    @classmethod
     def rows(cls, record: dict) -> list[Row]:
         base, out = ((record.get(label) or {}).get("margin") or {} for label in ("base", "out"))
         name = "preference for the right order of two passages, nats"
         return [*super().rows(record), Row(name, base.get("mean"), out.get("mean"), "{:+.3f}", ratio=False)]
-
-    @classmethod
-    def paragraph(cls, record: dict) -> str:
-        paragraph = super().paragraph(record)
-        low = floor_words(record, "the base") if record.get("status") == "done" else ""
-        return (
-            f"{paragraph} {low[0].upper()}{low[1:]}: the order says nothing about the surgery." if low else paragraph
-        )
 
     @classmethod
     def lines(cls, result: OrderResult) -> list[Table | str]:

@@ -19,8 +19,8 @@ from pydantic import Field
 from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import Needle
-from surgery.evaluation.paired import CaseResult, kept_of, kept_words, percent, share_of
-from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Table
+from surgery.evaluation.paired import REPORTABLE, CaseResult, few_words, kept_of, kept_words, percent, share_of
+from surgery.evaluation.probes.base import CaseProbe, Limit, Metric, Row, Table
 from surgery.evaluation.recall import Outcome, longest_sequence, run_needles
 
 if TYPE_CHECKING:
@@ -118,12 +118,16 @@ def kept_limit(cases: str, done: str, words: str) -> Limit:
 def kept_sentence(record: dict, does: str) -> str:
     """The sentence of a card on what the converted model keeps, after a space; "" where there is nothing to keep.
 
+    Of a base that a guess equals, it says that instead.
+
     Args:
         does: what the base does ("answers").
     """
     kept = record.get("kept") or {}
     if not kept.get("of"):
         return ""
+    if low := floor_words(record, "the base"):
+        return f" {low[0].upper()}{low[1:]}: its answers say nothing about the surgery."
     condition = " and that lie outside sinks and window" if record.get("streaming") else ""
     interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
     return f" Of those that the base {does}{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
@@ -201,7 +205,9 @@ class RecallProbe(CaseProbe):
         reason = record.get("reason") or f"the base answers none of the {cls.cases_are} that count"
         if (within := record.get("streaming")) and within["needles_inside"] == record.get("out", {}).get("of"):
             reason = f"all {cls.cases_are} lie within sinks and window, which streaming heads see: ask longer ones"
-        return "" if answered else reason if record else super().missing(record)
+        if not answered:
+            return reason if record else super().missing(record)
+        return floor_words(record, "the base")
 
     @classmethod
     def rows(cls, record: dict) -> list[Row]:
@@ -210,8 +216,18 @@ class RecallProbe(CaseProbe):
         return [Row(name, base.get("accuracy"), out.get("accuracy"), "{:.1%}")]
 
     @classmethod
+    def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
+        """The share that is answered. The settings say which prompts these are."""
+        settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
+        text = settings.get("text") or {}
+        about = {"name": cls.title + (f": {text['title']}" if text.get("title") else ""), "sha256": text.get("sha256")}
+        about |= {key: value for key, value in settings.items() if key not in ("text", "chance")}
+        recall = Metric("recall", cls.what(settings), out.get("accuracy"), base.get("accuracy"))
+        return [(about, [recall])]
+
+    @classmethod
     def sentence(cls, record: dict) -> str:
-        return kept_words(cls.what(record["settings"]), record) if record.get("kept") else ""
+        return "" if cls.missing(record) else kept_words(cls.what(record["settings"]), record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -226,6 +242,20 @@ class RecallProbe(CaseProbe):
         return line + kept_sentence(record, "answers")
 
     @classmethod
+    def cells(cls, result: RecallResult) -> list[int]:
+        """How many cases each share has that the output shows by itself."""
+        return [len(result.cases)]
+
+    @classmethod
+    def few(cls, result: RecallResult) -> str:
+        """A note where these are few (see `few_words`), with the setting that gives enough."""
+        cells = cls.cells(result)
+        key, number = "cases", REPORTABLE
+        if key not in cls.model_fields:
+            key, number = "samples", -(-REPORTABLE * result.settings["samples"] // min(cells))
+        return few_words(cells, result.COUNT.removesuffix("s"), f"{key}={number}")
+
+    @classmethod
     def lines(cls, result: RecallResult) -> list[Table | str]:
         settings, kept = result.settings, result.compare()
         lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
@@ -238,6 +268,8 @@ class RecallProbe(CaseProbe):
         late = LATE if settings.get("late") else ""
         made = f"({cls.detail(settings)}), seed {settings['seed']}{late}{guess}"
         lines.append(f"{len(result.cases)} {settings['form']} prompts {made}.")
+        if few := cls.few(result):
+            lines.append(few)
         if low := floor_words(result.to_dict(), "the base" if len(result.outcomes) > 1 else "the model"):
             lines.append(f"{low[0].upper()}{low[1:]}: its answers prove nothing.")
         text = settings.get("text")

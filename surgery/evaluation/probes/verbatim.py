@@ -216,6 +216,11 @@ class Verbatim(RecallProbe):
         return line
 
     @classmethod
+    def cells(cls, result: RecallResult) -> list[int]:
+        lengths = [case.length for case in result.cases]
+        return [lengths.count(distance) for distance in result.settings["distances"]]
+
+    @classmethod
     def lines(cls, result: RecallResult) -> list[Table | str]:
         """The figures in all, those of each distance, and how the prompts are made."""
         sides, both = {label: result.side(label) for label in result.outcomes}, len(result.outcomes) > 1
