@@ -117,7 +117,8 @@ def outcome(recipe: str, options) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return found | {"outcome": "stopped", "reason": f"after {options.minutes:g} minutes"}
     if done.returncode:
-        return found | {"outcome": "failed", "reason": done.stderr.strip().splitlines()[-1]}
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return found | {"outcome": "failed", "reason": said[-1]}
     return found | json.loads(done.stdout.splitlines()[-1])
 
 
@@ -138,6 +139,7 @@ def write_results(measured: Measured, recipes: list[str], options) -> None:
     """Write results/NAME.json."""
     command = f"python examples/benchmarks/every_recipe.py {Path(options.model).name} --out rows.json"
     command += f" --windows {options.windows} --length {options.length} --minutes {options.minutes:g}"
+    command += f" --results {options.results}"
     columns = [
         "recipe",
         {"name": "outcome", "align": "left"},
@@ -166,9 +168,14 @@ def main() -> None:
     chosen = [name for name in ordered if name in (options.only or known)]
     settings = {name: getattr(options, name) for name in ("windows", "length", "check")}
     measured = Measured(options.out, settings | {"model": Path(options.model).name})
-    base = measured.once("base", partial(score, options.model, options))
-    print(f"{options.model}: perplexity {math.exp(base):.2f} on {options.windows} windows of {options.length} tokens")
+    if options.minutes:
+        base = measured.once("base", partial(score, options.model, options))
+        print(
+            f"{options.model}: perplexity {math.exp(base):.2f}, {options.windows} windows of {options.length} tokens"
+        )
     for recipe in chosen if options.minutes else ():
+        if measured.get(recipe, {}).get("outcome") in ("stopped", "failed"):  # another try may go well
+            del measured[recipe]
         found = measured.once(recipe, partial(outcome, recipe, options))
         print(recipe, json.dumps(found, ensure_ascii=False), flush=True)
     if options.results:

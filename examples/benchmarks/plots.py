@@ -36,10 +36,6 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-LOOKS = (  # of models that are compared
-    (BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"), (BLACK, "X"), (GREY, "p")
-)  # fmt: skip
-LEAST = 1e-4  # nats a token, where a logarithmic scale begins
 RECALL = "recall test, of 12 that the base finds"
 HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
 
@@ -279,27 +275,6 @@ def healing(axes: Axes, routes: Results) -> None:
     axes.set_xlabel("loss after 10 minutes of training, nats a token (left is better)")
     axes.grid(axis="x", color="#DDDDDD")
     axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.18), ncols=2)
-
-
-def compared(axes: Axes, found: Results) -> None:
-    base, *models = found.rows
-    for place, row in enumerate(models):
-        color, marker = LOOKS[place % len(LOOKS)]
-        share = 100 * (found.number(row, "KV at 8k") or 0) / (found.number(base, "KV at 8k") or 1)
-        lost = max(found.number(row, "KL 2,048") or 0, LEAST)
-        count, of = (found.number(row, "needles", key) for key in ("count", "of"))
-        keeps = count is not None and of is not None and count >= 0.9 * of
-        axes.plot(share, lost, marker, color=color, ms=8, mfc=color if keeps else "white", mew=1.6, clip_on=False)
-        axes.annotate(row[0].strip("`"), (share, lost), (8, 4), textcoords="offset points", fontsize=9)
-    for words, face in (("keeps 90% of the needles", BLACK), ("fewer", "white")):
-        axes.plot([], [], "o", color=BLACK, mfc=face, label=words)
-    axes.set_yscale("log")
-    axes.set_xlim(0, 118)
-    axes.set_xticks(range(0, 101, 25), [f"{x}%" for x in range(0, 101, 25)])
-    axes.grid(axis="y", color="#DDDDDD")
-    axes.set_xlabel("KV cache at 8,192 tokens, share of the base's (left is better)")
-    axes.set_ylabel("KL from the base, nats a token\n(log scale; down is better)")
-    axes.legend(loc="upper right")
 
 
 PLOTS = {

@@ -293,7 +293,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     ready(options.out.with_suffix(".png"))
     text, held = load_text(options.text, "calibration"), load_text(options.held_out, "held-out")
-    names = ("minutes", "steps", "hidden", "layers", "context", "rows", "rate", "windows", "seed")
+    names = ("base_only", "minutes", "steps", "hidden", "layers", "context", "rows", "rate", "windows", "seed")
     settings = {name: getattr(options, name) for name in names} | {"text": text.sha256, "held_out": held.sha256}
     measured, tokenizer = Measured(options.out, settings), byte_tokenizer(options.context)
     measured.keep()  # so that a base whose training was interrupted is not resumed with other settings
@@ -338,8 +338,8 @@ def make_base(text: Text, tokenizer, options) -> dict:
     with quiet_transformers():
         model.cpu().save_pretrained(base_folder(options))
         tokenizer.save_pretrained(base_folder(options))
-    shutil.rmtree(training_folder(options), ignore_errors=True)
     found, known = (loss(model, tokenizer, each, options) for each in (options.held_out, text))
+    shutil.rmtree(training_folder(options), ignore_errors=True)
     return {"steps": steps, "parameters": model.num_parameters(), "loss": found, "known": known}
 
 
