@@ -43,7 +43,7 @@ DECIDED = {
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",
     "evaluation/harness": "answers command scores task_files task_set",
-    "evaluation/probes": "base fields grid recall settings",
+    "evaluation/probes": "base distances fields grid recall settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",

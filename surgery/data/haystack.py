@@ -202,6 +202,13 @@ def refuse_settings(
         raise SettingError(f"a secret of {size} {secret} is none", fix="use at least 1")
 
 
+def draw_secret(draw: random.Random, kind: str, size: int) -> str:
+    """A random secret of `size` digits, or words."""
+    if kind == "digits":
+        return "".join(draw.choices("0123456789", k=size))
+    return " ".join(draw.choices(WORDS.split(), k=size))
+
+
 class NeedleMaker:
     """Makes prompts from one text with one tokenizer.
 
@@ -237,10 +244,7 @@ class NeedleMaker:
     def secret(self, draw: random.Random, hay: str) -> str:
         """A random secret that is not in a text."""
         while True:
-            if self.kind == "digits":
-                secret = "".join(draw.choices("0123456789", k=self.size))
-            else:
-                secret = " ".join(draw.choices(WORDS.split(), k=self.size))
+            secret = draw_secret(draw, self.kind, self.size)
             if secret not in hay or self.size < 3:  # a short secret may occur everywhere
                 return secret
 

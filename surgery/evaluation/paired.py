@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
+HALF_95 = 1.959964  # standard errors on each side of a 95% interval
 REPORTABLE = 48  # cases from which a share says something: the 95% interval of a half is 36% to 64%
 MODELS = {"base": "the base", "out": "the converted model"}  # label -> the model that runs, in progress
 NAMES = {"base": "base", "out": "converted"}  # label -> name of the model in results
@@ -235,7 +236,7 @@ def kept_words(what: str, record: dict) -> str:
     return f"{what} kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
 
 
-def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: int, of: int, z: float = HALF_95) -> tuple[float, float]:
     """Interval of a share (Wilson 1927), 95% by default; (0, 1) if there were no cases.
 
     Its ends are the two shares p that lie z standard errors sqrt(p (1 - p) / of) away from hits / of.

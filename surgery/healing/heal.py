@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from surgery.healing.trackers import Trackers
 
 
+EDITED_BASE = "the base is this very model, which was edited in place"
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
 # Files of RUN that stay after the training. `runs` is tensorboard's, and is never pushed.
 KEPT_FILES = ("metrics.jsonl", "loss.png", "runs")
@@ -273,11 +274,8 @@ def heal_model(
     if source is None:
         source = base_folder(report.data, base, needed=heal.needs_base, wanted=bool(heal.eval_every))
     elif source is model:
-        what, fix = (
-            "the base is this very model, which was edited in place",
-            "AutoModelForCausalLM.from_pretrained(BASE)",
-        )
-        raise SurgeryError(what, where=type(model).__name__, fix=f"load it again: {fix}")
+        fix = "load it again: AutoModelForCausalLM.from_pretrained(BASE)"
+        raise SurgeryError(EDITED_BASE, where=type(model).__name__, fix=fix)
     _refuse_tokenizer(tokenizer, source if source is not None else model)
     operations = report.data["operations"]
     before = Anatomy.of(source) if source is not None else None

@@ -107,10 +107,8 @@ def _saved(report: dict, words: list[InWords]) -> list[str]:
         if not after:
             lines.append(f"Its KV cache stops growing at {always:,} bytes.")
         elif always:
-            share, once = (
-                f"{after / before:.3f} of the base's bytes",
-                f"{held:,} → {always:,}" if held else f"{always:,}",
-            )
+            share = f"{after / before:.3f} of the base's bytes"
+            once = f"{held:,} → {always:,}" if held else f"{always:,}"
             lines.append(f"Its KV cache grows by {share} ({bytes_}), plus {once} bytes once.")
         else:
             lines.append(f"Its KV cache takes {after / before:.3f} of the base's ({bytes_}).")

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from families import TINY
-from readers import Config, Said
+from readers import Config, Planted, Said
 from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -138,25 +138,11 @@ def test_a_model_that_gives_nan(models, tokenizer):
 SOUND, EMPTY, LOOPS, ENDLESS = (5, 6, 7, 1), (1,), (5, 6) * 40, tuple(range(2, 90))
 
 
-class Talker:
+class Talker(Planted):
     """A planted model: it says one answer to a prompt of fewer than `reach` tokens, another to a longer one."""
-
-    device, training, generation_config = torch.device("cpu"), False, None
 
     def __init__(self, reach: int, far: tuple[int, ...]):
         self.reach, self.far = reach, far
-
-    def forward(self, input_ids):
-        raise NotImplementedError
-
-    def eval(self):
-        return self
-
-    def modules(self):
-        return [self]
-
-    def train(self, mode):
-        return self
 
     def __call__(self, input_ids, use_cache, **cache):
         count = input_ids.shape[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import one_thread  # noqa: F401 (a fixture)
-from readers import Config, Said, reading_model  # noqa: F401 (the last is a fixture)
+from readers import Config, Planted, Said, reading_model  # noqa: F401 (the last is a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 
 from surgery.data import needle_kinds
@@ -108,25 +108,11 @@ def guess(kind: str, draw: random.Random):
     return answer
 
 
-class Oracle:
+class Oracle(Planted):
     """A model that reads its prompt, in one call or in several, and answers with what `choose` takes from it."""
-
-    device, training = torch.device("cpu"), False
 
     def __init__(self, tokenizer, choose):
         self.tokenizer, self.choose, self.calls = tokenizer, choose, []
-
-    def forward(self, input_ids):
-        raise NotImplementedError
-
-    def eval(self):
-        return self
-
-    def modules(self):
-        return [self]
-
-    def train(self, mode):
-        return self
 
     def __call__(self, input_ids, use_cache, **cache):
         read, said = cache.get(CACHE, ([], -1))

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from families import one_thread  # noqa: F401 (a fixture)
-from readers import Config, Said, reading_model  # noqa: F401 (the last is a fixture)
+from readers import Config, Planted, Said, reading_model  # noqa: F401 (the last is a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 
 from surgery.data.text import Text
@@ -37,25 +37,11 @@ def places(text: str) -> tuple[int, int]:
     return body.index(a), body.index(b)
 
 
-class Chooser:
+class Chooser(Planted):
     """A model that gives A `advantage` nats over B, as a function of the text that it read."""
-
-    device, training = torch.device("cpu"), False
 
     def __init__(self, tokenizer, advantage):
         self.tokenizer, self.advantage, self.calls = tokenizer, advantage, []
-
-    def forward(self, input_ids):
-        raise NotImplementedError
-
-    def eval(self):
-        return self
-
-    def modules(self):
-        return [self]
-
-    def train(self, mode):
-        return self
 
     def __call__(self, input_ids, use_cache, **cache):
         tokens = input_ids[0].tolist()

@@ -19,13 +19,10 @@ class Config:
         return self
 
 
-class Reader:
-    """A model that reads its prompt as text and answers with what `choose` takes from it."""
+class Planted:
+    """What a model that is written down in a test has besides its call."""
 
-    device, training = torch.device("cpu"), False
-
-    def __init__(self, tokenizer, choose):
-        self.tokenizer, self.choose, self.answer = tokenizer, choose, []
+    device, training, generation_config = torch.device("cpu"), False, None
 
     def forward(self, input_ids):
         raise NotImplementedError
@@ -38,6 +35,13 @@ class Reader:
 
     def train(self, mode):
         return self
+
+
+class Reader(Planted):
+    """A model that reads its prompt as text and answers with what `choose` takes from it."""
+
+    def __init__(self, tokenizer, choose):
+        self.tokenizer, self.choose, self.answer = tokenizer, choose, []
 
     def __call__(self, input_ids, use_cache, **cache):
         step = cache.get(CACHE, 0)

@@ -16,8 +16,8 @@ from surgery.data.haystack import (
     SECRETS,
     SENTENCE_START,
     TEMPLATES,
-    WORDS,
     Needle,
+    draw_secret,
     make_needles,
 )
 from surgery.data.needle_kinds.base import Grid, Kind, keys_field
@@ -86,7 +86,10 @@ class MultiKey(Kind):
         draw = random.Random(f"{grid.seed} {self.keys} {length} {depth:.6f} {sample}")
         statement, question = draw.choice(TEMPLATES)
         asked_key, *others = draw.sample(KEYS.split(), len(KEYS.split()))
-        statements = tuple(f"{statement.format(key=other)} {_secret(draw, grid.secret)}." for other in others)
+        kind, size = grid.secret, SECRETS[grid.secret]
+        secrets = (draw_secret(draw, kind, size) for _ in others)
+        pairs = zip(others, secrets, strict=True)
+        statements = tuple(f"{statement.format(key=other)} {secret}." for other, secret in pairs)
         template = (statement.format(key=asked_key), question.format(key=asked_key))
         options = {"lengths": (length,), "depths": (depth,), "samples": 1, "form": form, "secret": grid.secret}
         for _ in range(TRIES):
@@ -126,9 +129,3 @@ class MultiKey(Kind):
 
 def _letters_per_token(tokenizer: Any, text: str) -> float:
     return len(text) / max(1, len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-
-
-def _secret(draw: random.Random, kind: str) -> str:
-    if kind == "digits":
-        return "".join(draw.choices("0123456789", k=SECRETS[kind]))
-    return " ".join(draw.choices(WORDS.split(), k=SECRETS[kind]))

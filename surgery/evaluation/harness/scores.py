@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery.evaluation.harness.task_set import RULER, ItemScore, TaskSet
-from surgery.evaluation.paired import CaseResult
-
-HALF = 1.959964  # standard errors on each side of a 95% interval
+from surgery.evaluation.paired import HALF_95, CaseResult
 
 
 @dataclass(repr=False)
@@ -177,4 +175,4 @@ def paired_interval(drops: Sequence[float], shares: bool) -> tuple[float, float]
     mean = total / number
     degrees = number if shares else max(1, number - 1)
     spread = math.sqrt(max(0.0, squares - number * mean * mean) / degrees / number)
-    return mean - HALF * spread, mean + HALF * spread
+    return mean - HALF_95 * spread, mean + HALF_95 * spread

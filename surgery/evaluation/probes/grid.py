@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from surgery.evaluation.ablation import HeadAblation
-from surgery.evaluation.paired import NAMES, REPORTABLE, few_words, share_of
+from surgery.evaluation.paired import NAMES, REPORTABLE, few_words
 from surgery.evaluation.probes.base import Table
-from surgery.evaluation.probes.recall import RecallResult
+from surgery.evaluation.probes.recall import RecallResult, hits_of
 
 
 @dataclass(repr=False)
@@ -57,7 +57,7 @@ class NeedleResult(RecallResult):
         """The figures of `out` with query heads off; {} if there were none."""
         if self.ablation is None:
             return {}
-        sides = [share_of("hits", (o.hit for o in run), (o.nll for o in run)) for run in self.changed["out"].values()]
+        sides = [hits_of(run) for run in self.changed["out"].values()]
         return {"without": self.ablation.to_dict(sides)}
 
     def case(self, index: int) -> dict:

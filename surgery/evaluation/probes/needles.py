@@ -36,7 +36,7 @@ from surgery.evaluation.probes.recall import (
     ANSWER,
     LATE,
     RecallProbe,
-    floor_words,
+    floor_line,
     kept_limit,
     kept_sentence,
     share_words,
@@ -358,8 +358,8 @@ class Needles(RecallOfKinds):
         if kind.name != needle_kinds.DEFAULT:
             lines.append(f"Kind {kind.name}: {kind.detail(settings.get('secret'))}.")
         lines.append(f"{size}; {kind.guess} is right with probability {share}.")
-        if low := floor_words(record, "the base" if len(labels) > 1 else "the model"):
-            lines.append(f"{low[0].upper()}{low[1:]}: its answers prove nothing.")
+        if low := floor_line(record):
+            lines.append(low)
         return [
             *lines,
             f"The secrets are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']}).",

@@ -19,7 +19,7 @@ from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import FORMS, form_for, refuse_form
 from surgery.data.passage_order import Ordering, make_orderings
 from surgery.data.text import BUILTIN, load_text
-from surgery.evaluation.paired import NAMES, CaseResult
+from surgery.evaluation.paired import HALF_95, NAMES, CaseResult
 from surgery.evaluation.probes.base import Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import TextSource, check_setting
 from surgery.evaluation.probes.needles import longest_prompt
@@ -104,7 +104,7 @@ def _mean(margins: Sequence[float]) -> dict[str, float]:
         return {"mean": math.nan, "low": math.nan, "high": math.nan}
     mean = math.fsum(margins) / len(margins)
     finite = len(margins) > 1 and all(map(math.isfinite, margins))
-    half = 1.959964 * stdev(margins) / math.sqrt(len(margins)) if finite else math.nan
+    half = HALF_95 * stdev(margins) / math.sqrt(len(margins)) if finite else math.nan
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

@@ -148,6 +148,12 @@ def floor_words(record: dict, who: str) -> str:
     return f"{who} answers no more than a guess does ({reached}; a guess {share_words(chance)})"
 
 
+def floor_line(record: dict) -> str:
+    """`floor_words` as a line of the output of `surgery eval`."""
+    low = floor_words(record, "the base" if record.get("base") else "the model")
+    return f"{low[0].upper()}{low[1:]}: its answers prove nothing." if low else ""
+
+
 def share_words(chance: float) -> str:
     """The probability of a guess, as a table shows it."""
     return f"{chance:.0%}" if chance >= 0.01 else f"{chance:.0e}"
@@ -270,8 +276,8 @@ class RecallProbe(CaseProbe):
         lines.append(f"{len(result.cases)} {settings['form']} prompts {made}.")
         if few := cls.few(result):
             lines.append(few)
-        if low := floor_words(result.to_dict(), "the base" if len(result.outcomes) > 1 else "the model"):
-            lines.append(f"{low[0].upper()}{low[1:]}: its answers prove nothing.")
+        if low := floor_line(result.to_dict()):
+            lines.append(low)
         text = settings.get("text")
         source = f"The text is {text['title']} (sha256 {text['sha256']})." if text else ""
         return [*lines, *([source] if source else [])]

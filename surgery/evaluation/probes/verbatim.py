@@ -18,27 +18,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from surgery.architecture.anatomy import positions_of
 from surgery.data.quotations import LEAD, LONGEST, make_quotations
 from surgery.data.text import BUILTIN, load_text
-from surgery.data.word_list import refuse_distances
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of
 from surgery.evaluation.probes.base import Effort, Limit, Row, Table
-from surgery.evaluation.probes.fields import TextSource, TokenLengths, check_setting
-from surgery.evaluation.probes.recall import RecallProbe, RecallResult, fitting, hits_of, kept_limit
+from surgery.evaluation.probes.distances import DistanceProbe, DistanceResult
+from surgery.evaluation.probes.fields import TextSource, TokenLengths
+from surgery.evaluation.probes.recall import RecallResult, fitting, hits_of, kept_limit
 from surgery.evaluation.recall import Recitation, reach_of, run_quotations
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 BEGIN = 1  # token with which a tokenizer may begin a text
 
 
 @dataclass(repr=False)
-class VerbatimResult(RecallResult):
-    """The result of the probe. A case is a `Quotation`, its length the distance; an outcome is a `Recitation`."""
+class VerbatimResult(DistanceResult):
+    """The result of the probe. A case is a `Quotation`; an outcome is a `Recitation`."""
 
     PROBE: ClassVar[str] = "verbatim"
 
@@ -81,9 +80,8 @@ class VerbatimResult(RecallResult):
         return super().about() | ({"known_by_heart": known} if known else {})
 
     def case(self, index: int) -> dict:
-        """See `RecallResult.case`; the length is named for what it is."""
+        """See `DistanceResult.case`; and the gains."""
         data = super().case(index)
-        data = {"distance": data.pop("length")} | {key: value for key, value in data.items() if key != "depth"}
         for label, outcomes in self.outcomes.items():
             data[label] = data[label] | {"gain": outcomes[index].gain}
         return data
@@ -97,13 +95,15 @@ def _figures(outcomes: list[Recitation]) -> dict:
     }
 
 
-class Verbatim(RecallProbe):
+class Verbatim(DistanceProbe):
     """Paragraphs of prose that begin again at a distance: how far they are continued, and what reading them gains."""
 
     name: ClassVar[str] = "verbatim"
     summary: ClassVar[str] = "a paragraph that begins again at a distance: is it continued word for word"
     stage: ClassVar[str] = "verbatim recall"
     title: ClassVar[str] = "Quoted paragraphs"
+    prompts: ClassVar[str] = "quotations"
+    draws: ClassVar[tuple[str, ...]] = ("samples", "cue", "tokens", "seed")
 
     text: TextSource = Field(BUILTIN, description="The prose: 'builtin' or a text file.")
     distances: TokenLengths = Field(
@@ -117,37 +117,23 @@ class Verbatim(RecallProbe):
 
     limits: ClassVar[dict[str, Limit]] = {"min_verbatim": kept_limit("paragraphs", "continued", "paragraphs kept")}
 
-    @field_validator("distances")
-    @classmethod
-    def _refuse_no_distance(cls, distances: tuple[int, ...]) -> tuple[int, ...]:
-        check_setting(refuse_distances, distances, "quotations")
-        return tuple(dict.fromkeys(distances))  # the same distance twice would ask the same prompts twice
-
     @classmethod
     def what(cls, settings: dict) -> str:
         return "paragraphs continued verbatim"
 
     @classmethod
     def detail(cls, settings: dict) -> str:
-        distances = ", ".join(f"{distance:,}" for distance in settings["distances"])
+        distances = cls.in_words(settings)
         return f"{settings['tokens']} tokens after a cue of {settings['cue']}, at a distance of {distances} tokens"
 
     @property
     def effort(self) -> Effort:
-        prompts = [distance + self._more for distance in self.distances]
+        prompts = [distance + self.around for distance in self.distances]
         return Effort(2 * self.samples * sum(prompts), max(prompts), 2 * self.samples * len(prompts) * self.tokens)
 
     @property
-    def _more(self) -> int:
-        """Tokens of a prompt and its answer besides those of the distance, at most."""
+    def around(self) -> int:
         return BEGIN + LEAD + max(LONGEST, self.cue + self.tokens) + self.cue + self.tokens
-
-    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
-        positions = positions_of(config)
-        longest = (positions or 0) - self._more
-        if positions is None or longest < 1 or longest >= max(self.distances):
-            return {}
-        return {"distances": list(dict.fromkeys(min(distance, longest) for distance in self.distances))}
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> VerbatimResult:
         """The prompts, from `make_quotations`.
@@ -156,11 +142,9 @@ class Verbatim(RecallProbe):
             SurgeryError: as for `make_quotations`; prompts exceed a model's positions; the tokenizer is another's.
         """
         text = load_text(self.text, part="held-out")
-        settings = {name: getattr(self, name) for name in ("samples", "cue", "tokens", "seed")}
-        drawn = make_quotations(tokenizer, distances=self.distances, text=text, **settings)
+        drawn = make_quotations(tokenizer, distances=self.distances, text=text, **self.drawn_from)
         cases, notes = fitting(drawn, configs, "shorter distances")
-        settings |= {"distances": list(dict.fromkeys(case.length for case in cases)), "form": "plain"}
-        settings |= {"text": {"title": text.title, "sha256": text.sha256[:12]}, "chance": 0.0}
+        settings = self.record_of(cases, text)
         return VerbatimResult("done", settings, cases, notes=notes, reach=reach_of(configs["out"]))
 
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Recitation]:
