@@ -234,7 +234,7 @@ def stored(args) -> None:
     import torch
 
     from surgery.architecture.anatomy import Anatomy
-    from surgery.data.passkeys import calibration_sequences
+    from surgery.data.calibration_text import calibration_sequences
     from surgery.healing.losses.kl import distillation, distillation_top_k
     from surgery.healing.plan import token_bytes
     from surgery.healing.teacher import as_distribution, top_k_and_rest

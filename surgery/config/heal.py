@@ -172,7 +172,7 @@ class Heal(Variants):
         "JSONL file, a folder of them, or a data set of the Hub.",
     )
     column: str | None = Field(None, min_length=1, description="Column of the text; default text.")
-    chat: bool = Field(False, description="Rows are conversations, written out by the chat template.")
+    chat: bool = Field(False, description="Rows are conversations (with data: self, the base's own).")
     recall: Number = Field(
         0.0,
         ge=0,

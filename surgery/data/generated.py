@@ -3,7 +3,10 @@
 How a sample begins: a model that was trained with a BOS token before every text gets BOS alone, which samples the
 model's own distribution. Other models have no token for the beginning of a text. Their first token is drawn at random
 from the words of the vocabulary, and the rest is sampled. With `heal.chat` a sample begins with the tokens that begin
-a user's message in the chat template: the model writes the question, and then the answer.
+a user's message in the chat template, and the model writes the question. Where it writes the token with which the
+template ends the message, the template's tokens follow that begin the model's own turn, and the model writes the
+answer. A template may end messages with words, such as "[/INST]", or with a token that does not end this model's
+texts. Then the model must write all of that itself.
 
 All tokens are sampled at temperature 1 from the whole distribution. A sharper distribution would teach the student
 another model than the base.
@@ -21,12 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.data.text import BATCH, SELF_TEXT, begin_of_text, fitting_length
-from surgery.errors import ModelError, ModelMismatchError
+from surgery.errors import ModelError, ModelMismatchError, SettingError
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.device import fast_in_bfloat16
@@ -34,9 +38,12 @@ from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE
 
 MARK = "surgery-mark"
+DAY = (
+    "26 Jul 2024"  # of a conversation, if the template prints the day: the same settings give the same text on any day
+)
 STAGE = "text that the model writes"
 REPORTED = 16  # progress is reported after this many tokens of a sample
-REVISION = 1  # raised when a change of the code makes the same settings give another text
+REVISION = 2  # raised when a change of the code makes the same settings give another text
 
 
 def sample(
@@ -44,8 +51,9 @@ def sample(
 ) -> list[list[int]]:
     """Documents of at most `heal.length` tokens that the model writes; it samples at least `tokens` of their tokens.
 
-    A document ends where the model ends it (its EOS is kept), or at that length. Every batch has its own seed, so that
-    a resumed run writes the same text as an uninterrupted one.
+    A document ends where the model ends it (its EOS is kept), or at that length. A conversation ends where the answer
+    ends, if the template's tokens begin an answer (`Begin.answer`). Every batch has its own seed, so that a resumed
+    run writes the same text as an uninterrupted one.
 
     Args:
         model: the model in memory, in eval mode.
@@ -55,14 +63,13 @@ def sample(
         progress: called as progress(done, total, label), in tokens.
 
     Raises:
-        SurgeryError: `heal.chat` with a tokenizer that has no chat template, or a vocabulary without words.
+        SurgeryError: as for `Begin.of`.
         MachineError: the disk is full or not writable; saved batches stay.
     """
     length, device = fitting_length(model, heal.length), model.device
-    begin = _Begin.of(tokenizer, heal.chat, model.config.get_text_config().vocab_size)
-    ends = _end_tokens(model, tokenizer)
+    begin = Begin.of(model, tokenizer, heal.chat, length)
     writer = fast_writer(model)
-    settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin, "ends": sorted(ends)}
+    settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin}
     settings |= {"revision": REVISION, "dtype": str(next(writer.parameters()).dtype)}
     settings |= {"model": fingerprint(model)} if folder else {}
     files = LayerFiles(folder, SELF_TEXT, settings)
@@ -81,14 +88,15 @@ def sample(
             generator = torch.Generator(device).manual_seed(_seed(heal.seed, index))
             remaining = math.ceil((tokens - tokens_done) * len(documents) / tokens_done) if documents else batch
             count = min(batch, remaining)
-            rows = _write(writer, begin.draw(count, generator), length, ends, generator, written).cpu()
+            speakers = Speakers(begin, count, device)
+            rows, lengths = _write(writer, begin.draw(count, generator), length, speakers, generator, written)
             if folder:
                 with machine_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-                    files.save(index, {"ids": rows.int()}, {})
+                    files.save(index, {"ids": rows.int().cpu(), "lengths": lengths.cpu()}, {})
         else:
-            rows = stored[0]["ids"].long()
-        new_documents = [_document(row, len(begin.prefix), ends) for row in rows.tolist()]
+            rows, lengths = stored[0]["ids"].long(), stored[0]["lengths"]
+        new_documents = [row[:end] for row, end in zip(rows.tolist(), lengths.tolist(), strict=True)]
         new_tokens = sum(len(document) - len(begin.prefix) for document in new_documents)
         documents, tokens_done, index = documents + new_documents, tokens_done + new_tokens, index + 1
         written(0)
@@ -128,25 +136,31 @@ def _rounded(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 @torch.no_grad()
 def _write(
-    model, ids: torch.Tensor, length: int, ends: set[int], generator: torch.Generator, written: Callable | None = None
-) -> torch.Tensor:
-    """Samples [batch, length] that begin with `ids` [batch, n]. Tokens after one of `ends` in a row must be ignored.
+    model,
+    ids: torch.Tensor,
+    length: int,
+    speakers: Speakers,
+    generator: torch.Generator,
+    written: Callable | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples [batch, length] that begin with `ids` [batch, n], and how many tokens each has [batch].
 
-    `written` is called with the number of tokens so far, every `REPORTED` tokens.
+    `written` is called with the number of sampled tokens so far, every `REPORTED` tokens.
 
     The model's own `generate` would apply its generation config, such as penalties and a top-p for chats.
     """
-    stop = torch.tensor(sorted(ends), dtype=torch.long, device=ids.device)
     rows = ids.new_zeros(len(ids), length)
     rows[:, : ids.shape[1]] = ids
+    lengths = torch.full_like(ids[:, 0], length)
     live, ended = torch.arange(len(ids), device=ids.device), torch.zeros_like(ids[:, 0], dtype=torch.bool)
-    state, new, tokens = {}, ids, ids.numel()
+    state, new, tokens = {}, ids, 0
     for position in range(ids.shape[1], length):
         out = model(input_ids=new, use_cache=True, logits_to_keep=1, **state)
         state = {CACHE: out[CACHE]}
-        new = _sample_tokens(out.logits[:, -1], generator)
+        new, last = speakers(_sample_tokens(out.logits[:, -1], generator))
         rows[live, position] = new[:, 0]
-        ended |= torch.isin(new[:, 0], stop)
+        lengths[live[last & ~ended]] = position + 1
+        ended |= last
         tokens += len(live) - int(ended.sum())
         if written and position % REPORTED == 0:
             written(tokens)
@@ -156,7 +170,37 @@ def _write(
             running = (~ended).nonzero()[:, 0]
             state[CACHE].batch_select_indices(running)
             live, new, ended = live[running], new[running], ended[running]
-    return rows
+            speakers.keep(running)
+    return rows, lengths
+
+
+class Speakers:
+    """Who writes in each sample: the model alone, or first the user and then the model.
+
+    Args:
+        begin: its `answer` and `ends` are read.
+        rows: number of samples.
+    """
+
+    def __init__(self, begin: Begin, rows: int, device: Any = None):
+        self.answer = torch.tensor(begin.answer, dtype=torch.long, device=device)
+        self.ends = torch.tensor(begin.ends, dtype=torch.long, device=device)
+        self.put = torch.zeros(rows, dtype=torch.long, device=device)  # how many tokens of `answer` each sample has
+
+    def __call__(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens [rows, 1] after `new` was sampled, and whether they end their samples [rows]."""
+        ends = torch.isin(new[:, 0], self.ends)
+        if not len(self.answer):
+            return new, ends
+        message_ends = new[:, 0] == self.answer[0]
+        between = torch.where(self.put == 0, message_ends, self.put < len(self.answer))
+        put = self.answer[self.put.clamp(max=len(self.answer) - 1)]
+        self.put += between
+        return torch.where(between, put, new[:, 0])[:, None], ends & ~between
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Continue with the samples at these indices."""
+        self.put = self.put[rows]
 
 
 def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -177,26 +221,39 @@ def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Te
     return torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 
 
-def _document(row: list[int], begin: int, ends: set[int]) -> list[int]:
-    """A sample up to its first end token after its first `begin` tokens (some models begin a text with EOS)."""
-    last = next((position for position in range(begin, len(row)) if row[position] in ends), len(row) - 1)
-    return row[: last + 1]
-
-
 @dataclass(frozen=True)
-class _Begin:
-    """The beginning of samples: the tokens `prefix`, and then one of `words`, if there are any."""
+class Begin:
+    """How samples begin and end.
+
+    Attributes:
+        prefix: their first tokens.
+        words: tokens of which one follows; () if none does.
+        ends: the tokens that end a text of this model, sorted.
+        answer: in a conversation, the template's tokens from the end of the user's message to the beginning of the
+            answer; () if the model must write them itself.
+    """
 
     prefix: tuple[int, ...]
     words: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer, chat: bool, vocabulary: int) -> _Begin:
-        """The beginning for a tokenizer; `vocabulary`: size of the model's vocabulary."""
-        if chat:
-            return cls(user_turn(tokenizer), ())
-        bos = tuple(begin_of_text(tokenizer))
-        return cls(bos, () if bos else _words(tokenizer, vocabulary))
+    def of(cls, model, tokenizer, chat: bool, length: int) -> Begin:
+        """The beginning for a model: of a conversation, or of running text.
+
+        Args:
+            length: tokens of the longest sample.
+
+        Raises:
+            SurgeryError: `chat` and as for `user_turn`; or a vocabulary without words.
+        """
+        prefix, answer = user_turn(tokenizer, length) if chat else ((), ())
+        bos, ends = tuple(begin_of_text(tokenizer)), tuple(sorted(_end_tokens(model, tokenizer)))
+        if prefix[: len(bos)] != bos:
+            prefix = bos + prefix
+        words = () if prefix else _words(tokenizer, model.config.get_text_config().vocab_size)
+        return cls(prefix, words, ends, answer if set(answer[:1]) & set(ends) else ())
 
     def draw(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """The first tokens of a batch of samples, long [batch, n]."""
@@ -209,16 +266,42 @@ class _Begin:
         return torch.cat([prefix, words[indices]], dim=1)
 
 
-def user_turn(tokenizer) -> tuple[int, ...]:
-    """The tokens with which the chat template begins a user's message.
+def user_turn(tokenizer, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The chat template's tokens before a user's message, and those between it and the model's answer.
+
+    Args:
+        length: tokens of the longest conversation. The template's may take half of them.
 
     Raises:
-        SurgeryError: the tokenizer has no chat template.
+        SurgeryError: the tokenizer has no chat template, one that a user's message alone does not fit, or one that
+            leaves too little room.
     """
-    if not tokenizer.chat_template:
-        raise ModelMismatchError("this tokenizer has no chat template", where="heal.chat", fix="heal.chat=false")
-    message = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    return tuple(tokenizer(message.partition(MARK)[0], add_special_tokens=False)["input_ids"])
+    where, fix = "heal.chat", "heal.chat=false"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelMismatchError("this tokenizer has no chat template", where=where, fix=fix)
+    try:
+        text = _rendered(tokenizer, [{"role": "user", "content": MARK}])
+    except Exception as error:  # templates are code, which raises what it likes
+        reason = f"the chat template does not take a user's message: {error}"
+        raise ModelMismatchError(reason, where=where, fix=fix) from error
+    before, mark, after = text.partition(MARK)
+    if not mark:
+        raise ModelMismatchError("the chat template leaves out a user's message of text", where=where, fix=fix)
+    turn = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
+    if 2 * (taken := sum(map(len, turn))) > length:
+        reason = f"the chat template alone takes {taken} of {length} tokens"
+        raise SettingError(reason, where="heal.length", fix=f"heal.length={2 * taken}, or {fix}")
+    return turn[0], turn[1]
+
+
+def _rendered(tokenizer, messages: list[dict[str, str]]) -> str:
+    """A conversation up to the model's next turn. A template that prints today's date prints `DAY` instead."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now(" in template:
+        macro = "{%- macro surgery_day(format) -%}" + DAY + "{%- endmacro -%}"
+        template = macro + template.replace("strftime_now(", "surgery_day(")
+    settings = {"chat_template": template, "date_string": DAY}
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
 
 
 def _words(tokenizer, vocabulary: int) -> tuple[int, ...]:

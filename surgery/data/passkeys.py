@@ -9,24 +9,11 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from surgery.data.generated import sample
-from surgery.data.text import (
-    Text,
-    begin_of_text,
-    fitting_length,
-    load_text,
-    samples_to_begin,
-    windows,
-    written_samples,
-)
+from surgery.data.text import Text, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SettingError, TextError
-from surgery.io.loading import eval_mode
-from surgery.machine.progress import renamed
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
@@ -88,54 +75,6 @@ class Recall:
         """(first, end) of the passkey that each of `rows` repeats, long [r, 2]."""
         pairs = zip(self.spans, self.answers, strict=True)
         return torch.tensor([span for span, (first, end) in pairs for _ in range(end - first)])
-
-
-def calibration_sequences(
-    model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
-) -> torch.Tensor:
-    """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
-
-    Args:
-        text: "builtin" (its calibration part), a file, "self" (text that the model writes) or "mixed" (half of the
-            samples from "builtin" and half from "self").
-        folder: folder for the model's text, so that a resumed run need not generate it again.
-        progress: called as progress(done, total, label).
-
-    Raises:
-        SurgeryError: a text that cannot be read or is too short.
-    """
-    length = fitting_length(model, length)
-    written = written_samples(text, samples)
-    sequences = [_written(model, tokenizer, length, written, folder, progress)] if written else []
-    if written < samples:
-        source = load_text("builtin" if text == "mixed" else text, "calibration")
-        sequences.insert(0, windows(source, tokenizer, length, samples - written))
-    return torch.cat(sequences)
-
-
-def calibration_source(text: str) -> dict:
-    """The record of a calibration text in surgery.json: its title, and its sha256 unless the model wrote all of it."""
-    if text == "self":
-        return {"text": "what the model writes"}
-    source = load_text("builtin" if text == "mixed" else text, "calibration")
-    half = ", and as much that the model writes" if text == "mixed" else ""
-    return {"text": source.title + half, "sha256": source.sha256[:12]}
-
-
-def _written(model, tokenizer, length: int, samples: int, folder, progress) -> torch.Tensor:
-    """Samples of text that the model writes, [samples, length]. A sample may hold several short texts.
-
-    A sample begins as a window of `windows` does, with BOS if the tokenizer begins texts with it: such models use the
-    first token as a sink.
-    """
-    settings = SimpleNamespace(length=length, chat=False, seed=0)
-    batch, tokens, ticks = samples_to_begin(samples), samples * length, renamed(progress, "calibration text")
-    with eval_mode(model):
-        documents = sample(model, tokenizer, settings, tokens, folder=folder, batch=batch, progress=ticks)
-    start = begin_of_text(tokenizer)
-    tokens = [token for document in documents for token in document[len(start) :]]
-    bodies = torch.tensor(tokens[: samples * (length - len(start))]).view(samples, -1)
-    return torch.cat([torch.tensor(start, dtype=torch.long).expand(samples, -1), bodies], dim=1)
 
 
 def calibration(

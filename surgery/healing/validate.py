@@ -88,7 +88,7 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
         if heal.recall:
             repeat_rows(texts, tokenizer, heal, most=len(KINDS))
     elif heal.chat:
-        user_turn(tokenizer)
+        user_turn(tokenizer, heal.length)
 
 
 def _refuse_report_to(name: str) -> None:

@@ -23,6 +23,10 @@ from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
 
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"
+CONVERSATION = (
+    "<s>{% for m in messages %}{{ 'cat ' if m.role == 'user' }}{{ m.content }} </s>{% endfor %}"
+    "{% if add_generation_prompt %} mat sat {% endif %}"
+)
 
 
 def heal(**fields):
@@ -386,27 +390,44 @@ def test_a_model_that_overflows_writes_nothing(value):
         _sample_tokens(logits, torch.Generator().manual_seed(0))
 
 
+def alone(model, start: list[int], answer: tuple[int, ...], ends: set[int], length: int = 16) -> list[int]:
+    """The row that begins with `start`, by a loop over whole texts that always takes the most probable token."""
+    row, answered = list(start), not answer
+    while len(row) < length:
+        token = int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax())
+        if not answered and token == answer[0]:
+            row, answered = [*row, *answer], True
+        elif token in ends:
+            return [*row, token]
+        else:
+            row.append(token)
+    return row[:length]
+
+
+@pytest.mark.parametrize("answer", [0, 1, 3])
 @pytest.mark.parametrize("growing", [True, False])
 @torch.no_grad()
-def test_rows_that_ended_are_not_computed_and_the_others_go_on(growing):
-    """With logits so far apart that chance has no say, each row is what a loop over whole texts finds for it alone."""
+def test_rows_that_ended_are_not_computed_and_the_others_go_on(growing, answer):
+    """With logits so far apart that chance has no say, each row is what a loop over whole texts finds for it alone.
+
+    Where the model ends a user's message, the tokens of the answer's beginning follow. Other tokens that end texts end
+    the conversation, in a message and in an answer.
+    """
     model = TINY["llama"](vocab_size=64, tie_word_embeddings=False)
-    model.lm_head.weight.data *= 1e4
+    model.lm_head.weight.data *= 1e6
     starts = torch.arange(4, 24)[:, None]
-    wanted = []
-    for start in starts.tolist():
-        row = list(start)
-        while len(row) < 16:
-            row.append(int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
-        wanted.append(row)
-    seconds = [row[1] for row in wanted]
-    ends = {max(seconds, key=seconds.count), wanted[0][5], wanted[1][8], wanted[2][3]}
+    endless = [alone(model, start, (), set()) for start in starts.tolist()]
+    seconds = [row[1] for row in endless]
+    ends = {max(seconds, key=seconds.count), endless[0][5], endless[1][8], endless[2][3]}
+    begins = (max(seconds, key=seconds.count), *[token for token in range(64) if token not in ends])[:answer]
+    want = [alone(model, start, begins, ends) for start in starts.tolist()]
     writer, sizes = self_text.fast_writer(model) if growing else model, []
     writer.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
-    rows = self_text._write(writer, starts, 16, ends, torch.Generator().manual_seed(0)).tolist()
-    documents, want = ([self_text._document(row, 1, ends) for row in each] for each in (rows, wanted))
-    assert documents == want
+    speakers = self_text.Speakers(self_text.Begin((), (), tuple(ends), begins), len(starts))
+    rows, lengths = self_text._write(writer, starts, 16, speakers, torch.Generator().manual_seed(0))
+    assert [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)] == want
     assert len(set(map(len, want))) > 2
+    assert sum(tuple(row[at : at + answer]) == begins for row in want for at in range(16)) >= 4
     assert sizes[0] == 20
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 20
@@ -448,10 +469,89 @@ def test_a_chat_begins_with_the_users_turn(writer, tiny_llama):
     tokenizer.chat_template = "<s>{% for m in messages %} cat {{ m.content }} </s>{% endfor %}"
     documents = sample(writer, tokenizer, heal(chat=True), 300, batch=8)
     assert {tuple(each[:2]) for each in documents} == {(1, *ids_of("cat"))}
+    refused = {
+        "{{ raise_exception('no system message') }}": "does not take a user's message: no system message",
+        "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}": "leaves out a user's",
+        "<s>{% for m in messages %}"
+        + 8 * " cat"
+        + "{{ m.content }}{% endfor %}": "takes 9 of 16 (.|\n)*heal.length=18",
+    }
+    for tokenizer.chat_template, message in refused.items():
+        with pytest.raises(SurgeryError, match=message):
+            sample(writer, tokenizer, heal(chat=True), 100)
 
 
-def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch):
-    full = sample(writer, tokenizer, heal(), 600, batch=8)
+def test_a_conversation_begins_with_bos_or_a_word_as_other_texts_do(writer, with_bos, tokenizer):
+    with_bos.chat_template = "{% for m in messages %}cat {{ m.content }}</s>{% endfor %}"
+    documents = sample(writer, with_bos, heal(chat=True), 300, batch=8)
+    assert {tuple(each[:2]) for each in documents} == {(1, *ids_of("cat"))}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    begins = {each[0] for each in sample(writer, tokenizer, heal(chat=True), 600, batch=16)}
+    assert begins <= {each[0] for each in sample(writer, tokenizer, heal(), 6000, batch=64)}
+    assert len(begins) > 5
+
+
+def test_the_text_does_not_depend_on_the_day(writer, tiny_llama, monkeypatch):
+    import datetime
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz).replace(month=1, day=9)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = (
+        "<s>{% if strftime_now is defined and strftime_now('%d') == '09' %} cat{% endif %}"
+        "{% if date_string is defined %} mat{% endif %}{% for m in messages %} sat {{ m.content }}{% endfor %}"
+    )
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    today = tokenizer.apply_chat_template([{"role": "user", "content": "dogs"}], tokenize=False)
+    assert today == "<s> cat sat dogs"
+    documents = sample(writer, tokenizer, heal(chat=True), 100, batch=8)
+    assert {tuple(each[:3]) for each in documents} == {(1, *ids_of("mat sat"))}
+
+
+def test_progress_never_goes_back(writer, tiny_llama):
+    """A conversation's first tokens are not sampled, and short ones take many batches."""
+    tokenizer, done = AutoTokenizer.from_pretrained(tiny_llama), []
+    tokenizer.chat_template = "<s>{% for m in messages %}" + 15 * " cat" + "{{ m.content }}{% endfor %}"
+    sample(writer, tokenizer, heal(chat=True, length=34), 600, batch=4, progress=lambda *args: done.append(args[0]))
+    assert len(set(done)) > 8
+    assert done == sorted(done)
+    assert done[-1] == 600
+
+
+def test_a_conversation_has_a_message_and_an_answer(writer, tiny_llama):
+    """The template's tokens between the two follow the first end, and the conversation goes on to the second."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = CONVERSATION
+    documents = sample(writer, tokenizer, heal(chat=True, length=64), 3000, batch=32)
+    eos, whole = tokenizer.eos_token_id, 0
+    for document in documents:
+        ends = [position for position, token in enumerate(document) if token == eos]
+        assert document[:2] == [1, *ids_of("cat")]
+        if ends and ends[0] < 62:
+            assert document[ends[0] + 1 : ends[0] + 3] == ids_of("mat sat")
+        assert len(ends) <= 2
+        whole += len(ends) == 2 and document[-1] == eos
+        assert len(document) == 64 or len(ends) == 2
+    assert whole > 3
+
+
+def test_a_template_that_ends_messages_with_words_leaves_them_to_the_model(writer, tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "<s>{% for m in messages %} cat {{ m.content }} dog{% endfor %}"
+    documents = sample(writer, tokenizer, heal(chat=True, length=64), 3000, batch=32)
+    ended = [document for document in documents if len(document) < 64]
+    assert {document.index(tokenizer.eos_token_id) - len(document) for document in ended} == {-1}
+    assert {document[-1] for document in ended} == {tokenizer.eos_token_id}
+    assert self_text.Begin.of(writer, tokenizer, True, 64).answer == ()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch, chat):
+    tokenizer.chat_template = CONVERSATION
+    full = sample(writer, tokenizer, heal(chat=chat), 600, batch=8)
 
     class Killed(BaseException):
         pass
@@ -461,17 +561,17 @@ def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch):
             raise Killed
 
     with pytest.raises(Killed):
-        sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path / "new", progress=stop)
+        sample(writer, tokenizer, heal(chat=chat), 600, batch=8, folder=tmp_path / "new", progress=stop)
     tmp_path = tmp_path / "new"
     saved = len(list(tmp_path.iterdir()))
     assert saved >= 2
     written = []
     real = self_text._write
     monkeypatch.setattr(self_text, "_write", lambda *args: written.append(1) or real(*args))
-    assert sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path) == full
+    assert sample(writer, tokenizer, heal(chat=chat), 600, batch=8, folder=tmp_path) == full
     assert len(written) == len(list(tmp_path.iterdir())) - saved
     before = len(written)
-    sample(writer, tokenizer, heal(seed=1), 100, batch=8, folder=tmp_path)
+    sample(writer, tokenizer, heal(chat=chat, seed=1), 100, batch=8, folder=tmp_path)
     assert len(written) > before  # another seed finds nothing of it
 
 

@@ -54,7 +54,7 @@ class GQA(Variants, WeightRewrite):
     op: Literal["gqa"] = "gqa"
     kv_heads: Heads | list[Heads] | None = Field(
         description="KV heads after; divides the query heads. A list has a number for each layer (surgical tier). "
-        "null: one, with method: closed_form in the quarter of the layers that loses least (surgical tier)."
+        "null: one, with method: closed_form in the fifth of the layers that loses least (surgical tier)."
     )
     method: str = Field(
         description="closed_form: what loses least on calibration text, the rest refitted; mean of the group; its "

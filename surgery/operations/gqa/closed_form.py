@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
-from surgery.data.passkeys import calibration_sequences, calibration_source
+from surgery.data.calibration_text import calibration_sequences, calibration_source
 from surgery.errors import UnsupportedModelError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
@@ -47,7 +47,7 @@ def share_kv_heads(
         SurgeryError: there is no tokenizer, the text is too short, weights are not finite, or the device is MPS.
     """
     _refuse_mps(model)
-    before, after, sequences = context.before, context.change.after, _sequences(model, context, text)
+    before, after, (sequences, source) = context.before, context.change.after, _sequences(model, context, text)
     heads = Heads(model, before, orders)
 
     def files(name: str) -> LayerFiles:
@@ -82,14 +82,15 @@ def share_kv_heads(
     _write_mlps(model, run.mlps)
     each = zip(before.layers, heads.records, losses, records, strict=True)
     record = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
-    return record | {"calibration": calibration_source(text[0]) | {"tokens": sequences.numel()}}
+    return record | {"calibration": source | {"tokens": sequences.numel()}}
 
 
-def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> torch.Tensor:
-    """Tokens of the calibration text, long [samples, length]."""
+def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> tuple[torch.Tensor, dict]:
+    """Tokens of the calibration text, long [samples, length], and its record."""
     what = "method: closed_form needs the tokenizer, for its calibration text"
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
-    return calibration_sequences(model, tokenizer, *text, context.folder, context.progress)
+    sequences = calibration_sequences(model, tokenizer, *text, context.folder, context.progress)
+    return sequences, calibration_source(text[0], text[2])
 
 
 def _refuse_mps(model) -> None:

@@ -149,6 +149,7 @@ class Calibration:
         total *= UNUSED
         if not self.written:
             return total
+        # Running text and conversations take turns. Neither begins more rows than running text alone would.
         rows, fast = samples_to_begin(self.written // self.length), fast_in_bfloat16()
         writing = rows * (anatomy.kv_bytes_at(self.length) + 3 * 8 * vocabulary)
         if fast and BYTES.get(anatomy.dtype, 2) > 2:

@@ -127,7 +127,7 @@ class Gated(Operation):
         """Measure, put the gates into the model and set their parameters; returns a record."""
         import torch
 
-        from surgery.data.passkeys import calibration_sequences
+        from surgery.data.calibration_text import calibration_sequences
         from surgery.operations.moh.router import route
         from surgery.runtime.modeling_surgery import attention_modules, patch
 

@@ -388,7 +388,7 @@ class PruneHeads(Operation):
 
     def _sequences(self, model, context: ApplyContext):
         """Calibration tokens [samples, length]; None if none are needed."""
-        from surgery.data.passkeys import calibration_sequences
+        from surgery.data.calibration_text import calibration_sequences
 
         if not (self.refit or self._judges()):
             return None

@@ -221,7 +221,7 @@ class SinkCalibration(Variants, Operation):
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:
         """The data to measure on: samples of text, long [samples, tokens], unless a method overrides this."""
-        from surgery.data.passkeys import calibration_sequences
+        from surgery.data.calibration_text import calibration_sequences
 
         tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)
         text, length, samples = (getattr(self, name) for name in ("text", "calibration_length", "calibration_samples"))

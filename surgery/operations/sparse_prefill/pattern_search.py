@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from surgery.calibration.attention_hook import hook_attention
-from surgery.data.passkeys import calibration_sequences
+from surgery.data.calibration_text import calibration_sequences
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SettingError
 from surgery.machine.progress import begin

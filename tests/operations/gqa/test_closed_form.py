@@ -26,7 +26,7 @@ from planted import planted
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.data.passkeys import calibration_sequences
+from surgery.data.calibration_text import calibration_sequences, calibration_source
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.fit_mlp import projection_of
@@ -302,6 +302,50 @@ def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
     assert torch.equal(calibration_sequences(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
     monkeypatch.setattr("surgery.data.generated._write", None)  # what is kept is not written again
     assert torch.equal(calibration_sequences(loaded, tokenizer, "self", 32, 3, tmp_path), own)
+
+
+CONVERSATION = (
+    "{% for m in messages %}cat dog {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}sat{% endif %}"
+)
+
+
+def test_half_of_what_the_model_writes_for_chat_is_conversations(model, tmp_path, monkeypatch):
+    """They come last, the first begins a sample, and a resumed run finds them beside the running text."""
+    from transformers import AutoTokenizer
+
+    tokenizer, loaded, done = AutoTokenizer.from_pretrained(model), package.load(model), []
+    plain = calibration_sequences(loaded, tokenizer, "self", 32, 2)
+    mixed = calibration_sequences(loaded, tokenizer, "mixed", 32, 8)
+    tokenizer.chat_template = CONVERSATION
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "mixed", 32, 8), mixed)
+
+    def report(*args):
+        done.append(args)
+
+    text = calibration_sequences(loaded, tokenizer, "chat", 32, 8, tmp_path, report)
+    turn = tokenizer("cat dog", add_special_tokens=False)["input_ids"]
+    assert torch.equal(text[:4], mixed[:4])
+    assert torch.equal(text[4:6], plain)
+    assert text[6, : len(turn)].tolist() == turn
+    assert {total for _, total, _ in done} == {4 * 32}
+    assert [count for count, *_ in done] == sorted(count for count, *_ in done)
+    assert done[-1][0] == 4 * 32
+    monkeypatch.setattr("surgery.data.generated._write", None)
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "chat", 32, 8, tmp_path), text)
+    source = calibration_source("chat", 8)["text"]
+    assert source.endswith(", and as much that the model writes (2 samples of text, 2 of conversations)")
+    assert calibration_source("mixed", 8)["text"].endswith(", and as much that the model writes")
+
+
+def test_chat_without_a_template_that_serves_is_refused(model):
+    from transformers import AutoTokenizer
+
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), package.load(model)
+    for tokenizer.chat_template, says in ((None, "no chat template"), (CONVERSATION, "alone takes 4 of 7 tokens")):
+        with pytest.raises(SurgeryError, match=f"calibration_text: chat: .*{says}(.|\\n)*mixed needs no"):
+            calibration_sequences(loaded, tokenizer, "chat", 7, 4)
+    assert calibration_sequences(loaded, tokenizer, "chat", 8, 3).shape == (3, 8)
+    assert calibration_sequences(loaded, tokenizer, "chat", 8, 1).shape == (1, 8)
 
 
 def test_refusals(numbers):

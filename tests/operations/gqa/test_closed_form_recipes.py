@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.data.passkeys import calibration_sequences
+from surgery.data.calibration_text import calibration_sequences
 from surgery.operations.gqa.cost import Calibration
 from surgery.operations.gqa.operation import GQA
 

@@ -1,0 +1,101 @@
+"""The text on which an operation measures and fits: a part of the built-in text, a file, or what the model writes.
+
+What the model writes is running text, or half of it conversations in the chat template (`generated.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from surgery.data.generated import sample, user_turn
+from surgery.data.text import begin_of_text, fitting_length, load_text, samples_to_begin, windows, written_samples
+from surgery.errors import SurgeryError
+from surgery.io.loading import eval_mode
+
+STAGE = "calibration text"
+HALVES = ("mixed", "chat")  # texts of which one half is the built-in text
+
+
+def calibration_sequences(
+    model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
+) -> torch.Tensor:
+    """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
+
+    Args:
+        text: "builtin" (its calibration part), a file, "self" (what the model writes), "mixed" (half of the samples
+            from "builtin" and half from "self"), or "chat" ("mixed", but half of what the model writes is
+            conversations).
+        folder: folder for the model's text, so that a resumed run need not generate it again.
+        progress: called as progress(done, total, label), in tokens that the model writes.
+
+    Raises:
+        SurgeryError: a text that cannot be read or is too short; "chat" where the chat template does not serve.
+    """
+    length, written = fitting_length(model, length), written_samples(text, samples)
+    conversations = _conversations(text, samples)
+    if conversations:
+        _refuse_template(tokenizer, length)
+    sequences, plain = [], written - conversations
+    if written < samples:
+        source = load_text("builtin" if text in HALVES else text, "calibration")
+        sequences.append(windows(source, tokenizer, length, samples - written))
+    for count, chat, first in ((plain, False, 0), (conversations, True, plain)):
+        if count:
+
+            def report(done: int, _: int, __: str, first=first) -> None:
+                progress(first * length + done, written * length, STAGE)
+
+            settings = SimpleNamespace(length=length, chat=chat, seed=0)
+            sequences.append(_written(model, tokenizer, settings, count, folder, progress and report))
+    return torch.cat(sequences)
+
+
+def calibration_source(text: str, samples: int) -> dict:
+    """The record of a calibration text of so many samples in surgery.json: its title, and its sha256 unless the model
+    wrote all of it.
+    """
+    if text == "self":
+        return {"text": "what the model writes"}
+    source = load_text("builtin" if text in HALVES else text, "calibration")
+    half = ", and as much that the model writes" if text in HALVES else ""
+    if conversations := _conversations(text, samples):
+        half += (
+            f" ({written_samples(text, samples) - conversations} samples of text, {conversations} of conversations)"
+        )
+    return {"text": source.title + half, "sha256": source.sha256[:12]}
+
+
+def _conversations(text: str, samples: int) -> int:
+    """How many samples of a calibration text are conversations."""
+    return (written_samples(text, samples) + 1) // 2 if text == "chat" else 0
+
+
+def _refuse_template(tokenizer, length: int) -> None:
+    try:
+        user_turn(tokenizer, length)
+    except SurgeryError as error:
+        fix = "calibration_text: mixed needs no chat template"
+        raise type(error)(error.what, where="calibration_text: chat", fix=fix) from error
+
+
+def _written(model, tokenizer, settings, samples: int, folder, progress) -> torch.Tensor:
+    """Samples of text that the model writes, [samples, length]. A sample may hold several short texts.
+
+    A sample begins as a window of `windows` does, with BOS if the tokenizer begins texts with it: such models use the
+    first token as a sink. A conversation may begin anywhere in a sample.
+
+    Args:
+        settings: length, chat and seed, as `heal` of `generated.sample`.
+    """
+    rows = 2 * samples if settings.chat else samples  # conversations are shorter than a sample
+    wanted, batch = samples * settings.length, samples_to_begin(rows)
+    with eval_mode(model):
+        documents = sample(model, tokenizer, settings, wanted, folder=folder, batch=batch, progress=progress)
+    start = begin_of_text(tokenizer)
+    body = settings.length - len(start)
+    tokens = [token for document in documents for token in document[len(start) :]]
+    bodies = torch.tensor(tokens[: samples * body]).view(samples, -1)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(samples, -1), bodies], dim=1)
