@@ -16,7 +16,7 @@ from surgery.errors import SurgeryError
 from surgery.io.loading import eval_mode
 
 STAGE = "calibration text"
-HALVES = ("mixed", "chat")  # texts of which one half is the built-in text
+HALVES = ("mixed", "conversations")  # texts of which one half is the built-in text
 
 
 def calibration_sequences(
@@ -26,13 +26,14 @@ def calibration_sequences(
 
     Args:
         text: "builtin" (its calibration part), a file, "self" (what the model writes), "mixed" (half of the samples
-            from "builtin" and half from "self"), or "chat" ("mixed", but half of what the model writes is
+            from "builtin" and half from "self"), or "conversations" ("mixed", but half of what the model writes is
             conversations).
         folder: folder for the model's text, so that a resumed run need not generate it again.
         progress: called as progress(done, total, label), in tokens that the model writes.
 
     Raises:
-        SurgeryError: a text that cannot be read or is too short; "chat" where the chat template does not serve.
+        SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
+            serve.
     """
     length, written = fitting_length(model, length), written_samples(text, samples)
     conversations = _conversations(text, samples)
@@ -70,7 +71,7 @@ def calibration_source(text: str, samples: int) -> dict:
 
 def _conversations(text: str, samples: int) -> int:
     """How many samples of a calibration text are conversations."""
-    return (written_samples(text, samples) + 1) // 2 if text == "chat" else 0
+    return (written_samples(text, samples) + 1) // 2 if text == "conversations" else 0
 
 
 def _refuse_template(tokenizer, length: int) -> None:
@@ -78,7 +79,7 @@ def _refuse_template(tokenizer, length: int) -> None:
         user_turn(tokenizer, length)
     except SurgeryError as error:
         fix = "calibration_text: mixed needs no chat template"
-        raise type(error)(error.what, where="calibration_text: chat", fix=fix) from error
+        raise type(error)(error.what, where="calibration_text: conversations", fix=fix) from error
 
 
 def _written(model, tokenizer, settings, samples: int, folder, progress) -> torch.Tensor:

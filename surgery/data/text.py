@@ -125,7 +125,7 @@ def fitting_length(model, length: int) -> int:
 
 def written_samples(text: str, samples: int) -> int:
     """How many samples of the calibration text `text` the model writes itself."""
-    return {"self": samples, "mixed": samples // 2, "chat": samples // 2}.get(text, 0)
+    return {"self": samples, "mixed": samples // 2, "conversations": samples // 2}.get(text, 0)
 
 
 def samples_to_begin(samples: int) -> int:

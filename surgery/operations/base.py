@@ -54,7 +54,7 @@ PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order
     "training": "A start for training, or trained",
     "exact": "Exact, or a building block",
 }
-TEXTS = ("builtin", "self", "mixed", "chat")  # names of calibration texts that are not files
+TEXTS = ("builtin", "self", "mixed", "conversations")  # names of calibration texts that are not files
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class ClosedForm(GQA):
     calibration_text: str = Field(
         "mixed",
         description="builtin (the calibration part of Python's language reference), self (what the model writes), "
-        "mixed (half of each), chat (half of what the model writes is conversations), or a UTF-8 text file.",
+        "mixed (half of each), conversations (mixed, but half of what the model writes is conversations), or a UTF-8 "
+        "text file.",
     )
 
     @property
@@ -139,7 +140,7 @@ class ClosedForm(GQA):
             fitted += " (the MLP's output projection; not refitted in layers with experts or a norm after the MLP)"
         calibration = self._calibration(anatomy)
         half = "text, half of it written by the model"
-        kind = {"mixed": half, "chat": f"{half}, with conversations", "self": "text that the model writes"}
+        kind = {"mixed": half, "conversations": f"{half}, with conversations", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
         yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if kept_layers := self.kept_layers(anatomy):

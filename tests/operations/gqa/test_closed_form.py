@@ -309,7 +309,7 @@ CONVERSATION = (
 )
 
 
-def test_half_of_what_the_model_writes_for_chat_is_conversations(model, tmp_path, monkeypatch):
+def test_half_of_what_the_model_writes_for_conversations_is_conversations(model, tmp_path, monkeypatch):
     """They come last, the first begins a sample, and a resumed run finds them beside the running text."""
     from transformers import AutoTokenizer
 
@@ -322,7 +322,7 @@ def test_half_of_what_the_model_writes_for_chat_is_conversations(model, tmp_path
     def report(*args):
         done.append(args)
 
-    text = calibration_sequences(loaded, tokenizer, "chat", 32, 8, tmp_path, report)
+    text = calibration_sequences(loaded, tokenizer, "conversations", 32, 8, tmp_path, report)
     turn = tokenizer("cat dog", add_special_tokens=False)["input_ids"]
     assert torch.equal(text[:4], mixed[:4])
     assert torch.equal(text[4:6], plain)
@@ -331,21 +331,21 @@ def test_half_of_what_the_model_writes_for_chat_is_conversations(model, tmp_path
     assert [count for count, *_ in done] == sorted(count for count, *_ in done)
     assert done[-1][0] == 4 * 32
     monkeypatch.setattr("surgery.data.generated._write", None)
-    assert torch.equal(calibration_sequences(loaded, tokenizer, "chat", 32, 8, tmp_path), text)
-    source = calibration_source("chat", 8)["text"]
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "conversations", 32, 8, tmp_path), text)
+    source = calibration_source("conversations", 8)["text"]
     assert source.endswith(", and as much that the model writes (2 samples of text, 2 of conversations)")
     assert calibration_source("mixed", 8)["text"].endswith(", and as much that the model writes")
 
 
-def test_chat_without_a_template_that_serves_is_refused(model):
+def test_conversations_without_a_template_that_serves_is_refused(model):
     from transformers import AutoTokenizer
 
     tokenizer, loaded = AutoTokenizer.from_pretrained(model), package.load(model)
     for tokenizer.chat_template, says in ((None, "no chat template"), (CONVERSATION, "alone takes 4 of 7 tokens")):
-        with pytest.raises(SurgeryError, match=f"calibration_text: chat: .*{says}(.|\\n)*mixed needs no"):
-            calibration_sequences(loaded, tokenizer, "chat", 7, 4)
-    assert calibration_sequences(loaded, tokenizer, "chat", 8, 3).shape == (3, 8)
-    assert calibration_sequences(loaded, tokenizer, "chat", 8, 1).shape == (1, 8)
+        with pytest.raises(SurgeryError, match=f"calibration_text: conversations: .*{says}(.|\\n)*mixed needs no"):
+            calibration_sequences(loaded, tokenizer, "conversations", 7, 4)
+    assert calibration_sequences(loaded, tokenizer, "conversations", 8, 3).shape == (3, 8)
+    assert calibration_sequences(loaded, tokenizer, "conversations", 8, 1).shape == (1, 8)
 
 
 def test_refusals(numbers):
