@@ -96,6 +96,8 @@ def test_gate_card_and_closing_line(tokenizer):
     )
     assert Lookup.paragraph(record).startswith(words)
     assert "it keeps 1 of 2" in Lookup.paragraph(record)
+    alone = {name: value for name, value in record.items() if name not in ("base", "kept")}
+    assert Lookup.paragraph(alone).endswith("one asked for): the model answers 2 of 3.")
 
 
 def test_what_a_window_sees_does_not_count_and_is_said(tokenizer):

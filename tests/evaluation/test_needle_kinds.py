@@ -362,12 +362,15 @@ def test_the_record_names_the_kind_and_a_base_at_the_floor_is_no_gate(kind):
         assert above or "the base answers no more than a guess does" in reasons[0]
         shown = "\n".join(line for line in Needles.lines(result) if isinstance(line, str))
         assert ("no more than a guess" in shown) is not above
+        assert ("kept:" in shown) is above
         assert f"Kind {kind}: " in shown
         assert f"right with probability {floor:.0%}" in shown
         assert Needles.sentence(record).endswith(f"kept {hits - 1} of {hits}" if above else "")
         assert bool(Needles.sentence(record)) is above
         card = Needles.paragraph(record)
         assert (f"it keeps {hits - 1} of {hits}" in card) is above
+        alone = Needles.paragraph({name: value for name, value in record.items() if name not in ("base", "kept")})
+        assert f": the model finds {max(hits - 1, 0)} of 12." in alone
         assert ("The base answers no more than a guess does" in card) is not above
         assert Needles.recall(record) is None, "documented as that of single hidden secrets"
         assert "passkeys" not in Needles.rows(record)[0].name + Needles.metrics(record)[0][1][0].name

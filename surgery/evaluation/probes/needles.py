@@ -36,6 +36,7 @@ from surgery.evaluation.probes.recall import (
     ANSWER,
     LATE,
     RecallProbe,
+    both_words,
     floor_line,
     kept_limit,
     kept_sentence,
@@ -312,13 +313,12 @@ class Needles(RecallOfKinds):
         if record.get("status") != "done":
             reason = record.get("reason") or "no reason was recorded"
             return f"The recall test (needles: secrets hidden in a text) was **not run**: {reason}."
-        settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
+        settings = record.get("settings") or {}
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
         hidden, comma, asked = needle_kinds.recorded(settings).detail(settings.get("secret")).partition(",")
         line = f"Recall test (needles: {hidden} hidden in that text{comma}{asked}, prompts of {lengths} "
-        base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         late = LATE if settings.get("late") else ""
-        line += f"tokens{late}): the base finds {base}, the converted model {out}."
+        line += f"tokens{late}): {both_words(record, 'finds')}."
         if off := record.get("without"):
             line += f" {ablation.sentence(off, record['out'])}"
         return line + kept_sentence(record, "finds")
@@ -344,7 +344,8 @@ class Needles(RecallOfKinds):
                 f"{name + ':':<11}{side['hits']} of {side['of']} needles ({percent(side)}), "
                 f"{side['nll']:.3f} nats per token on the right answer"
             )
-        if kept := result.compare():
+        low = floor_line(record)
+        if (kept := result.compare()) and not (low and kept["of"]):
             where = " outside sinks and window" if result.reach else ""
             share = f"{kept['kept']} of the {kept['of']} that the base finds{where and ' and that lie' + where}"
             share += f" ({percent(kept)})"
@@ -358,7 +359,7 @@ class Needles(RecallOfKinds):
         if kind.name != needle_kinds.DEFAULT:
             lines.append(f"Kind {kind.name}: {kind.detail(settings.get('secret'))}.")
         lines.append(f"{size}; {kind.guess} is right with probability {share}.")
-        if low := floor_line(record):
+        if low:
             lines.append(low)
         return [
             *lines,

@@ -115,6 +115,16 @@ def kept_limit(cases: str, done: str, words: str) -> Limit:
     )
 
 
+def both_words(record: dict, does: str) -> str:
+    """How many prompts each model answers, for the card's sentence; of a record without a base, the model alone.
+
+    Args:
+        does: what the models do ("answers").
+    """
+    base, out = ((side := record.get(label) or {}) and f"{side['hits']} of {side['of']}" for label in ("base", "out"))
+    return f"the base {does} {base}, the converted model {out}" if base else f"the model {does} {out}"
+
+
 def kept_sentence(record: dict, does: str) -> str:
     """The sentence of a card on what the converted model keeps, after a space; "" where there is nothing to keep.
 
@@ -239,10 +249,9 @@ class RecallProbe(CaseProbe):
     def paragraph(cls, record: dict) -> str:
         if record.get("status") != "done":
             return f"{cls.title} were **not run**: {record.get('reason') or 'no reason was recorded'}."
-        settings, *both = (record.get(key) or {} for key in ("settings", "base", "out"))
-        base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
+        settings = record.get("settings") or {}
         late = LATE if settings.get("late") else ""
-        line = f"{cls.title} ({cls.detail(settings)}{late}): the base answers {base}, the converted model {out}."
+        line = f"{cls.title} ({cls.detail(settings)}{late}): {both_words(record, 'answers')}."
         if inside := (record.get("streaming") or {}).get("needles_inside"):
             line += f" {inside} of them lie within sinks and window and prove nothing."
         return line + kept_sentence(record, "answers")
@@ -263,8 +272,8 @@ class RecallProbe(CaseProbe):
 
     @classmethod
     def lines(cls, result: RecallResult) -> list[Table | str]:
-        settings, kept = result.settings, result.compare()
-        lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
+        settings, kept, low = result.settings, result.compare(), floor_line(result.to_dict())
+        lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] and not low else [])]
         if inside := sum(not result.counts(case) for case in result.cases):
             sinks, window = result.reach or (0, 0)
             seen = f"they lie within the {sinks} sinks and {window} tokens that streaming heads see"
@@ -276,7 +285,7 @@ class RecallProbe(CaseProbe):
         lines.append(f"{len(result.cases)} {settings['form']} prompts {made}.")
         if few := cls.few(result):
             lines.append(few)
-        if low := floor_line(result.to_dict()):
+        if low:
             lines.append(low)
         text = settings.get("text")
         source = f"The text is {text['title']} (sha256 {text['sha256']})." if text else ""
