@@ -35,11 +35,10 @@ def calibration_sequences(
         SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
             serve.
     """
-    length, written = fitting_length(model, length), written_samples(text, samples)
-    conversations = _conversations(text, samples)
+    length, (plain, conversations) = fitting_length(model, length), _parts(text, samples)
+    written, sequences = plain + conversations, []
     if conversations:
         _refuse_template(tokenizer, length)
-    sequences, plain = [], written - conversations
     if written < samples:
         source = load_text("builtin" if text in HALVES else text, "calibration")
         sequences.append(windows(source, tokenizer, length, samples - written))
@@ -62,16 +61,17 @@ def calibration_source(text: str, samples: int) -> dict:
         return {"text": "what the model writes"}
     source = load_text("builtin" if text in HALVES else text, "calibration")
     half = ", and as much that the model writes" if text in HALVES else ""
-    if conversations := _conversations(text, samples):
-        half += (
-            f" ({written_samples(text, samples) - conversations} samples of text, {conversations} of conversations)"
-        )
+    plain, conversations = _parts(text, samples)
+    if conversations:
+        half += f" ({plain} samples of text, {conversations} of conversations)"
     return {"text": source.title + half, "sha256": source.sha256[:12]}
 
 
-def _conversations(text: str, samples: int) -> int:
-    """How many samples of a calibration text are conversations."""
-    return (written_samples(text, samples) + 1) // 2 if text == "conversations" else 0
+def _parts(text: str, samples: int) -> tuple[int, int]:
+    """How many samples of a calibration text the model writes as running text, and how many as conversations."""
+    written = written_samples(text, samples)
+    plain = written // 2 if text == "conversations" else written
+    return plain, written - plain
 
 
 def _refuse_template(tokenizer, length: int) -> None:

@@ -38,9 +38,8 @@ from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE
 
 MARK = "surgery-mark"
-DAY = (
-    "26 Jul 2024"  # of a conversation, if the template prints the day: the same settings give the same text on any day
-)
+# Of a conversation, if the template prints the day. So the same settings give the same text on any day.
+DAY = "26 Jul 2024"
 STAGE = "text that the model writes"
 REPORTED = 16  # progress is reported after this many tokens of a sample
 REVISION = 2  # raised when a change of the code makes the same settings give another text

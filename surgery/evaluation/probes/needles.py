@@ -301,11 +301,8 @@ class Needles(RecallOfKinds):
     @classmethod
     def sentence(cls, record: dict) -> str:
         kind = needle_kinds.recorded(record.get("settings") or {})
-        return (
-            ""
-            if cls.missing(record)
-            else kept_words("needles" if kind.name == needle_kinds.DEFAULT else kind.finds, record)
-        )
+        what = "needles" if kind.name == needle_kinds.DEFAULT else kind.finds
+        return "" if cls.missing(record) else kept_words(what, record)
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
