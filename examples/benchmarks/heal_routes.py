@@ -5,10 +5,10 @@
 
 START is a folder that `surgery apply` wrote from BASE. Each route trains START for the same minutes (or `--steps`) on
 the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
-is scored. With `--data self`, the base writes `--write` tokens of text once, for all routes.
-The columns "at N min" have the loss on that text after so many minutes. The curves, nats against minutes and against
-tokens, are drawn next to `--out`. `--out` holds the finished routes. The same command resumes, a route from its last
-checkpoint.
+is scored. With `--data self`, the base writes `--write` tokens of text with each of `--text-seeds`, once for all
+routes. The columns "at N min" have the loss on that text after so many minutes; with `--steps`, there are columns
+after an eighth, a quarter and half of the steps. The curves, nats against minutes and against tokens, are drawn next
+to `--out`. `--out` holds the finished routes. The same command resumes, a route from its last checkpoint.
 
 In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
@@ -65,6 +65,7 @@ parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(RO
 parser.add_argument("--minutes", type=float, default=40.0, help="of each route")
 parser.add_argument("--steps", type=int, help="of each route, in place of --minutes")
 parser.add_argument("--write", type=int, default=131072, help="tokens of text that the base writes for --data self")
+parser.add_argument("--text-seeds", nargs="+", type=int, default=[0], help="so many tokens are written with each")
 parser.add_argument("--batch-tokens", type=int, default=2048)
 parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
 parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
@@ -96,10 +97,13 @@ def score(folder, options) -> dict:
 
 
 def written(options) -> Path:
-    """Write text of the base to a file next to `--out`; its batches are kept in a folder, so that a run can resume."""
+    """Write text of the base to a file next to `--out`; its batches are kept in folders, so that a run can resume."""
     folder, file = resolve(options.base).path, options.out.with_name(f"{options.out.stem}-text.jsonl")
     tokenizer, model = read_tokenizer(folder), load_model(folder, dtype=torch.float32).eval()
-    documents = sample(model, tokenizer, Heal(steps=1), options.write, folder=file.with_suffix(""), progress=said)
+    documents = []
+    for seed in options.text_seeds:
+        batches = file.with_name(f"{file.stem}{f'-{seed}' if seed else ''}")
+        documents += sample(model, tokenizer, Heal(steps=1, seed=seed), options.write, folder=batches, progress=said)
     begin = len(begin_of_text(tokenizer))  # which the tokenizer puts before each text
     texts = tokenizer.batch_decode([document[begin:] for document in documents])
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -135,9 +139,18 @@ def run(route: str, seed: int, data: str, options) -> dict:
     return {"scores": score(folder, options), "tokens": facts["tokens"], "curve": curve} | times
 
 
-def at(curve: list, minutes: float) -> str:
-    """The last loss of a curve that was measured within so many minutes, for a cell."""
-    return next((f"{loss:.3f}" for _, seconds, loss in reversed(curve) if seconds <= 60 * minutes), "")
+def columns_over_time(options) -> dict[str, tuple[int, float]]:
+    """Title -> (which number of a curve's points, and up to which value of it the last loss is taken)."""
+    if options.steps:
+        return {
+            f"at step {step}": (0, step * options.batch_tokens) for step in (options.steps // n for n in (8, 4, 2))
+        }
+    return {f"at {minutes:g} min": (1, 60 * minutes) for minutes in options.points if minutes <= options.minutes}
+
+
+def at(curve: list, column: int, most: float) -> str:
+    """The last loss of a curve that was measured up to then, for a cell."""
+    return next((f"{point[2]:.3f}" for point in reversed(curve) if point[column] <= most), "")
 
 
 def cells(scores: dict, base: dict) -> list[str]:
@@ -156,9 +169,9 @@ def main() -> None:
     }
     measured = Measured(options.out, settings)
     base, start = (measured.once(name, partial(score, getattr(options, name), options)) for name in ("base", "start"))
-    points = [] if options.steps else [minutes for minutes in options.points if minutes <= options.minutes]
+    points = columns_over_time(options)
     columns = [*options.texts, *(f"{name} (nats a token)" for name in base["judges"]), "won back"]
-    columns += [f"at {minutes:g} min" for minutes in points]
+    columns += points
     none = " |" * len(points)
     print(f"| route | tokens | minutes | in all | {' | '.join(columns)} |")
     print("| --- | ---: | ---: | ---: |" + " ---: |" * len(columns))
@@ -173,7 +186,7 @@ def main() -> None:
         sides = zip(base["losses"], start["losses"], found["scores"]["losses"], strict=True)
         won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
         took = f"{found['minutes']:.1f} | {'' if found['in_all'] is None else format(found['in_all'], '.1f')}"
-        row = [*cells(found["scores"], base), won, *(at(found["curve"], minutes) for minutes in points)]
+        row = [*cells(found["scores"], base), won, *(at(found["curve"], *point) for point in points.values())]
         print(f"| {name} | {found['tokens']:,} | {took} | {' | '.join(row)} |", flush=True)
     for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
         lines = {

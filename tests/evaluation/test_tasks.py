@@ -363,6 +363,32 @@ def test_a_group_has_a_row_of_its_own(model, merged, tmp_path, choosing, monkeyp
     assert both["high"] - both["low"] < one["high"] - one["low"], "twice the items"
 
 
+def test_a_file_of_a_group(model, merged, tmp_path, choosing):
+    """With a task of another file of its folder and one of its own; lm_eval alone reads the same group."""
+    own = yaml.safe_load((tmp_path / "choosing.yaml").read_text()) | {"task": "own", "doc_to_target": "{{answer % 2}}"}
+    rule = {"metric": "acc", "weight_by_size": True}
+    file = tmp_path / "ours.yaml"
+    file.write_text(yaml.safe_dump({"group": "ours", "task": ["choosing", own], "aggregate_metric_list": [rule]}))
+    result = tasks(str(file), both_ways=True).measure(merged, model)
+    rows, members = result["tasks"], ("choosing", "ours::own")
+    assert set(rows) == {"ours", *members} == task_set.row_names([str(file)])
+    right = [case["out"]["acc"] for case in result["cases"]]
+    assert len(right) == 2 * ITEMS
+    assert rows["ours"]["out"] == pytest.approx(sum(right) / len(right))
+    assert rows["choosing"]["out"] == tasks(choosing).measure(merged, model)["tasks"]["choosing"]["out"]
+    assert result["by_others"] == {"same": 2 * ITEMS, "of": 2 * ITEMS}
+
+
+def test_files_of_groups_in_two_folders_are_refused(model, choosing, tmp_path):
+    files = [tmp_path / "one/a.yaml", tmp_path / "two/b.yaml"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(f"group: {file.stem}\ntask: [choosing]\n")
+    with pytest.raises(SurgeryError, match="are groups of tasks in two folders") as caught:
+        tasks(*map(str, files)).measure(model)
+    assert all(str(file) in str(caught.value) for file in files)
+
+
 @pytest.mark.parametrize(
     ("rules", "metric", "figures"),
     [
@@ -495,7 +521,7 @@ def test_of_every_length_the_first_items_are_asked():
 def test_tasks_of_ruler_that_the_network_does_not_give_are_left_out(model, monkeypatch):
     tried = []
 
-    def load(manager, name):
+    def load(name, metadata):
         tried.append(name)
         if name not in task_set.RULER_OFFLINE:
             raise NetworkError("the essays are not here")

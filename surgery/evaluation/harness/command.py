@@ -60,6 +60,7 @@ def command(model: str, tasks: TaskSet, asking: Asking) -> list[str]:
     """The command of lm-eval that runs the same tasks on a folder or a model of the Hub."""
     words = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}", "trust_remote_code=True"]
     words += ["--tasks", *tasks.named, "--batch_size", str(asking.batch)]
+    words += ["--include_path", tasks.folder] if tasks.folder else []
     words += ["--metadata", json.dumps({"max_seq_lengths": list(tasks.lengths)})] if tasks.lengths else []
     words += ["--num_fewshot", str(asking.fewshot)] if asking.fewshot is not None else []
     words += ["--apply_chat_template"] if asking.chat else []

@@ -78,9 +78,10 @@ class TaskSet:
 
     Attributes:
         loaded: lm-eval's tasks and groups.
-        named: the names by which they were asked for; a file's name is its path.
+        named: what lm-eval calls what was asked for: names, and paths of tasks' files.
         lengths: tokens of RULER's prompts; () without RULER.
         left_out: RULER tasks that were left out -> why.
+        folder: the folder of files that lm-eval must know for groups among them; None: none.
         cut: number of prompts so far that were longer than the model takes, of which lm-eval cuts the beginning.
     """
 
@@ -88,6 +89,7 @@ class TaskSet:
     named: tuple[str, ...]
     lengths: tuple[int, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
+    folder: str | None = None
     cut: int = 0
 
     def items(self, limit: int | None) -> dict[str, list[int]]:
@@ -165,14 +167,14 @@ def load_tasks(
     """Find tasks and read their data.
 
     Args:
-        names: tasks, groups and tags of lm-eval, and YAML files of tasks.
+        names: tasks, groups and tags of lm-eval, and YAML files of tasks and groups.
         lengths: also the tasks of RULER, with prompts of these many tokens. Those whose data cannot be reached are
             left out.
         tokenizer: counts the tokens of RULER's prompts.
         progress: called with the number of tasks read, and their number.
 
     Raises:
-        SettingError: there is no such task, or a file is not a task.
+        SettingError: there is no such task, a file is not a task, or groups' files lie in two folders.
         NetworkError: the data of a named task are on the Hub, which cannot be reached.
     """
     version()
@@ -181,8 +183,9 @@ def load_tasks(
         if lengths:  # a folder that we wrote: RULER loads it with trust_remote_code
             tokenizer.save_pretrained(folder)
             metadata = {"max_seq_lengths": list(lengths), "tokenizer": folder}
-        manager = _manager(json.dumps(metadata))
-        refuse_unknown(names, manager)
+        told = json.dumps(metadata)
+        refuse_unknown(names, _manager(told))
+        folder_of_groups = _folder_of_groups(names)
         wanted = [*dict.fromkeys(names), *(name for name in RULER if lengths and name not in names)]
         found: dict[str, dict[str, Any]] = {}
         left_out, offline = {}, ""
@@ -193,7 +196,7 @@ def load_tasks(
                 left_out[name] = offline
                 continue
             try:
-                found[name] = _load(manager, name)
+                found[name] = _load(name, told)
             except NetworkError as error:
                 if name in names:
                     raise
@@ -207,15 +210,51 @@ def load_tasks(
                 raise SettingError(what, fix="leave one of them out; a file may give its task another name")
             for kind, entries in merged.items():
                 entries.update(part[kind])
-        return TaskSet(merged, tuple(found), tuple(lengths), left_out)
+        called = tuple(_place(name)[0] for name in found)
+        return TaskSet(merged, called, tuple(lengths), left_out, folder_of_groups)
 
 
-@lru_cache(maxsize=1)
-def _manager(metadata: str) -> Any:
-    """lm-eval's index of its tasks, which takes seconds to make; `metadata`: JSON of what tasks are told."""
+@lru_cache(maxsize=2)
+def _manager(metadata: str, folder: str | None = None) -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make.
+
+    Args:
+        metadata: JSON of what tasks are told.
+        folder: a folder with more YAML files of tasks.
+    """
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(metadata=json.loads(metadata))
+    return TaskManager(metadata=json.loads(metadata), include_path=folder)
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """What lm-eval calls a task, group or tag, and the folder that its index must include.
+
+    lm-eval reads a task from the path of its file, but not a group. A group is read from the index of its folder, so
+    it may name the tasks of other files there.
+    """
+    entry = (_entry_of_file(Path(name)) if _is_file(name) else None) or {}
+    if isinstance(entry.get("group"), str):
+        return entry["group"], str(Path(name).resolve().parent)
+    return name, None
+
+
+def _folder_of_groups(names: Sequence[str]) -> str | None:
+    """The folder of the files of groups among names; `lm_eval` takes one."""
+    first: dict[str, str] = {}
+    for name in names:
+        _, folder = _place(name)
+        if folder:
+            first.setdefault(folder, name)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        what = f"{one} and {other} are groups of tasks in two folders, of which lm-eval reads one"
+        raise SettingError(what, fix="put them into one folder, or ask for them one at a time")
+    return next(iter(first), None)
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
@@ -224,7 +263,7 @@ def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
     for name in names:
         if name in known:
             continue
-        if Path(name).suffix in (".yaml", ".yml"):
+        if _is_file(name):
             if not Path(name).is_file():
                 faults.append(SettingError(f"there is no task file {name}", fix="write the path of a YAML task"))
             continue
@@ -239,9 +278,11 @@ def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
 
 def row_names(names: Sequence[str]) -> set[str] | None:
     """The tasks and groups that names and files stand for; None where a file does not say. No data are read."""
-    index, rows = _manager("{}").task_index, set()
+    rows: set[str] = set()
     for name in names:
-        entry = name if name in index else _entry_of_file(Path(name))
+        known, folder = _place(name)
+        index = _manager("{}", folder).task_index
+        entry = known if known in index else _entry_of_file(Path(name))
         try:
             rows |= _members(entry, index)
         except _UnclearFileError:
@@ -297,10 +338,11 @@ def _entry_of_file(file: Path) -> dict[str, Any] | None:
     return keys or None
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(name: str, metadata: str) -> dict[str, Any]:
     """A task, group or tag with its data; errors of lm-eval and of its data as ours."""
     try:
-        loaded = manager.load([name])
+        known, folder = _place(name)
+        loaded = _manager(metadata, folder).load([known])
     except SurgeryError:
         raise
     except Exception as error:  # any kind: tasks are files and code of others

@@ -43,7 +43,7 @@ class Tasks(CaseProbe):
     resumes: ClassVar[bool] = True
     unsafe: ClassVar[dict[str, str]] = {"both_ways": "it runs the code in the folder"}
 
-    names: TaskNames = Field((), description="Tasks, groups and tags of lm-eval, and YAML files of tasks.")
+    names: TaskNames = Field((), description="Tasks, groups and tags of lm-eval, and YAML files of them.")
     ruler: TokenLengths = Field((), description="Also RULER's tasks, with prompts of these many tokens: 4096.")
     limit: int | None = Field(None, ge=1, description="The first items of each task; null: all.")
     fewshot: int | None = Field(None, ge=0, description="Solved examples before a question; null: as the task says.")
