@@ -26,6 +26,7 @@ from surgery.config.overrides import as_text
 from surgery.conversion.fit import fits
 from surgery.conversion.plan import Plan, make_plan
 from surgery.data.text import Text
+from surgery.engines.run import export as export
 from surgery.errors import CheckError, SurgeryError, shown
 from surgery.evaluation.comparison.run import compare as compare
 from surgery.evaluation.evaluate import evaluate as evaluate

@@ -30,7 +30,7 @@ DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
-    "cli": "compare completion convert doctor evaluate help inspect interrupt main measure options pages",
+    "cli": "compare completion convert doctor evaluate export help inspect interrupt main measure options pages",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
@@ -44,6 +44,7 @@ DECIDED = {
     "evaluation/comparison": "measures result run",
     "evaluation/harness": "answers command scores task_files task_set",
     "evaluation/probes": "base distances fields grid recall settings",
+    "engines": "base llama_cpp llama_cpp_converter llama_cpp_server proof run",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",

@@ -126,6 +126,21 @@ def engines(incomplete: str) -> list[Offer]:
     ]
 
 
+def serving_engines(incomplete: str) -> list[Offer]:
+    """The engines of `surgery export --for`."""
+    from surgery.engines import ENGINES
+
+    return [(name, "") for name in ENGINES]
+
+
+@_silent
+def weight_types(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
+    """The number formats of `surgery export --type`, of the engine that --for names."""
+    from surgery.engines import ENGINES, find
+
+    yield from ((kind, "") for kind in find(ctx.params.get("engine") or next(iter(ENGINES))).types)
+
+
 def _fields_of_recipe(steps: list[dict], heals: bool) -> dict[str, dict]:
     """Key -> JSON Schema of its field, by its dotted key; also by its bare key, where only one operation has it."""
     from surgery import operations

@@ -408,6 +408,7 @@ def history_of(base: Path) -> list[dict]:
         "timing",
         "repository",
         "owner_notes",
+        "exports",
     ):  # these describe another folder or run
         record.pop(name, None)
     return [*earlier, record]

@@ -1,0 +1,60 @@
+"""The verb that writes a file for another engine: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.cli import completion, interrupt
+from surgery.cli.options import Json, OutName, Quiet, emit
+from surgery.errors import SurgeryError
+
+
+def export(
+    out: OutName,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="The engine that will run the file: llama.cpp.",
+            autocompletion=completion.serving_engines,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write this file (FILE.gguf for llama.cpp).")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="Write the weights as f32 (the default), f16, bf16 or q8_0.",
+            autocompletion=completion.weight_types,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checked folder as a file of another engine, run the file there, and compare it with Transformers.
+
+    With --type f32, a file whose log-probabilities differ by more than 0.001 is refused. Other types round the
+    weights: the difference is reported. The figures go into surgery.json.
+    """
+    from surgery.api import export as run
+    from surgery.cli.render.console import progress_bar
+    from surgery.engines import ENGINES
+
+    if engine is None:
+        known = ", ".join(ENGINES)
+        raise SurgeryError("no engine was named", exists=known, fix=f"add --for {next(iter(ENGINES))}")
+    if output is None:
+        raise SurgeryError("no file was named", fix="add -o FILE.gguf")
+    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
+        result = run(out, engine, output, kind=kind, overwrite=overwrite, progress=progress)
+    if as_json:
+        return emit(result.to_dict())
+    typer.echo(str(result))

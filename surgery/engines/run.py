@@ -1,0 +1,223 @@
+"""The order of an export: refuse what cannot work, write the file, run it, compare, and record the result."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.layer import BYTES
+from surgery.config.arguments import refuse_no_path, refuse_no_text
+from surgery.errors import CheckError, OutputExistsError, RecordError, SurgeryError, UnsupportedModelError
+from surgery.engines import find
+from surgery.engines.base import Engine
+from surgery.engines.proof import Agreement, compare, make_question, reference
+from surgery.io import manifest
+from surgery.io.files import read_json, sha256
+from surgery.io.loading import refuse_adapter
+from surgery.io.output_folder import machine_errors
+from surgery.io.printing import Block, Printed, byte_size
+from surgery.machine.progress import Progress, begin
+from surgery.report.report import FILE as RECORD
+from surgery.report.report import Report
+
+WRITING, RUNNING, COMPARING = "writing", "running the file", "comparing with Transformers"
+STAGES = (WRITING, RUNNING, COMPARING)
+EXACT = "f32"  # the type whose file must agree within the tolerance
+
+
+@dataclass(frozen=True, repr=False)
+class Exported(Printed):
+    """A file for another engine that was run and compared with Transformers.
+
+    Attributes:
+        path: the file.
+        engine: the engine's name.
+        entry: what surgery.json says of it: engine, version, type, file name, sha256, bytes, agreement, KV bytes.
+        command: a command that runs the file.
+    """
+
+    path: Path
+    engine: str
+    entry: dict[str, Any]
+    command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry, with the file's path and the command."""
+        return self.entry | {"path": str(self.path), "next": self.command}
+
+    def headline(self) -> str:
+        return f"{self.path.name} for {self.engine}: {_agreement(self.entry)}"
+
+    def blocks(self) -> list[Block]:
+        entry = self.entry
+        size = f"{self.path}, {byte_size(entry['bytes'])}, {entry['type']}"
+        blocks: list[Block] = [("wrote:", f"{size}, sha256 {entry['sha256'][:12]}")]
+        blocks.append(("compared:", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
+        blocks.append(("cache:", f"{entry['kv_bytes_per_token']:,} bytes a token in float16, {self.engine}'s default"))
+        if "context" in entry:
+            window = f"the file names {entry['context']:,} tokens: {self.engine} has no sliding window for this family"
+            blocks.append(("context:", window))
+        return [*blocks, ("next:", self.command)]
+
+
+def _agreement(entry: dict[str, Any]) -> str:
+    tokens, same, ties = entry["tokens"], entry["same_best"], entry["near_ties"]
+    near = f" ({ties} near ties)" if ties else ""
+    return (
+        f"log-probabilities differ by at most {entry['largest_difference']:.1e}, "
+        f"same best token at {same} of {tokens} positions{near}"
+    )
+
+
+def export(
+    out: str | Path,
+    engine: str,
+    file: str | Path,
+    *,
+    kind: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a checked checkpoint as a file of another engine, run the file, and compare it with Transformers.
+
+    The file gets its name when the engine agrees. A file that does not is kept as FILE.failed. The figures are
+    appended to `exports` in surgery.json.
+
+    Args:
+        out: a folder that passed `check`.
+        engine: "llama.cpp".
+        file: the file to write; for llama.cpp its name ends with .gguf.
+        kind: number format of the weights: "f32" (the default), "f16", "bf16" or "q8_0". All but the first round the
+            weights: the difference is reported, and only NaN and other text tokens are faults.
+        overwrite: replace an existing file.
+        progress: called with done, total and a label.
+
+    Returns:
+        The file, with the figures that surgery.json has too.
+
+    Raises:
+        SurgeryError: the engine cannot express the checkpoint, is not installed, or the file exists.
+        CheckError: the engine computes something else, or cannot run the file.
+    """
+    refuse_no_path("out", out, needed=True)
+    refuse_no_text("engine", engine)
+    refuse_no_path("file", file, needed=True)
+    target = find(engine)
+    version, kind = target.version(), target.type_named(kind)
+    path = _path(file, Path(out), target, overwrite)
+    report = _checked(Path(out), target)
+    anatomy = _expressible(Path(out), target)
+    partial = path.with_name(f"{path.name}.unfinished")
+    try:
+        with machine_errors(path):
+            begin(progress, WRITING)
+            facts = target.write(Path(out), anatomy, kind, partial)
+            agreement = _prove(Path(out), target, anatomy, partial, progress)
+            _refuse_other_results(agreement, kind == EXACT, path, target)
+            os.replace(partial, path)
+    except CheckError:
+        with suppress(OSError):
+            os.replace(partial, path.with_name(f"{path.name}.failed"))
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+    entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
+    entry |= {"bytes": path.stat().st_size, **agreement.to_dict(), "kv_bytes_per_token": _half_cache(anatomy), **facts}
+    _record(report, entry)
+    return Exported(path, target.name, entry, target.command(str(file)))
+
+
+def _prove(out: Path, engine: Engine, anatomy: Anatomy, file: Path, progress: Progress | None) -> Agreement:
+    question, expected_text = make_question(out, anatomy.positions)
+    begin(progress, RUNNING)
+    answers = engine.ask(file, question)
+    begin(progress, COMPARING)
+    return compare(reference(out, question, answers), answers, expected_text)
+
+
+def _refuse_other_results(agreement: Agreement, exact: bool, path: Path, engine: Engine) -> None:
+    if faults := agreement.faults(exact):
+        raise CheckError(
+            f"{engine.name} does not compute what Transformers does: {'; '.join(faults)}",
+            where=str(path),
+            fix=f"do not use the file, which is kept as {path.name}.failed; report it with the model's family and the "
+            "recipe",
+        )
+
+
+def _path(file: str | Path, out: Path, engine: Engine, overwrite: bool) -> Path:
+    """The absolute path of the file to write; an error if it cannot be written there."""
+    path = Path(file).expanduser().absolute()
+    if path.suffix != engine.suffix:
+        better = f"{file}{engine.suffix}"
+        raise SurgeryError(f"a file of {engine.name} ends with {engine.suffix}", where=str(file), fix=f"-o {better}")
+    if not path.parent.is_dir():
+        raise SurgeryError("no such folder", where=str(path.parent), fix="make it first, or choose another name (-o)")
+    if out.is_dir() and path.parent.resolve().is_relative_to(out.resolve()):
+        what = "the file would lie in the checkpoint's folder, whose files `check` compares with its record"
+        raise SurgeryError(what, where=str(file), fix=f"-o {path.name}, next to the folder")
+    if path.is_dir() or (path.exists() and not overwrite):
+        fix = "choose another name (-o)" if path.is_dir() else "choose another name (-o), or add --overwrite"
+        raise OutputExistsError(f"{path.name} exists", where=str(file), fix=fix)
+    return path
+
+
+def _checked(out: Path, engine: Engine) -> Report:
+    """The report of a folder that passed `check` and has not changed since."""
+    if (out / "config.json").is_file() and not (out / RECORD).is_file():
+        raise RecordError(
+            "no surgery.json: not a checkpoint that surgery wrote",
+            where=str(out),
+            fix=f"{engine.name}'s own converter reads a stock checkpoint; `surgery apply RECIPE MODEL -o OUT` writes "
+            "a converted one",
+        )
+    report = Report.of(out)
+    refuse_adapter(out)
+    fix = f"surgery check {out.name}"
+    if report.passed is not True:
+        what = "this folder has not passed `surgery check`"
+        raise SurgeryError(what, where=str(out), fix=fix, code="unchecked-output")
+    if changed := manifest.differences(out, report.data, report.intact):
+        what = f"changed since it was checked: {'; '.join(changed[:4])}"
+        raise SurgeryError(what, where=str(out), fix=fix, code="unchecked-output")
+    return report
+
+
+def _expressible(out: Path, engine: Engine) -> Anatomy:
+    """The anatomy of a checkpoint that the engine can express; else an error that names every obstacle."""
+    if read_json(out / "config.json").get("quantization_config"):
+        raise UnsupportedModelError(
+            "the weights are quantised, and an export needs them as they were",
+            where=str(out),
+            fix=f"export the unquantised result, with --type {engine.types[-1]} for a small file",
+        )
+    anatomy = Anatomy.of(out)
+    if obstacles := engine.obstacles(anatomy):
+        errors = [
+            UnsupportedModelError(
+                f"{engine.name} cannot express {each.what}",
+                where=str(out),
+                fix=f"the nearest that it can: {each.nearest}",
+            )
+            for each in obstacles
+        ]
+        first, *others = errors
+        raise UnsupportedModelError(first.what, where=first.where, fix=first.fix, others=tuple(others))
+    return anatomy
+
+
+def _half_cache(anatomy: Anatomy) -> int:
+    """KV bytes of a token, all layers, with 2 bytes for each number; a sliding window that is not full counts too."""
+    return anatomy.kv_bytes_at(1) * 2 // BYTES.get(anatomy.dtype, 2)
+
+
+def _record(report: Report, entry: dict[str, Any]) -> None:
+    """Append an entry to `exports`, in place of an earlier one of the same engine and file name, and save."""
+    same = ("engine", "file")
+    earlier = [each for each in report.data.get("exports") or [] if any(each.get(key) != entry[key] for key in same)]
+    report.data["exports"] = [*earlier, entry]
+    report.save()
