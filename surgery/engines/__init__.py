@@ -1,6 +1,6 @@
 """Files for other engines: write a converted checkpoint in an engine's format, and prove that the engine agrees.
 
-An engine is one file with a subclass of `Engine` (base.py), and a line in `ENGINES`.
+An engine is one file with a subclass of `ServingEngine` (base.py), and a line in `ENGINES`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from surgery.errors import SurgeryError, nearest
 
 if TYPE_CHECKING:
-    from surgery.engines.base import Engine
+    from surgery.engines.base import ServingEngine
 
 ENGINES = {"llama.cpp": "llama_cpp:LlamaCpp"}  # name -> module and class
 
 
-def find(name: str) -> Engine:
+def find(name: str) -> ServingEngine:
     """The engine of this name.
 
     Raises:

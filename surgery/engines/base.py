@@ -59,7 +59,7 @@ class EngineAnswers:
     text_tokens: list[int] = field(default_factory=list)
 
 
-class Engine(ABC):
+class ServingEngine(ABC):
     """An engine that serves models.
 
     Attributes:

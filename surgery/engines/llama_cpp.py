@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from surgery.engines.base import EngineAnswers, Obstacle, Question, ServingEngine
 from surgery.errors import CheckError, MachineError, UnsupportedModelError
-from surgery.engines.base import Engine, EngineAnswers, Obstacle, Question
 from surgery.io.files import REPORT, read_json, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ PARTS = {
 LEFT_OUT = ("config.json", REPORT)  # files of a checkpoint that the converter does not get as they are
 
 
-class LlamaCpp(Engine):
+class LlamaCpp(ServingEngine):
     """llama.cpp, as the package xllamacpp has it, and the converter of its repository."""
 
     name: ClassVar[str] = "llama.cpp"

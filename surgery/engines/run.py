@@ -11,10 +11,10 @@ from typing import Any
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import BYTES
 from surgery.config.arguments import refuse_no_path, refuse_no_text
-from surgery.errors import CheckError, OutputExistsError, RecordError, SurgeryError, UnsupportedModelError
 from surgery.engines import find
-from surgery.engines.base import Engine
+from surgery.engines.base import ServingEngine
 from surgery.engines.proof import Agreement, compare, make_question, reference
+from surgery.errors import CheckError, OutputExistsError, RecordError, SurgeryError, UnsupportedModelError
 from surgery.io import manifest
 from surgery.io.files import read_json, sha256
 from surgery.io.loading import refuse_adapter
@@ -55,13 +55,13 @@ class Exported(Printed):
     def blocks(self) -> list[Block]:
         entry = self.entry
         size = f"{self.path}, {byte_size(entry['bytes'])}, {entry['type']}"
-        blocks: list[Block] = [("wrote:", f"{size}, sha256 {entry['sha256'][:12]}")]
-        blocks.append(("compared:", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
-        blocks.append(("cache:", f"{entry['kv_bytes_per_token']:,} bytes a token in float16, {self.engine}'s default"))
+        blocks: list[Block] = [("wrote", f"{size}, sha256 {entry['sha256'][:12]}")]
+        blocks.append(("compared", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
+        blocks.append(("cache", f"{entry['kv_bytes_per_token']:,} bytes a token in float16, {self.engine}'s default"))
         if "context" in entry:
             window = f"the file names {entry['context']:,} tokens: {self.engine} has no sliding window for this family"
-            blocks.append(("context:", window))
-        return [*blocks, ("next:", self.command)]
+            blocks.append(("context", window))
+        return [*blocks, ("next", self.command)]
 
 
 def _agreement(entry: dict[str, Any]) -> str:
@@ -131,7 +131,7 @@ def export(
     return Exported(path, target.name, entry, target.command(str(file)))
 
 
-def _prove(out: Path, engine: Engine, anatomy: Anatomy, file: Path, progress: Progress | None) -> Agreement:
+def _prove(out: Path, engine: ServingEngine, anatomy: Anatomy, file: Path, progress: Progress | None) -> Agreement:
     question, expected_text = make_question(out, anatomy.positions)
     begin(progress, RUNNING)
     answers = engine.ask(file, question)
@@ -139,7 +139,7 @@ def _prove(out: Path, engine: Engine, anatomy: Anatomy, file: Path, progress: Pr
     return compare(reference(out, question, answers), answers, expected_text)
 
 
-def _refuse_other_results(agreement: Agreement, exact: bool, path: Path, engine: Engine) -> None:
+def _refuse_other_results(agreement: Agreement, exact: bool, path: Path, engine: ServingEngine) -> None:
     if faults := agreement.faults(exact):
         raise CheckError(
             f"{engine.name} does not compute what Transformers does: {'; '.join(faults)}",
@@ -149,7 +149,7 @@ def _refuse_other_results(agreement: Agreement, exact: bool, path: Path, engine:
         )
 
 
-def _path(file: str | Path, out: Path, engine: Engine, overwrite: bool) -> Path:
+def _path(file: str | Path, out: Path, engine: ServingEngine, overwrite: bool) -> Path:
     """The absolute path of the file to write; an error if it cannot be written there."""
     path = Path(file).expanduser().absolute()
     if path.suffix != engine.suffix:
@@ -166,7 +166,7 @@ def _path(file: str | Path, out: Path, engine: Engine, overwrite: bool) -> Path:
     return path
 
 
-def _checked(out: Path, engine: Engine) -> Report:
+def _checked(out: Path, engine: ServingEngine) -> Report:
     """The report of a folder that passed `check` and has not changed since."""
     if (out / "config.json").is_file() and not (out / RECORD).is_file():
         raise RecordError(
@@ -187,7 +187,7 @@ def _checked(out: Path, engine: Engine) -> Report:
     return report
 
 
-def _expressible(out: Path, engine: Engine) -> Anatomy:
+def _expressible(out: Path, engine: ServingEngine) -> Anatomy:
     """The anatomy of a checkpoint that the engine can express; else an error that names every obstacle."""
     if read_json(out / "config.json").get("quantization_config"):
         raise UnsupportedModelError(
