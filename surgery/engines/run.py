@@ -12,7 +12,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import BYTES
 from surgery.config.arguments import refuse_no_path, refuse_no_text
 from surgery.engines import find
-from surgery.engines.base import ServingEngine
+from surgery.engines.base import Obstacle, ServingEngine
 from surgery.engines.proof import Agreement, compare, make_question, reference
 from surgery.errors import CheckError, OutputExistsError, RecordError, SurgeryError, UnsupportedModelError
 from surgery.io import manifest
@@ -116,7 +116,7 @@ def export(
         with machine_errors(path):
             begin(progress, WRITING)
             facts = target.write(Path(out), anatomy, kind, partial)
-            agreement = _prove(Path(out), target, anatomy, partial, progress)
+            agreement = _prove(Path(out), target, facts.get("context") or anatomy.positions, partial, progress)
             _refuse_other_results(agreement, kind == EXACT, path, target)
             os.replace(partial, path)
     except CheckError:
@@ -131,8 +131,11 @@ def export(
     return Exported(path, target.name, entry, target.command(str(file)))
 
 
-def _prove(out: Path, engine: ServingEngine, anatomy: Anatomy, file: Path, progress: Progress | None) -> Agreement:
-    question, expected_text = make_question(out, anatomy.positions)
+def _prove(
+    out: Path, engine: ServingEngine, positions: int | None, file: Path, progress: Progress | None
+) -> Agreement:
+    """Run the file and compare it; `positions` are the most tokens that it takes (None: unknown)."""
+    question, expected_text = make_question(out, positions)
     begin(progress, RUNNING)
     answers = engine.ask(file, question)
     begin(progress, COMPARING)
@@ -197,17 +200,14 @@ def _expressible(out: Path, engine: ServingEngine) -> Anatomy:
         )
     anatomy = Anatomy.of(out)
     if obstacles := engine.obstacles(anatomy):
-        errors = [
-            UnsupportedModelError(
-                f"{engine.name} cannot express {each.what}",
-                where=str(out),
-                fix=f"the nearest that it can: {each.nearest}",
-            )
-            for each in obstacles
-        ]
-        first, *others = errors
+        first, *others = (_refusal(engine, each, out) for each in obstacles)
         raise UnsupportedModelError(first.what, where=first.where, fix=first.fix, others=tuple(others))
     return anatomy
+
+
+def _refusal(engine: ServingEngine, obstacle: Obstacle, out: Path) -> UnsupportedModelError:
+    what, fix = f"{engine.name} cannot express {obstacle.what}", f"the nearest that it can: {obstacle.nearest}"
+    return UnsupportedModelError(what, where=str(out), fix=fix)
 
 
 def _half_cache(anatomy: Anatomy) -> int:
