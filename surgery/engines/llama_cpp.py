@@ -28,17 +28,16 @@ PER_LAYER = ("llama", "mistral")  # families whose layers `deci` computes
 # Families with a sliding window that the converter leaves out: llama.cpp computes full attention.
 WINDOW_LOST = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2")
 # Part of the runtime -> what the file cannot hold, and the nearest that it can.
+WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
+SAME_WEIGHTS = "the base, whose weights are the same"
 PARTS = {
-    "split": ("streaming heads: a GGUF file gives every head of a layer the same window", "gqa or prune-heads, "
-              "which make the cache smaller in all heads"),
-    "sparse": ("sparse prefill: llama.cpp computes every prompt densely", "the base, whose weights are the same"),
-    "act": ("attention that is redistributed at run time: llama.cpp has no such step", "the base, whose weights are "
-            "the same"),
-    "bias": ("sink biases, scales of sinks and virtual keys: llama.cpp has such terms in gpt-oss alone", "the base; or gqa and "
-             "prune-heads, which change weights alone"),
+    "split": ("streaming heads: a GGUF file has no window for single heads", WEIGHTS_ALONE),
+    "sparse": ("sparse prefill: llama.cpp computes every prompt densely", SAME_WEIGHTS),
+    "act": ("attention that is redistributed at run time: llama.cpp has no such step", SAME_WEIGHTS),
+    "bias": ("sink biases, scales of sinks or virtual keys: llama.cpp has such terms in gpt-oss alone", WEIGHTS_ALONE),
     "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
-    "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", "gqa, which makes each key smaller"),
-}  # fmt: skip
+    "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", WEIGHTS_ALONE),
+}
 LEFT_OUT = ("config.json", REPORT)  # files of a checkpoint that the converter does not get as they are
 
 
