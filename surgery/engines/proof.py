@@ -122,7 +122,7 @@ def compare(expected: torch.Tensor, answers: EngineAnswers, expected_text: list[
     return Agreement(
         tokens=len(answers.best),
         compared=compared,
-        largest_difference=difference if sound else None,
+        largest_difference=float(f"{difference:.3g}") if sound else None,
         same_best=same,
         near_ties=ties,
         same_text_tokens=answers.text_tokens == expected_text,

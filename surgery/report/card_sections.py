@@ -46,13 +46,25 @@ def figures_of(report: dict) -> dict:
 def loading(report: dict) -> str:
     """Code that loads the folder and generates, for every way to load it."""
     install = fenced("pip install attention-surgery", "sh")
+    elsewhere = "".join(f"\n\n{sentence}" for sentence in _exported(report))
     if report.get("tier") != "surgical":
-        return f"{_example(report)}\n\nIt needs nothing else. What checks, heals or converts it again is\n\n{install}"
+        again = f"It needs nothing else. What checks, heals or converts it again is\n\n{install}"
+        return f"{_example(report)}\n\n{again}{elsewhere}"
     pinned = "Pin `revision` to a full commit hash: a branch can be given other code later, which would then run."
     return (
         f"With the package:\n\n{install}\n\n{_example(report, ours=True)}\n\nWithout it; this runs code from the "
-        f"repository, so read it first:\n\n{_example(report)}\n\n{pinned}"
+        f"repository, so read it first:\n\n{_example(report)}\n\n{pinned}{elsewhere}"
     )
+
+
+def _exported(report: dict) -> list[str]:
+    """A sentence for each file that was made of the folder for another engine, and compared with Transformers."""
+    return [
+        f"As `{each.get('file')}` ({each.get('type')}), it was run in {each.get('engine')} ({each.get('version')}). "
+        f"Log-probabilities differed from those of Transformers by at most {each.get('largest_difference')}, and the "
+        f"best token was the same at {each.get('same_best')} of {each.get('tokens')} positions."
+        for each in report.get("exports") or []
+    ]
 
 
 def _example(report: dict, ours: bool = False) -> str:

@@ -321,7 +321,11 @@ def _damage_of_file(data: dict) -> str:
             return f"{name} is {shown(block[name])}"
     if not all(isinstance(each, dict) and isinstance(each.get("record"), dict | None) for each in data["operations"]):
         return "operations holds something else"
-    return "" if all(isinstance(each, dict) for each in data["history"]) else "history holds something else"
+    for name in ("history", "exports"):
+        entries = data.get(name) or []
+        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+            return f"{name} holds something else"
+    return ""
 
 
 def _has_chat_template(folder: Path) -> bool:

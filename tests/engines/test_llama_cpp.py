@@ -99,6 +99,8 @@ def test_llama_cpp_agrees(surgery, sources, tmp_path, family, step, expected):
     assert (entry["engine"], entry["type"], entry["file"]) == ("llama.cpp", "f32", "f.gguf")
     kv_heads = sum([2, 4] if step is PRUNED else [2, 1] if step is UNEQUAL else [1, 1])
     assert entry["kv_bytes_per_token"] == 2 * 2 * kv_heads * FAMILIES[family].get("head_dim", 32)
+    card = (out / "README.md").read_text()
+    assert f"by at most {entry['largest_difference']}, and the best token was the same at" in card
     lines = ran.out.splitlines()
     assert f"f.gguf, {file.stat().st_size / 1e6:.1f} MB, f32, sha256 {entry['sha256'][:12]}" in lines[0]
     assert "same best token at" in lines[1]
