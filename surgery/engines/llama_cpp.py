@@ -111,7 +111,7 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
     layers, what = anatomy.layers, "layers with different numbers of heads"
     if anatomy.alike:
         uniform, what = "the base", f"numbers of heads that no stock {anatomy.model_type} has"
-    if biases := sorted({letter for layer in layers for letter in layer.biases}):
+    if biases := [letter for letter in "qkvo" if any(letter in layer.biases for layer in layers)]:
         named = ", ".join(f"{letter}_proj" for letter in biases)
         return [Obstacle(f"{what}, and {named} with biases: llama.cpp's deci has no place for biases", uniform)]
     if any(layer.qk_norm for layer in layers):
