@@ -28,7 +28,7 @@ class Obstacle:
 
 
 @dataclass(frozen=True)
-class Question:
+class EngineQuestion:
     """What an engine is asked.
 
     Attributes:
@@ -98,7 +98,7 @@ class ServingEngine(ABC):
         """
 
     @abstractmethod
-    def ask(self, file: Path, question: Question) -> EngineAnswers:
+    def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         """Run the file in a process of the engine, with a float32 cache.
 
         Raises:

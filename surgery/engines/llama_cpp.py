@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.engines.base import EngineAnswers, Obstacle, Question, ServingEngine
+from surgery.engines.base import EngineAnswers, Obstacle, EngineQuestion, ServingEngine
 from surgery.errors import CheckError, MachineError, UnsupportedModelError
 from surgery.io.files import REPORT, read_json, write_json
 
@@ -77,7 +77,7 @@ class LlamaCpp(ServingEngine):
             raise _conversion_error(done, folder)
         return facts
 
-    def ask(self, file: Path, question: Question) -> EngineAnswers:
+    def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         import torch
 
         with tempfile.TemporaryDirectory() as scratch:
@@ -87,8 +87,7 @@ class LlamaCpp(ServingEngine):
             if done.returncode or not answers.is_file():
                 raise CheckError(
                     f"llama.cpp cannot run this file: {_reason(done)}",
-                    where=str(file),
-                    fix="the file is kept for a report; export the checkpoint again, or with another --type",
+                    fix="do not use this file, which is kept for a report; export again, or with another --type",
                 )
             data = json.loads(answers.read_text(encoding="utf-8"))
         best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]

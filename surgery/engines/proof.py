@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.engines.base import EngineAnswers, Question
+from surgery.engines.base import EngineAnswers, EngineQuestion
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class Agreement:
         return faults
 
 
-def make_question(folder: Path, positions: int | None) -> tuple[Question, list[int]]:
+def make_question(folder: Path, positions: int | None) -> tuple[EngineQuestion, list[int]]:
     """What the engine is asked about a folder, and the tokens of the question's text by the folder's tokenizer.
 
     Args:
@@ -79,10 +79,10 @@ def make_question(folder: Path, positions: int | None) -> tuple[Question, list[i
     half = max((positions or PROMPT + GENERATED) // 2, 2)
     prompt = windows(load_text(), tokenizer, length=min(PROMPT, half), count=1)[0].tolist()
     expected = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
-    return Question(prompt, min(GENERATED, half), BEST, TEXT), list(expected)
+    return EngineQuestion(prompt, min(GENERATED, half), BEST, TEXT), list(expected)
 
 
-def reference(folder: Path, question: Question, answers: EngineAnswers) -> torch.Tensor:
+def reference(folder: Path, question: EngineQuestion, answers: EngineAnswers) -> torch.Tensor:
     """Transformers' log-probabilities after the prompt and after each generated token but the last.
 
     Returns:

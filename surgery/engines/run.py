@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +116,13 @@ def export(
             begin(progress, WRITING)
             facts = target.write(Path(out), anatomy, kind, partial)
             agreement = _prove(Path(out), target, facts.get("context") or anatomy.positions, partial, progress)
-            _refuse_other_results(agreement, kind == EXACT, path, target)
+            _refuse_other_results(agreement, kind == EXACT, target)
             os.replace(partial, path)
-    except CheckError:
-        with suppress(OSError):
-            os.replace(partial, path.with_name(f"{path.name}.failed"))
-        raise
+    except CheckError as error:
+        failed = path.with_name(f"{path.name}.failed")
+        with machine_errors(failed):
+            os.replace(partial, failed)
+        raise CheckError(error.what, where=str(failed), fix=error.fix) from None
     finally:
         partial.unlink(missing_ok=True)
     entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
@@ -142,13 +142,11 @@ def _prove(
     return compare(reference(out, question, answers), answers, expected_text)
 
 
-def _refuse_other_results(agreement: Agreement, exact: bool, path: Path, engine: ServingEngine) -> None:
+def _refuse_other_results(agreement: Agreement, exact: bool, engine: ServingEngine) -> None:
     if faults := agreement.faults(exact):
         raise CheckError(
             f"{engine.name} does not compute what Transformers does: {'; '.join(faults)}",
-            where=str(path),
-            fix=f"do not use the file, which is kept as {path.name}.failed; report it with the model's family and the "
-            "recipe",
+            fix="do not use this file, which is kept for a report; report the model's family and the recipe",
         )
 
 

@@ -135,7 +135,7 @@ def test_a_file_with_one_weight_scaled_by_a_hundredth_fails(surgery, out, tmp_pa
     ran = surgery("export", out, "--for", "llama.cpp", "-o", "f.gguf")
     assert ran.code == 4, ran.out
     assert "llama.cpp does not compute what Transformers does: log-probabilities differ by" in ran.err
-    assert "kept as f.gguf.failed" in ran.err
+    assert "f.gguf.failed: llama.cpp" in ran.err
     assert ran.err.count("error:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.gguf.failed", "out"]
     assert "exports" not in json.loads((out / "surgery.json").read_text())
