@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.engines.base import EngineAnswers, Obstacle, EngineQuestion, ServingEngine
+from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, ServingEngine
 from surgery.errors import CheckError, MachineError, UnsupportedModelError
 from surgery.io.files import REPORT, read_json, write_json
 

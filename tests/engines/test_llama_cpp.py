@@ -168,7 +168,11 @@ def test_a_tokenizer_that_the_converter_does_not_know(surgery, tiny, tmp_path):
 
 
 def test_a_file_that_the_engine_cannot_open(surgery, out, tmp_path, monkeypatch):
-    monkeypatch.setattr(LlamaCpp, "write", lambda engine, folder, anatomy, kind, file: file.write_bytes(b"GGUF") and {})
+    def broken(engine, folder, anatomy, kind, file):
+        file.write_bytes(b"GGUF")
+        return {}
+
+    monkeypatch.setattr(LlamaCpp, "write", broken)
     ran = surgery("export", out, "--for", "llama.cpp", "-o", "f.gguf")
     assert ran.code == 4
     assert "llama.cpp cannot run this file" in ran.err
