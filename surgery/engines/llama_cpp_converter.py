@@ -6,6 +6,9 @@ folders of architecture DeciLMForCausalLM it adds what the converter lacks:
 - the vocabulary by the rules of the Llama class. The converter's own class takes byte-level BPE only if it has 128,256
   tokens, and writes any other vocabulary as SentencePiece;
 - query heads of each layer (`num_attention_heads_per_layer`), beside its `num_key_value_heads_per_layer`.
+
+For every folder, it takes the rule that splits text into words from the tokenizer's class, where the class fixes it. The
+converter knows rules by the tokens of one text alone, and so none for a vocabulary that it has not seen.
 """
 
 import sys
@@ -15,6 +18,22 @@ import torch
 from conversion.base import ModelBase, TextModel, gguf
 from conversion.deci import DeciModel
 from conversion.llama import LlamaModel
+
+SPLITS = {"Qwen2Tokenizer": "qwen2"}  # class in Transformers -> llama.cpp's name of its rule
+known_split = TextModel.get_vocab_base_pre
+
+
+def split_of(model: TextModel, tokenizer) -> str:
+    """llama.cpp's name of the rule by which a tokenizer splits text into words."""
+    try:
+        return known_split(model, tokenizer)
+    except NotImplementedError:
+        if type(tokenizer).__name__ not in SPLITS:
+            raise
+        return SPLITS[type(tokenizer).__name__]
+
+
+TextModel.get_vocab_base_pre = split_of
 
 
 @ModelBase.register("DeciLMForCausalLM")  # in place of the converter's own
