@@ -7,8 +7,8 @@ folders of architecture DeciLMForCausalLM it adds what the converter lacks:
   tokens, and writes any other vocabulary as SentencePiece;
 - query heads of each layer (`num_attention_heads_per_layer`), beside its `num_key_value_heads_per_layer`.
 
-For every folder, it takes the rule that splits text into words from the tokenizer's class, where the class fixes it. The
-converter knows rules by the tokens of one text alone, and so none for a vocabulary that it has not seen.
+For every folder, it takes the rule that splits text into words from the tokenizer's class, where the class fixes it.
+The converter knows rules by the tokens of one text alone, and so none for a vocabulary that it has not seen.
 """
 
 import sys
