@@ -128,7 +128,7 @@ def export(
     entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
     entry |= {"bytes": path.stat().st_size, **agreement.to_dict(), "kv_bytes_per_token": _half_cache(anatomy), **facts}
     _record(report, entry)
-    return Exported(path, target.name, entry, target.command(str(file)))
+    return Exported(Path(file), target.name, entry, target.command(str(file)))
 
 
 def _prove(
