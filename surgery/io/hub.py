@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
+import shlex
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -343,7 +344,7 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
 
     Only files that surgery wrote or copied from the base are sent.
     """
-    fix = f"run `surgery check {out.name}`"
+    fix = f"run `surgery check {shlex.quote(str(out))}`"
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         passed = (report["check"] or {}).get("passed") is True
@@ -353,19 +354,15 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
         raise RecordError(what, where=str(out), fix="push the folder that `surgery apply` wrote") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise RecordError("surgery.json is damaged", where=str(out), fix=fix) from None
-    if not passed:
-        raise SurgeryError(
-            "this folder has not passed `surgery check`", where=str(out), fix=fix, code="unchecked-output"
-        )
     there = manifest.paths_in(out)
     if links := [name for name, path in there.items() if path.is_symlink()]:
         raise SurgeryError(
             "a link, which would publish what it points to", where=f"{out.name}/{links[0]}", code="unchecked-output"
         )
-    changed = manifest.differences(out, report, manifest.is_intact(report))
-    if changed or not any(name.endswith(".safetensors") for name in report["files"]):
-        faults = "; ".join(changed[:4]) or "no weights are recorded"
-        raise SurgeryError(f"changed since it was checked: {faults}", where=str(out), fix=fix, code="unchecked-output")
+    manifest.refuse_unchecked(out, report, passed=passed, intact=manifest.is_intact(report))
+    if not any(name.endswith(".safetensors") for name in report["files"]):
+        what = "changed since it was checked: no weights are recorded"
+        raise SurgeryError(what, where=str(out), fix=fix, code="unchecked-output")
     names = [*sizes]
     if not manifest.is_complete(report):  # a record of an earlier version lists only the weights
         names += [name for name in there if name not in sizes and is_carried(name)]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from surgery.errors import SurgeryError
 from surgery.io.card_text import without_notes
 from surgery.io.files import CARD, PROGRESS, REPORT, sha256
 from surgery.io.model_folder import is_carried
@@ -122,6 +124,22 @@ def differences(
         if progress:
             progress(index + 1, len(known))
     return found + [f"{name} was added: move it away" for name in added(folder, record)]
+
+
+def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) -> None:
+    """Raise unless a folder passed `surgery check` and has not changed since.
+
+    Args:
+        passed: whether its record says that it passed.
+        intact: the result of `is_intact` when the record was read.
+    """
+    what = "" if passed else "this folder has not passed `surgery check`"
+    if passed and (changed := differences(folder, record, intact)):
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        what = f"changed since it was checked: {'; '.join(changed[:4])}{more}"
+    if what:
+        fix = f"run `surgery check {shlex.quote(str(folder))}`"
+        raise SurgeryError(what, where=str(folder), fix=fix, code="unchecked-output")
 
 
 def _fault(folder: Path, name: str, info: dict) -> str:

@@ -276,7 +276,7 @@ def no_token(monkeypatch, tmp_path):
 
 
 def test_push_of_a_folder_nobody_checked(refused, out, no_token):
-    says = ["has not passed `surgery check`", "run `surgery check out`"]
+    says = ["has not passed `surgery check`", f"run `surgery check {out}`"]
     refused("push", out, "me/model", says=says)
     refused("push", out, "me/model", "--dry-run", says=says)
 
@@ -299,4 +299,4 @@ def test_push_after_check(surgery, refused, out, no_token):
     refused("push", out, "me/model", says=["needs a Hub token", "hf auth login", "HF_TOKEN"])
     refused("push", out, "a b", says=["not a Hub id", "`owner/name`"])
     edit_tensors(out, lambda tensors: tensors["model.norm.weight"].zero_())
-    refused("push", out, "me/model", says=["changed since it was checked: model.safetensors", "surgery check out"])
+    refused("push", out, "me/model", says=["changed since it was checked: model.safetensors", f"surgery check {out}"])

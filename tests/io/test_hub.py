@@ -396,7 +396,7 @@ def test_unchecked_folders_stay_here(tmp_path, check):
     out = output(tmp_path / "out", check=check)
     with pytest.raises(SurgeryError, match="has not passed") as error:
         push(out, "me/m", dry_run=True)
-    assert "surgery check out" in error.value.fix
+    assert f"surgery check {out}" in error.value.fix
 
 
 def test_names_and_links_stay_inside(tmp_path):
