@@ -58,11 +58,12 @@ def loading(report: dict) -> str:
 
 
 def _exported(report: dict) -> list[str]:
-    """A sentence for each file that was made of the folder for another engine, and compared with Transformers."""
+    """Two sentences for each file that was made of the folder for another engine, and compared with Transformers."""
     return [
-        f"As `{each.get('file')}` ({each.get('type')}), it was run in {each.get('engine')} ({each.get('version')}). "
-        f"Log-probabilities differed from those of Transformers by at most {each.get('largest_difference')}, and the "
-        f"best token was the same at {each.get('same_best')} of {each.get('tokens')} positions."
+        f"`surgery export` made the file `{each.get('file')}` of it (type {each.get('type')}), and ran that file in "
+        f"{each.get('engine')} ({each.get('version')}). Log-probabilities differed from those of Transformers by at "
+        f"most {each.get('largest_difference')}, and the best token was the same at {each.get('same_best')} of "
+        f"{each.get('tokens')} positions."
         for each in report.get("exports") or []
     ]
 

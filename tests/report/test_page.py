@@ -198,3 +198,14 @@ def test_in_a_browser(width, tmp_path):
     assert len(columns.split()) == (1 if width < 700 else 2), "side by side where there is room"
     assert drawn == [1]
     assert unfolded
+
+
+def test_files_for_other_engines():
+    """Names and figures are those of the record, and a name in it is text."""
+    entry = {"engine": "llama.cpp", "version": "xllamacpp 1", "type": "f32", "file": f"{EVIL}.gguf", "tokens": 64}
+    entry |= {"largest_difference": 0.00025, "same_best": 63, "near_ties": 1}
+    text = render_page(REPORT | {"exports": [entry, entry | {"type": "q8_0", "largest_difference": 0.47}]}, None)
+    refuse_requests(text)
+    for words in ("(type f32)", "at most 0.00025", "(type q8_0)", "at most 0.47", "the same at 63 of 64 positions"):
+        assert words in text
+    assert "surgery export" not in render_page(REPORT, None)
