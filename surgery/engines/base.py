@@ -64,14 +64,15 @@ class ServingEngine(ABC):
 
     Attributes:
         name: as in `--for NAME`.
-        types: number formats of the written weights; the first is the default and is exact for float32 weights.
+        types: number format of the written weights -> bytes of one weight. The first is the default, and is exact for
+            float32 weights.
         suffix: how the name of the file ends.
         packages: the packages on PyPI without which nothing can be written or run; the first one holds the engine.
         extra: the extra of this package that installs them.
     """
 
     name: ClassVar[str]
-    types: ClassVar[tuple[str, ...]]
+    types: ClassVar[dict[str, float]]
     suffix: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str]
@@ -91,7 +92,8 @@ class ServingEngine(ABC):
             file: the path to write to.
 
         Returns:
-            What the record says of it beyond size and hash, such as the architecture's name in the engine.
+            What the record says of it beyond size and hash: "architecture", the architecture's name in the engine if
+            it is not the family's own, and "context", the most tokens if the file takes fewer than the model.
 
         Raises:
             SurgeryError: the engine's converter does not know a part of the checkpoint.
@@ -127,20 +129,25 @@ class ServingEngine(ABC):
         return f"{self.packages[0]} {importlib.metadata.version(self.packages[0])}"
 
     def type_named(self, kind: str | None) -> str:
-        """One of `types`; None: the default.
+        """One of `types`, by its name. None: the default.
 
         Raises:
             SurgeryError: there is no such type.
         """
         if kind is not None and kind not in self.types:
-            close = nearest(kind, self.types) or self.types[0]
+            close = nearest(kind, self.types) or self.exact
             raise SurgeryError(
                 f"{self.name}'s converter writes no type {kind!r}",
                 where="--type",
                 exists=", ".join(self.types),
                 fix=f"--type {close}",
             )
-        return kind or self.types[0]
+        return kind or self.exact
+
+    @property
+    def exact(self) -> str:
+        """The type that does not round float32 weights; it is the default."""
+        return next(iter(self.types))
 
 
 def _installed(package: str) -> bool:

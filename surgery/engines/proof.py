@@ -1,8 +1,8 @@
 """The proof of an exported file: the engine's log-probabilities, compared with those of Transformers.
 
 The engine continues a text greedily. Transformers reads the text and the continuation in one forward pass, in
-float32, and is compared at each position of the continuation. An engine with float32 weights and a float32 cache
-differs by rounding alone: a merged GQA checkpoint of SmolLM2-135M by 3.5e-4.
+float32. The two are compared at each position of the continuation. An engine with float32 weights and a float32 cache
+differs by rounding alone: for a merged GQA checkpoint of SmolLM2-135M by 3.5e-4.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-3  # largest difference of a log-probability, in nats; for float32 weights alone
-TIE = 2e-3  # nats: where the two best tokens are closer, either may be the best one
+TIE = 2e-3  # nats: a token that is no further below the best one may be the engine's best
 PROMPT, GENERATED, BEST = 64, 64, 400
+LONGEST = 8192  # tokens of a prompt that is longer than a sliding window
 LEAST = -80.0  # nats: smaller log-probabilities are not compared, since float32 does not hold exp of them
-TEXT = "The engine reads this sentence, and it's split into 12 or 345 tokens: does (or doesn't) it agree?"
+TEXT = (
+    "The engine reads this sentence, and it's split into 12 or 345 tokens: does (or doesn't) it agree?\n\n"
+    "  if x1 >= 10_000:\n\treturn 'I\u2019ll', \"WE'LL\"  # na\u00efve caf\u00e9, \u5317\u4eac, \u041c\u0438\u0440"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Agreement:
         compared: number of log-probabilities that were compared, over all positions.
         largest_difference: of a log-probability, in nats; None: the engine's are not numbers.
         same_best: positions at which both have the same best token.
-        near_ties: the other positions at which Transformers' two best tokens are closer than 2e-3 nats.
+        near_ties: positions at which the engine's best token is another one, which Transformers puts less than 2e-3
+            nats below its own.
         same_text_tokens: whether the file's vocabulary splits a sentence as the folder's tokenizer does.
     """
 
@@ -66,20 +71,24 @@ class Agreement:
         return faults
 
 
-def make_question(folder: Path, positions: int | None) -> tuple[EngineQuestion, list[int]]:
+def make_question(folder: Path, positions: int | None, window: int = 0) -> tuple[EngineQuestion, list[int]]:
     """What the engine is asked about a folder, and the tokens of the question's text by the folder's tokenizer.
 
     Args:
-        positions: the most tokens that the model takes; None: unknown.
+        positions: the most tokens that the file takes; None: unknown.
+        window: the smallest sliding window (0: none). The prompt is longer, so that the engine's window matters too.
     """
     from surgery.data.text import load_text, windows
     from surgery.io.loading import read_tokenizer
 
     tokenizer = read_tokenizer(folder)
-    half = max((positions or PROMPT + GENERATED) // 2, 2)
-    prompt = windows(load_text(), tokenizer, length=min(PROMPT, half), count=1)[0].tolist()
+    wanted = min(window + PROMPT, LONGEST)
+    positions = positions or wanted + GENERATED
+    generate = max(min(GENERATED, positions // 2), 1)
+    length = max(min(wanted, positions - generate), 2)
+    prompt = windows(load_text(), tokenizer, length=length, count=1)[0].tolist()
     expected = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
-    return EngineQuestion(prompt, min(GENERATED, half), BEST, TEXT), list(expected)
+    return EngineQuestion(prompt, generate, BEST, TEXT), list(expected)
 
 
 def reference(folder: Path, question: EngineQuestion, answers: EngineAnswers) -> torch.Tensor:
@@ -90,12 +99,14 @@ def reference(folder: Path, question: EngineQuestion, answers: EngineAnswers) ->
     """
     import torch
 
+    from surgery.calibration.scoring import last_logits
     from surgery.io.loading import eval_mode, load_model
 
     model = load_model(folder, dtype=torch.float32)
     tokens = torch.tensor([question.prompt + answers.generated[:-1]])
     with torch.no_grad(), eval_mode(model):
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(question.prompt) - 1 :]
+        kept = last_logits(model, len(answers.generated))
+        logits = model(input_ids=tokens, use_cache=False, **kept).logits[0, -len(answers.generated) :]
     return logits.double().log_softmax(-1)
 
 
@@ -113,10 +124,9 @@ def compare(expected: torch.Tensor, answers: EngineAnswers, expected_text: list[
             if wanted > LEAST:
                 difference = max(difference, abs(value - wanted)) if math.isfinite(value) else math.inf
                 compared += 1
-        first, second = row.topk(2).values.tolist()
         if best and best[0][0] == int(row.argmax()):
             same += 1
-        elif first - second < TIE:
+        elif best and float(row.max() - row[best[0][0]]) < TIE:
             ties += 1
     sound = compared > 0 and math.isfinite(difference)
     return Agreement(

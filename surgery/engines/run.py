@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,28 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import BYTES
 from surgery.config.arguments import refuse_no_path, refuse_no_text
 from surgery.engines import find
-from surgery.engines.base import Obstacle, ServingEngine
+from surgery.engines.base import EngineQuestion, Obstacle, ServingEngine
 from surgery.engines.proof import Agreement, compare, make_question, reference
-from surgery.errors import CheckError, OutputExistsError, RecordError, SurgeryError, UnsupportedModelError
+from surgery.errors import (
+    CheckError,
+    MachineError,
+    OutputExistsError,
+    RecordError,
+    SurgeryError,
+    UnsupportedModelError,
+)
 from surgery.io import manifest
 from surgery.io.files import read_json, sha256
 from surgery.io.loading import refuse_adapter
-from surgery.io.output_folder import machine_errors
+from surgery.io.output_folder import machine_errors, refuse_small_disk
 from surgery.io.printing import Block, Printed, byte_size
+from surgery.machine.device import too_big
 from surgery.machine.progress import Progress, begin
 from surgery.report.report import FILE as RECORD
 from surgery.report.report import Report
 
 WRITING, RUNNING, COMPARING = "writing", "running the file", "comparing with Transformers"
-STAGES = (WRITING, RUNNING, COMPARING)
-EXACT = "f32"  # the type whose file must agree within the tolerance
+FLOAT32 = 4  # bytes of a weight while Transformers computes what the engine is compared with
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +66,10 @@ class Exported(Printed):
         blocks.append(("compared", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
         blocks.append(("cache", f"{entry['kv_bytes_per_token']:,} bytes a token in float16, {self.engine}'s default"))
         if "context" in entry:
-            window = f"the file names {entry['context']:,} tokens: {self.engine} has no sliding window for this family"
+            window = (
+                f"at most {entry['context']:,} tokens, which the file says too: the model has a sliding window, and "
+                f"{self.engine} computes none for this family"
+            )
             blocks.append(("context", window))
         return [*blocks, ("next", self.command)]
 
@@ -83,8 +94,8 @@ def export(
 ) -> Exported:
     """Write a checked checkpoint as a file of another engine, run the file, and compare it with Transformers.
 
-    The file gets its name when the engine agrees. A file that does not is kept as FILE.failed. The figures are
-    appended to `exports` in surgery.json.
+    The file gets its name when the engine agrees. A file that does not is kept as FILE.failed, which replaces an
+    earlier one. The figures are appended to `exports` in surgery.json.
 
     Args:
         out: a folder that passed `check`.
@@ -100,6 +111,7 @@ def export(
 
     Raises:
         SurgeryError: the engine cannot express the checkpoint, is not installed, or the file exists.
+        MachineError: disk or memory are too small.
         CheckError: the engine computes something else, or cannot run the file.
     """
     refuse_no_path("out", out, needed=True)
@@ -107,16 +119,20 @@ def export(
     refuse_no_path("file", file, needed=True)
     target = find(engine)
     version, kind = target.version(), target.type_named(kind)
-    path = _path(file, Path(out), target, overwrite)
+    typed = Path(file).expanduser()
+    path = _path(typed, Path(out), target, overwrite)
     report = _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
-    partial = path.with_name(f"{path.name}.unfinished")
+    _refuse_small_machine(anatomy, target.types[kind], path.parent)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")  # never a file of somebody else
     try:
         with machine_errors(path):
             begin(progress, WRITING)
             facts = target.write(Path(out), anatomy, kind, partial)
-            agreement = _prove(Path(out), target, facts.get("context") or anatomy.positions, partial, progress)
-            _refuse_other_results(agreement, kind == EXACT, target)
+            question, expected_text = make_question(Path(out), *_reach(anatomy, facts))
+            agreement = _prove(Path(out), target, question, expected_text, partial, progress)
+            _refuse_other_results(agreement, kind == target.exact, target)
+            _refuse_existing(typed, overwrite)  # it may have appeared during this run
             os.replace(partial, path)
     except CheckError as error:
         failed = path.with_name(f"{path.name}.failed")
@@ -128,16 +144,29 @@ def export(
     entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
     entry |= {"bytes": path.stat().st_size, **agreement.to_dict(), "kv_bytes_per_token": _half_cache(anatomy), **facts}
     _record(report, entry)
-    return Exported(Path(file), target.name, entry, target.command(str(file)))
+    return Exported(typed, target.name, entry, target.command(str(typed)))
+
+
+def _reach(anatomy: Anatomy, facts: dict[str, Any]) -> tuple[int | None, int]:
+    """The most tokens that a file takes (None: unknown), and its smallest sliding window (0: it has none)."""
+    context = facts.get("context")
+    return context or anatomy.positions, min((layer.window for layer in anatomy.layers if layer.window), default=0)
 
 
 def _prove(
-    out: Path, engine: ServingEngine, positions: int | None, file: Path, progress: Progress | None
+    out: Path,
+    engine: ServingEngine,
+    question: EngineQuestion,
+    expected_text: list[int],
+    file: Path,
+    progress: Progress | None,
 ) -> Agreement:
-    """Run the file and compare it; `positions` are the most tokens that it takes (None: unknown)."""
-    question, expected_text = make_question(out, positions)
+    """Run the file and compare it. `expected_text` has the tokens of the question's text."""
     begin(progress, RUNNING)
     answers = engine.ask(file, question)
+    if (count := len(answers.best)) != question.generate or count != len(answers.generated):
+        what = f"{engine.name} answered for {count} of {question.generate} tokens"
+        raise CheckError(what, fix="do not use this file, which is kept for a report; export again")
     begin(progress, COMPARING)
     return compare(reference(out, question, answers), answers, expected_text)
 
@@ -150,9 +179,9 @@ def _refuse_other_results(agreement: Agreement, exact: bool, engine: ServingEngi
         )
 
 
-def _path(file: str | Path, out: Path, engine: ServingEngine, overwrite: bool) -> Path:
+def _path(file: Path, out: Path, engine: ServingEngine, overwrite: bool) -> Path:
     """The absolute path of the file to write; an error if it cannot be written there."""
-    path = Path(file).expanduser().absolute()
+    path = file.absolute()
     if path.suffix != engine.suffix:
         better = f"{file}{engine.suffix}"
         raise SurgeryError(f"a file of {engine.name} ends with {engine.suffix}", where=str(file), fix=f"-o {better}")
@@ -161,10 +190,15 @@ def _path(file: str | Path, out: Path, engine: ServingEngine, overwrite: bool) -
     if out.is_dir() and path.parent.resolve().is_relative_to(out.resolve()):
         what = "the file would lie in the checkpoint's folder, whose files `check` compares with its record"
         raise SurgeryError(what, where=str(file), fix=f"-o {path.name}, next to the folder")
-    if path.is_dir() or (path.exists() and not overwrite):
-        fix = "choose another name (-o)" if path.is_dir() else "choose another name (-o), or add --overwrite"
-        raise OutputExistsError(f"{path.name} exists", where=str(file), fix=fix)
+    _refuse_existing(file, overwrite)
     return path
+
+
+def _refuse_existing(file: Path, overwrite: bool) -> None:
+    """Raise where there is a folder of this name, or anything else and no `overwrite`."""
+    if file.is_dir() or (os.path.lexists(file) and not overwrite):
+        fix = "choose another name (-o)" if file.is_dir() else "choose another name (-o), or add --overwrite"
+        raise OutputExistsError(f"{file.name} exists", where=str(file), fix=fix)
 
 
 def _checked(out: Path, engine: ServingEngine) -> Report:
@@ -178,23 +212,29 @@ def _checked(out: Path, engine: ServingEngine) -> Report:
         )
     report = Report.of(out)
     refuse_adapter(out)
-    fix = f"surgery check {out.name}"
-    if report.passed is not True:
-        what = "this folder has not passed `surgery check`"
-        raise SurgeryError(what, where=str(out), fix=fix, code="unchecked-output")
-    if changed := manifest.differences(out, report.data, report.intact):
-        what = f"changed since it was checked: {'; '.join(changed[:4])}"
-        raise SurgeryError(what, where=str(out), fix=fix, code="unchecked-output")
+    manifest.refuse_unchecked(out, report.data, passed=report.passed is True, intact=report.intact)
     return report
+
+
+def _refuse_small_machine(anatomy: Anatomy, bytes_of_a_weight: float, folder: Path) -> None:
+    """Raise where the file does not fit on the disk, or the model in float32 does not fit in memory."""
+    refuse_small_disk(folder, int(bytes_of_a_weight * anatomy.parameters))
+    if reason := too_big(FLOAT32 * anatomy.parameters):
+        raise MachineError(
+            f"the comparison in float32 {reason}",
+            fix="end other programs, or use a machine with more memory: no file is written without its proof",
+            code="out-of-memory",
+        )
 
 
 def _expressible(out: Path, engine: ServingEngine) -> Anatomy:
     """The anatomy of a checkpoint that the engine can express; else an error that names every obstacle."""
     if read_json(out / "config.json").get("quantization_config"):
+        smallest = min(engine.types, key=engine.types.__getitem__)
         raise UnsupportedModelError(
             "the weights are quantised, and an export needs them as they were",
             where=str(out),
-            fix=f"export the unquantised result, with --type {engine.types[-1]} for a small file",
+            fix=f"export the unquantised result, with --type {smallest} for a small file",
         )
     anatomy = Anatomy.of(out)
     if obstacles := engine.obstacles(anatomy):
@@ -209,7 +249,7 @@ def _refusal(engine: ServingEngine, obstacle: Obstacle, out: Path) -> Unsupporte
 
 
 def _half_cache(anatomy: Anatomy) -> int:
-    """KV bytes of a token, all layers, with 2 bytes for each number; a sliding window that is not full counts too."""
+    """KV bytes of one token with 2 bytes for each number, in all layers, with or without a sliding window."""
     return anatomy.kv_bytes_at(1) * 2 // BYTES.get(anatomy.dtype, 2)
 
 

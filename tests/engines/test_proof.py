@@ -44,6 +44,8 @@ def test_the_largest_difference_is_judged_for_exact_weights_alone(shift, faulty)
 def test_another_best_token_is_a_fault_unless_the_two_best_are_close():
     tie = agreement(order=((0, 1, 2), (1, 0, 2)))
     assert (tie.same_best, tie.near_ties, tie.faults(exact=True)) == (1, 1, [])
+    third = agreement(order=((0, 1, 2), (2, 0, 1)))
+    assert (third.same_best, third.near_ties) == (1, 0), "a tie of two others excuses no third token"
     other = agreement(order=((1, 0, 2), (0, 1, 2)))
     assert other.faults(exact=True) == ["another best token at 1 of 2 positions"]
     assert other.faults(exact=False) == []
