@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from surgery.engines.proof import Agreement, compare, make_question, reference
 from surgery.errors import (
     CheckError,
     MachineError,
+    ModelError,
     OutputExistsError,
     RecordError,
     SurgeryError,
@@ -24,7 +27,7 @@ from surgery.errors import (
 )
 from surgery.io import manifest
 from surgery.io.files import read_json, sha256
-from surgery.io.loading import refuse_adapter
+from surgery.io.loading import read_tokenizer, refuse_adapter
 from surgery.io.output_folder import machine_errors, refuse_small_disk
 from surgery.io.printing import Block, Printed, byte_size
 from surgery.machine.device import too_big
@@ -123,17 +126,29 @@ def export(
     path = _path(typed, Path(out), target, overwrite)
     report = _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
+    _refuse_no_tokenizer(Path(out), target)
     _refuse_small_machine(anatomy, target.types[kind], path.parent)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")  # never a file of somebody else
+    with _unfinished(path) as partial:
+        begin(progress, WRITING)
+        facts = target.write(Path(out), anatomy, kind, partial)
+        question, expected_text = make_question(Path(out), *_reach(anatomy, facts))
+        agreement = _prove(Path(out), target, question, expected_text, partial, progress)
+        _refuse_other_results(agreement, kind == target.exact, target)
+        _refuse_existing(typed, overwrite)  # it may have appeared during this run
+        os.replace(partial, path)
+    entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
+    entry |= {"bytes": path.stat().st_size, **agreement.to_dict(), "kv_bytes_per_token": _half_cache(anatomy), **facts}
+    _record(report, entry)
+    return Exported(typed, target.name, entry, target.command(str(typed)))
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A new name beside `path` to write to. What is left there at the end is removed, after a CheckError kept."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with machine_errors(path):
-            begin(progress, WRITING)
-            facts = target.write(Path(out), anatomy, kind, partial)
-            question, expected_text = make_question(Path(out), *_reach(anatomy, facts))
-            agreement = _prove(Path(out), target, question, expected_text, partial, progress)
-            _refuse_other_results(agreement, kind == target.exact, target)
-            _refuse_existing(typed, overwrite)  # it may have appeared during this run
-            os.replace(partial, path)
+            yield partial
     except CheckError as error:
         failed = path.with_name(f"{path.name}.failed")
         with machine_errors(failed):
@@ -141,10 +156,6 @@ def export(
         raise CheckError(error.what, where=str(failed), fix=error.fix) from None
     finally:
         partial.unlink(missing_ok=True)
-    entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
-    entry |= {"bytes": path.stat().st_size, **agreement.to_dict(), "kv_bytes_per_token": _half_cache(anatomy), **facts}
-    _record(report, entry)
-    return Exported(typed, target.name, entry, target.command(str(typed)))
 
 
 def _reach(anatomy: Anatomy, facts: dict[str, Any]) -> tuple[int | None, int]:
@@ -214,6 +225,17 @@ def _checked(out: Path, engine: ServingEngine) -> Report:
     refuse_adapter(out)
     manifest.refuse_unchecked(out, report.data, passed=report.passed is True, intact=report.intact)
     return report
+
+
+def _refuse_no_tokenizer(out: Path, engine: ServingEngine) -> None:
+    try:
+        read_tokenizer(out)
+    except ModelError as error:
+        raise ModelError(
+            f"{error.what}, and a file of {engine.name} holds the tokenizer too",
+            where=str(out),
+            fix="put the tokenizer's files into the base's folder, and convert that again",
+        ) from error
 
 
 def _refuse_small_machine(anatomy: Anatomy, bytes_of_a_weight: float, folder: Path) -> None:

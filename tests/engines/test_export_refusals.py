@@ -115,6 +115,13 @@ def test_an_adapter_that_was_not_merged(refused, out):
     refused(*export(), says=["holds an adapter", "merge_and_unload"])
 
 
+def test_a_folder_without_its_tokenizer(refused, out):
+    for path in out.glob("tokenizer*"):
+        path.unlink()
+    passed(out)
+    refused(*export(), says=["no tokenizer files, and a file of llama.cpp holds the tokenizer", "convert that again"])
+
+
 def test_a_folder_of_four_bits(refused, out):
     edit_json(out / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     passed(out)

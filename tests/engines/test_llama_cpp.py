@@ -102,7 +102,7 @@ def test_llama_cpp_agrees(surgery, sources, tmp_path, family, step, expected):
     assert f"f.gguf, {file.stat().st_size / 1e6:.1f} MB, f32, sha256 {entry['sha256'][:12]}" in lines[0]
     assert "same best token at" in lines[1]
     assert lines[-1] == "next:     llama-cli -m f.gguf"
-    assert ("names 200 tokens" in ran.out) == (family == "Mistral")
+    assert ("at most 200 tokens" in ran.out) == (family == "Mistral")
     changed = manifest.differences(out, json.loads((out / "surgery.json").read_text()), True)
     assert changed == [], "the folder can still be checked and pushed"
 
