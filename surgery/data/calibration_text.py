@@ -11,12 +11,21 @@ from types import SimpleNamespace
 import torch
 
 from surgery.data.generated import sample, user_turn
-from surgery.data.text import begin_of_text, fitting_length, load_text, samples_to_begin, windows, written_samples
+from surgery.data.text import (
+    BUILTIN,
+    CALIBRATION_TEXTS,
+    Text,
+    begin_of_text,
+    fitting_length,
+    load_text,
+    samples_to_begin,
+    windows,
+    written_samples,
+)
 from surgery.errors import SurgeryError
 from surgery.io.loading import eval_mode
 
 STAGE = "calibration text"
-HALVES = ("mixed", "conversations")  # texts of which one half is the built-in text
 
 
 def calibration_sequences(
@@ -35,13 +44,12 @@ def calibration_sequences(
         SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
             serve.
     """
-    length, (plain, conversations) = fitting_length(model, length), _parts(text, samples)
+    length, (plain, conversations) = fitting_length(model, length), written_samples(text, samples)
     written, sequences = plain + conversations, []
     if conversations:
         _refuse_template(tokenizer, length)
     if written < samples:
-        source = load_text("builtin" if text in HALVES else text, "calibration")
-        sequences.append(windows(source, tokenizer, length, samples - written))
+        sequences.append(windows(_read(text), tokenizer, length, samples - written))
     for count, chat, first in ((plain, False, 0), (conversations, True, plain)):
         if count:
 
@@ -57,21 +65,18 @@ def calibration_source(text: str, samples: int) -> dict:
     """The record of a calibration text of so many samples in surgery.json: its title, and its sha256 unless the model
     wrote all of it.
     """
-    if text == "self":
+    plain, conversations = written_samples(text, samples)
+    if plain + conversations == samples:
         return {"text": "what the model writes"}
-    source = load_text("builtin" if text in HALVES else text, "calibration")
-    half = ", and as much that the model writes" if text in HALVES else ""
-    plain, conversations = _parts(text, samples)
+    source, half = _read(text), ", and as much that the model writes" if sum(CALIBRATION_TEXTS.get(text, ())) else ""
     if conversations:
         half += f" ({plain} samples of text, {conversations} of conversations)"
     return {"text": source.title + half, "sha256": source.sha256[:12]}
 
 
-def _parts(text: str, samples: int) -> tuple[int, int]:
-    """How many samples of a calibration text the model writes as running text, and how many as conversations."""
-    written = written_samples(text, samples)
-    plain = written // 2 if text == "conversations" else written
-    return plain, written - plain
+def _read(text: str) -> Text:
+    """The text of the samples that the model does not write."""
+    return load_text(BUILTIN if text in CALIBRATION_TEXTS else text, "calibration")
 
 
 def _refuse_template(tokenizer, length: int) -> None:

@@ -24,6 +24,14 @@ SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself
 # (examples/benchmarks/bench_healing.py write). The cache of 64 samples of 512 tokens takes 1.5 GB for this model.
 BATCH = 64
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
+# Calibration texts with a name -> the share of the samples that the model writes: running text, and conversations. The
+# others are of the built-in text. Any other name is a file, of which all samples are.
+CALIBRATION_TEXTS = {
+    BUILTIN: (0.0, 0.0),
+    "self": (1.0, 0.0),
+    "mixed": (0.5, 0.0),
+    "conversations": (0.25, 0.25),
+}
 STOPS = tuple(".!?…。！？؟।\n")  # a sentence ends after a token that ends with one of them
 CLOSERS = "\"'”’»)]」』"  # may follow the stop
 
@@ -123,9 +131,12 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
-def written_samples(text: str, samples: int) -> int:
-    """How many samples of the calibration text `text` the model writes itself."""
-    return {"self": samples, "mixed": samples // 2, "conversations": samples // 2}.get(text, 0)
+def written_samples(text: str, samples: int) -> tuple[int, int]:
+    """How many samples of a calibration text the model writes itself: running text, and conversations."""
+    running, chats = CALIBRATION_TEXTS.get(text, (0.0, 0.0))
+    written = int(samples * (running + chats))
+    plain = int(written * running / (running + chats)) if written else 0
+    return plain, written - plain
 
 
 def samples_to_begin(samples: int) -> int:

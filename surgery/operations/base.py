@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from surgery.data.text import CALIBRATION_TEXTS
 from surgery.errors import ModelMismatchError, SurgeryError
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order
     "training": "A start for training, or trained",
     "exact": "Exact, or a building block",
 }
-TEXTS = ("builtin", "self", "mixed", "conversations")  # names of calibration texts that are not files
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,12 @@ RENAMED = {  # former name of an operation's member -> present name
 
 
 def missing_texts(operation: Operation) -> list[str]:
-    """Problems with the calibration texts of an operation. Each text must be a file or one of `TEXTS`."""
+    """Problems with the calibration texts of an operation. Each text must be a file or have a name."""
     problems = []
     for field in ("text", "calibration_text"):
         text = getattr(operation, field, None)
-        if isinstance(text, str) and text not in TEXTS and not os.path.isfile(text):
-            words = "; ".join((*TEXTS, "a UTF-8 text file"))
+        if isinstance(text, str) and text not in CALIBRATION_TEXTS and not os.path.isfile(text):
+            words = "; ".join((*CALIBRATION_TEXTS, "a UTF-8 text file"))
             problems.append(f"{operation.op}: {field}: no such text file: {text!r} (available: {words})")
     return problems
 

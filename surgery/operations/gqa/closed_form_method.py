@@ -125,7 +125,7 @@ class ClosedForm(GQA):
             self.calibration_length,
             max(0, 2 * of_scores - 1),  # queries are fitted twice where keys are fitted, too
             "v" in self.refit,
-            written=written_samples(self.calibration_text, self.calibration_samples) * self.calibration_length,
+            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
             tried=TRIED if self.kept_layers(anatomy) else 0,
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",
