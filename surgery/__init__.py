@@ -19,8 +19,10 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.api import (
+        applied,
         apply,
         check,
+        compare,
         evaluate,
         evaluate_choices,
         evaluate_needles,
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
         load_tokenizer,
         plan,
         push,
+        reproduce,
         save,
+        sweep,
         text_windows,
     )
     from surgery.architecture.anatomy import Anatomy
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.healing.callbacks import SurgeryCallback
     from surgery.healing.plan import HealPlan
     from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, Operation, PlannedChange, WeightRewrite
+    from surgery.pipeline import write_page
     from surgery.report.report import Report
     from surgery.runtime import register
 

@@ -1,5 +1,6 @@
 """What users install, and the rules that keep the repository readable."""
 
+import ast
 import os
 import re
 import subprocess
@@ -124,3 +125,14 @@ def test_public_names_survive_their_modules():
         importlib.import_module(f"surgery.{name}")
     for name in surgery.__all__:
         assert isinstance(getattr(surgery, name), str) or callable(getattr(surgery, name)), name
+
+
+def test_a_type_checker_sees_every_public_name():
+    """Public names are imported on first use, which a type checker cannot follow: a block that never runs has them."""
+    import surgery
+
+    tree = ast.parse((ROOT / "surgery/__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {alias.name for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == set(surgery.__all__) - {"__version__"}
