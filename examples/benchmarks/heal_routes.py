@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from measured import Measured
 
 import surgery
@@ -75,6 +76,9 @@ parser.add_argument("--recall", type=float, default=0.0, help="share of the rows
 parser.add_argument("--sure", type=float, default=0.0, help="how much less a token counts of which the base is unsure")
 parser.add_argument("--row", type=int, default=512, help="tokens of a row")
 parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every route is trained with each")
+parser.add_argument(
+    "--also", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of every route: hidden=1"
+)
 parser.add_argument("--judges", action="store_true", help="also ask needles, repeats and look-ups")
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
 parser.add_argument("--windows", type=int, default=8)
@@ -125,6 +129,7 @@ def run(route: str, seed: int, data: str, options) -> dict:
     asked |= {"sure": options.sure} if ROUTES[route]["loss"] != "ce" else {}
     asked |= {"learning_rate": options.rate, "eval_every": options.every}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
+    asked |= {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in options.also)}
     where = {"output": folder, "resume": begun, "check": False, "evaluate": False}
     try:
         report = surgery.heal(options.start, options.base, settings=asked, **where)
