@@ -1,6 +1,7 @@
 """What users install, and the rules that keep the repository readable."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -134,5 +135,8 @@ def test_a_type_checker_sees_every_public_name():
     tree = ast.parse((ROOT / "surgery/__init__.py").read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     assert ast.unparse(block.test) == "TYPE_CHECKING"
-    seen = {alias.name for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert seen == set(surgery.__all__) - {"__version__"}
+    imports = [node for node in ast.walk(block) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen.keys() == set(surgery.__all__) - {"__version__"}
+    for name, module in seen.items():
+        assert getattr(importlib.import_module(module), name) is getattr(surgery, name)

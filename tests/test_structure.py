@@ -42,7 +42,7 @@ DECIDED = {
     "fresh_process lengths paired recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/comparison": "measures result run",
-    "evaluation/harness": "answers command scores task_files task_set",
+    "evaluation/harness": "answers command scores task_files task_index task_set",
     "evaluation/probes": "base distances fields grid recall settings",
     "engines": "base llama_cpp llama_cpp_converter llama_cpp_server proof run",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "

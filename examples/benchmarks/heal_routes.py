@@ -5,10 +5,11 @@
 
 START is a folder that `surgery apply` wrote from BASE. Each route trains START for the same minutes (or `--steps`) on
 the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
-is scored. With `--data self`, the base writes `--write` tokens of text with each of `--text-seeds`, once for all
-routes. The columns "at N min" have the loss on that text after so many minutes; with `--steps`, there are columns
-after an eighth, a quarter and half of the steps. The curves, nats against minutes and against tokens, are drawn next
-to `--out`. `--out` holds the finished routes. The same command resumes, a route from its last checkpoint.
+is scored every `--every` steps. The columns "at N min" have this loss after so many minutes; with `--steps`, there are
+columns for an eighth, a quarter and half of the steps. They have the last loss that was measured up to then. The
+curves, nats against minutes and against tokens, are drawn next to `--out`. With `--data self`, the base writes
+`--write` tokens of text with each of `--text-seeds`, once for all routes. `--out` holds the finished routes. The same
+command resumes, a route from its last checkpoint.
 
 In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
@@ -28,7 +29,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from measured import Measured
 
 import surgery
@@ -58,6 +58,18 @@ JUDGES = {
     "lookup": {},
 }
 
+
+def setting(text: str) -> tuple[str, float | str]:
+    """KEY=VALUE as a setting of heal."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError("write KEY=VALUE")
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("start", type=Path)
 parser.add_argument("base")
@@ -77,7 +89,7 @@ parser.add_argument("--sure", type=float, default=0.0, help="how much less a tok
 parser.add_argument("--row", type=int, default=512, help="tokens of a row")
 parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every route is trained with each")
 parser.add_argument(
-    "--also", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of every route: hidden=1"
+    "--also", nargs="*", default=[], metavar="KEY=VALUE", type=setting, help="more settings of every route: hidden=1"
 )
 parser.add_argument("--judges", action="store_true", help="also ask needles, repeats and look-ups")
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
@@ -129,7 +141,9 @@ def run(route: str, seed: int, data: str, options) -> dict:
     asked |= {"sure": options.sure} if ROUTES[route]["loss"] != "ce" else {}
     asked |= {"learning_rate": options.rate, "eval_every": options.every}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
-    asked |= {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in options.also)}
+    if fixed := [key for key, _ in options.also if key in asked]:
+        raise SystemExit(f"--also {fixed[0]}: this is set by the route or by an option of its own")
+    asked |= dict(options.also)
     where = {"output": folder, "resume": begun, "check": False, "evaluate": False}
     try:
         report = surgery.heal(options.start, options.base, settings=asked, **where)
@@ -147,9 +161,8 @@ def run(route: str, seed: int, data: str, options) -> dict:
 def columns_over_time(options) -> dict[str, tuple[int, float]]:
     """Title -> (which number of a curve's points, and up to which value of it the last loss is taken)."""
     if options.steps:
-        return {
-            f"at step {step}": (0, step * options.batch_tokens) for step in (options.steps // n for n in (8, 4, 2))
-        }
+        tokens = options.batch_tokens // options.row * options.row  # of a step, in whole rows
+        return {f"at step {step}": (0, step * tokens) for step in (options.steps // part for part in (8, 4, 2))}
     return {f"at {minutes:g} min": (1, 60 * minutes) for minutes in options.points if minutes <= options.minutes}
 
 

@@ -39,7 +39,7 @@ parser.add_argument("--kv-heads", type=int, default=1)
 parser.add_argument("--tokens", type=int, default=32768)
 parser.add_argument("--batch-tokens", type=int, default=1024)
 parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
-parser.add_argument("--data", default="builtin", help="text to train on: builtin (its calibration part), self, a file")
+parser.add_argument("--data", default="builtin", help="text to train on: builtin (its calibration part), a file")
 parser.add_argument("--windows", type=int, default=4)
 parser.add_argument("--length", type=int, default=512)
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
@@ -52,9 +52,10 @@ def main() -> None:
     path, counts = resolve(options.model).path, {"windows": options.windows, "length": options.length}
     measured = Measured(options.out, {k: v for k, v in vars(options).items() if k not in ("out", "seeds")})
     tokenizer, start = surgery.load_tokenizer(path), options.out.with_name(f"{options.out.stem}-start")
-    if not start.is_dir():
+    if "start" not in measured:
         merge = [f"kv_heads={options.kv_heads}", "method=mean"]
-        surgery.apply("gqa", path, overrides=merge, output=start, gate=False, check=False, evaluate=False)
+        quick = {"gate": False, "check": False, "evaluate": False}
+        surgery.apply("gqa", path, overrides=merge, output=start, overwrite=True, **quick)
 
     def losses(model) -> list[float]:
         found = (surgery.evaluate(model, None, text=text, tokenizer=tokenizer, **counts) for text in options.texts)

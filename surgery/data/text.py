@@ -25,7 +25,7 @@ SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself
 BATCH = 64
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
 # Calibration texts with a name -> the share of the samples that the model writes: running text, and conversations. The
-# others are of the built-in text. Any other name is a file, of which all samples are.
+# other samples are of the built-in text. Any other name is a file, and all samples are of it.
 CALIBRATION_TEXTS = {
     BUILTIN: (0.0, 0.0),
     "self": (1.0, 0.0),

@@ -19,7 +19,7 @@ import surgery as package
 from surgery.errors import MachineError, NetworkError, SurgeryError
 from surgery.evaluation import harness
 from surgery.evaluation.harness import answers as asking
-from surgery.evaluation.harness import task_set
+from surgery.evaluation.harness import task_index, task_set
 from surgery.evaluation.harness.scores import TaskResult, paired_interval
 from surgery.evaluation.harness.task_files import write_task as write
 from surgery.evaluation.probes.settings import make
@@ -371,7 +371,7 @@ def test_a_file_of_a_group(model, merged, tmp_path, choosing):
     file.write_text(yaml.safe_dump({"group": "ours", "task": ["choosing", own], "aggregate_metric_list": [rule]}))
     result = tasks(str(file), both_ways=True).measure(merged, model)
     rows, members = result["tasks"], ("choosing", "ours::own")
-    assert set(rows) == {"ours", *members} == task_set.row_names([str(file)])
+    assert set(rows) == {"ours", *members} == task_index.row_names([str(file)])
     right = [case["out"]["acc"] for case in result["cases"]]
     assert len(right) == 2 * ITEMS
     assert rows["ours"]["out"] == pytest.approx(sum(right) / len(right))
@@ -379,14 +379,37 @@ def test_a_file_of_a_group(model, merged, tmp_path, choosing):
     assert result["by_others"] == {"same": 2 * ITEMS, "of": 2 * ITEMS}
 
 
-def test_files_of_groups_in_two_folders_are_refused(model, choosing, tmp_path):
+def test_files_of_groups_in_two_folders_are_refused_before_a_model_is_converted(refused, model, tmp_path):
     files = [tmp_path / "one/a.yaml", tmp_path / "two/b.yaml"]
     for file in files:
         file.parent.mkdir()
-        file.write_text(f"group: {file.stem}\ntask: [choosing]\n")
-    with pytest.raises(SurgeryError, match="are groups of tasks in two folders") as caught:
-        tasks(*map(str, files)).measure(model)
-    assert all(str(file) in str(caught.value) for file in files)
+        file.write_text(f"group: {file.stem}\ntask: [piqa]\n")
+    says = ["a.yaml and", "b.yaml are groups of tasks in two folders", "put them into one folder"]
+    refused("eval", model, "--tasks", ",".join(map(str, files)), says=says, has_json=False)
+
+
+def group_file(folder, name: str, group: str, tasks: str):
+    (folder / name).write_text(f"group: {group}\ntask: {tasks}\n")
+    return str(folder / name)
+
+
+def test_a_group_that_lm_eval_would_take_from_another_place_is_refused(model, tmp_path, choosing):
+    first, again = (group_file(tmp_path, name, "ours", "[choosing]") for name in ("a.yaml", "b.yaml"))
+    assert set(tasks(first).measure(model)["tasks"]) == {"ours", "choosing"}
+    with pytest.raises(SurgeryError, match=r"the group ours of .*b.yaml is also that of .*a.yaml"):
+        tasks(again).measure(model)
+    assert task_index.row_names([again]) is None
+    with pytest.raises(SurgeryError, match=r"a file NAME\.yaml alone"):
+        tasks(group_file(tmp_path, "c.yml", "mmlu", "[choosing]")).measure(model)
+    with pytest.raises(SurgeryError, match=r"the group of .*d.yaml has no tasks"):
+        tasks(group_file(tmp_path, "d.yaml", "none", "choosing")).measure(model)
+
+
+def test_a_file_with_a_class_is_a_task(tmp_path):
+    """lm-eval takes it for a task although it has a group, as its own files of SCROLLS do."""
+    file = tmp_path / "own.yaml"
+    file.write_text("group: ours\ntask: own\nclass: !function own.Own\n")
+    assert task_index.group_of_file(str(file)) == ""
 
 
 @pytest.mark.parametrize(
@@ -521,7 +544,7 @@ def test_of_every_length_the_first_items_are_asked():
 def test_tasks_of_ruler_that_the_network_does_not_give_are_left_out(model, monkeypatch):
     tried = []
 
-    def load(name, metadata):
+    def load(manager, name):
         tried.append(name)
         if name not in task_set.RULER_OFFLINE:
             raise NetworkError("the essays are not here")
@@ -799,20 +822,20 @@ def test_limits_of_ruler_name_the_length_and_are_read_without_lm_eval(refused, m
 
 def test_rows_of_groups_tags_and_files(tmp_path):
     """Each name stands for the rows that lm-eval makes of it; the groups here are lm-eval's own."""
-    assert task_set.row_names(["piqa"]) == {"piqa"}
-    assert task_set.row_names(["ai2_arc"]) == {"arc_easy", "arc_challenge"}
-    mmlu = task_set.row_names(["mmlu"])
+    assert task_index.row_names(["piqa"]) == {"piqa"}
+    assert task_index.row_names(["ai2_arc"]) == {"arc_easy", "arc_challenge"}
+    mmlu = task_index.row_names(["mmlu"])
     assert {"mmlu", "mmlu_stem", "mmlu_abstract_algebra"} <= mmlu
     assert len(mmlu) == 1 + 4 + 57, "the group, its four groups and 57 subjects"
-    assert "mmlu_generative::stem" in task_set.row_names(["mmlu_generative"]), "a group inside a group's file"
+    assert "mmlu_generative::stem" in task_index.row_names(["mmlu_generative"]), "a group inside a group's file"
     file = tmp_path / "mine.yaml"
     file.write_text("task: mine\ndoc_to_text: !function mine.read\n")
-    assert task_set.row_names([str(file)]) == {"mine"}
+    assert task_index.row_names([str(file)]) == {"mine"}
     file.write_text("group: ours\ntask: [piqa, {task: own, doc_to_text: x}]\n")
-    assert task_set.row_names([str(file)]) == {"ours", "piqa", "ours::own"}
+    assert task_index.row_names([str(file)]) == {"ours", "piqa", "ours::own"}
     file.write_text("include: other.yaml\n")
-    assert task_set.row_names([str(file), "piqa"]) is None, "the file does not say"
-    assert task_set.row_names([str(tmp_path / "none.yaml")]) is None
+    assert task_index.row_names([str(file), "piqa"]) is None, "the file does not say"
+    assert task_index.row_names([str(tmp_path / "none.yaml")]) is None
 
 
 @pytest.mark.parametrize(
@@ -828,7 +851,7 @@ def test_a_file_that_names_nothing_in_strings_does_not_say(tmp_path, lines):
     """Older spellings of lm-eval, and a file that refers to itself."""
     file = tmp_path / "odd.yaml"
     file.write_text(lines)
-    assert task_set.row_names([str(file)]) is None
+    assert task_index.row_names([str(file)]) is None
 
 
 def test_prompts_that_differ_are_not_compared(model, merged, choosing, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shlex
 import subprocess
@@ -51,7 +52,7 @@ _ALONE = (
 
 
 def _samples(folder: Path, name: str) -> list[dict[str, Any]]:
-    (file,) = folder.rglob(f"samples_{name}_[0-9]*.jsonl")
+    (file,) = folder.rglob(f"samples_{glob.escape(name)}_[0-9][0-9][0-9][0-9]-*.jsonl")  # a name may end with _2
     samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return sorted(samples, key=lambda sample: sample["doc_id"])
 

@@ -12,15 +12,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
-import yaml
-
-from surgery.errors import NetworkError, SettingError, SurgeryError, nearest
+from surgery.errors import NetworkError, SettingError, SurgeryError
 from surgery.evaluation.harness import version
+from surgery.evaluation.harness.task_index import (
+    folder_of_groups,
+    group_of_file,
+    manager_of,
+    refuse_other_group,
+    refuse_unknown,
+)
 from surgery.io.hub_errors import brief
 
 RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
@@ -178,14 +183,14 @@ def load_tasks(
         NetworkError: the data of a named task are on the Hub, which cannot be reached.
     """
     version()
-    with quiet(), seeded(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), seeded(), tempfile.TemporaryDirectory() as saved:
         metadata = {}
         if lengths:  # a folder that we wrote: RULER loads it with trust_remote_code
-            tokenizer.save_pretrained(folder)
-            metadata = {"max_seq_lengths": list(lengths), "tokenizer": folder}
-        told = json.dumps(metadata)
-        refuse_unknown(names, _manager(told))
-        folder_of_groups = _folder_of_groups(names)
+            tokenizer.save_pretrained(saved)
+            metadata = {"max_seq_lengths": list(lengths), "tokenizer": saved}
+        refuse_unknown(names)
+        folder = folder_of_groups(names)
+        manager = manager_of(json.dumps(metadata), folder)
         wanted = [*dict.fromkeys(names), *(name for name in RULER if lengths and name not in names)]
         found: dict[str, dict[str, Any]] = {}
         left_out, offline = {}, ""
@@ -196,7 +201,7 @@ def load_tasks(
                 left_out[name] = offline
                 continue
             try:
-                found[name] = _load(name, told)
+                found[name] = _load(manager, name)
             except NetworkError as error:
                 if name in names:
                     raise
@@ -210,139 +215,17 @@ def load_tasks(
                 raise SettingError(what, fix="leave one of them out; a file may give its task another name")
             for kind, entries in merged.items():
                 entries.update(part[kind])
-        called = tuple(_place(name)[0] for name in found)
-        return TaskSet(merged, called, tuple(lengths), left_out, folder_of_groups)
+        called = tuple(group_of_file(name) or name for name in found)
+        return TaskSet(merged, called, tuple(lengths), left_out, folder)
 
 
-@lru_cache(maxsize=2)
-def _manager(metadata: str, folder: str | None = None) -> Any:
-    """lm-eval's index of its tasks, which takes seconds to make.
-
-    Args:
-        metadata: JSON of what tasks are told.
-        folder: a folder with more YAML files of tasks.
-    """
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(metadata=json.loads(metadata), include_path=folder)
-
-
-def _place(name: str) -> tuple[str, str | None]:
-    """What lm-eval calls a task, group or tag, and the folder that its index must include.
-
-    lm-eval reads a task from the path of its file, but not a group. A group is read from the index of its folder, so
-    it may name the tasks of other files there.
-    """
-    entry = (_entry_of_file(Path(name)) if _is_file(name) else None) or {}
-    if isinstance(entry.get("group"), str):
-        return entry["group"], str(Path(name).resolve().parent)
-    return name, None
-
-
-def _folder_of_groups(names: Sequence[str]) -> str | None:
-    """The folder of the files of groups among names; `lm_eval` takes one."""
-    first: dict[str, str] = {}
-    for name in names:
-        _, folder = _place(name)
-        if folder:
-            first.setdefault(folder, name)
-    if len(first) > 1:
-        one, other, *_ = first.values()
-        what = f"{one} and {other} are groups of tasks in two folders, of which lm-eval reads one"
-        raise SettingError(what, fix="put them into one folder, or ask for them one at a time")
-    return next(iter(first), None)
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).suffix in (".yaml", ".yml")
-
-
-def refuse_unknown(names: Sequence[str], manager: Any = None) -> None:
-    """Raise for names that are neither tasks of lm-eval nor files, all of them in one error. No data are read."""
-    known, faults = (manager or _manager("{}")).all_tasks, []
-    for name in names:
-        if name in known:
-            continue
-        if _is_file(name):
-            if not Path(name).is_file():
-                faults.append(SettingError(f"there is no task file {name}", fix="write the path of a YAML task"))
-            continue
-        close = nearest(name, known)
-        exists = f"{len(known):,} tasks and groups; `lm_eval ls tasks` lists them"
-        fix = f"did you mean {close!r}?" if close else "a name of that list, or a YAML file"
-        faults.append(SettingError(f"lm-eval has no task {name!r}", exists=exists, fix=fix))
-    if faults:
-        first, *rest = faults
-        raise SettingError(first.what, exists=first.exists, fix=first.fix, others=tuple(rest))
-
-
-def row_names(names: Sequence[str]) -> set[str] | None:
-    """The tasks and groups that names and files stand for; None where a file does not say. No data are read."""
-    rows: set[str] = set()
-    for name in names:
-        known, folder = _place(name)
-        index = _manager("{}", folder).task_index
-        entry = known if known in index else _entry_of_file(Path(name))
-        try:
-            rows |= _members(entry, index)
-        except _UnclearFileError:
-            return None
-    return rows
-
-
-class _UnclearFileError(Exception):
-    """The file of a task or group does not say in strings what it names."""
-
-
-def _members(entry: Any, index: dict[str, Any], group: str = "", around: tuple[int, ...] = ()) -> set[str]:
-    """A task, or a group or tag with all that is in it, as lm-eval names them.
-
-    Args:
-        entry: its name, or a mapping with the key `task` or `group`.
-        group: the group that it is in; lm-eval puts this before names that are not in its index.
-        around: ids of the mappings that the entry lies in, since a file may refer to itself.
-
-    Raises:
-        _UnclearFileError: the entry has another form, such as the older spelling of tags as a list.
-    """
-    inline = entry if isinstance(entry, dict) else {}
-    name = inline.get("group") or inline.get("task") if inline else entry
-    if not isinstance(name, str) or id(entry) in around:
-        raise _UnclearFileError
-    known = index.get(name)
-    if known is None:
-        members, own = inline.get("task") if "group" in inline else (), f"{group}::{name}" if group else str(name)
-    elif known.kind.name == "TAG":
-        return set(known.tags)
-    else:
-        members, own = (known.cfg or {}).get("task") if known.kind.name == "GROUP" else (), name
-    listed = members if isinstance(members, list) else ()
-    inside = (*around, id(inline)) if inline else around
-    return {own}.union(*(_members(member, index, own, inside) for member in listed))
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Reads a task's file without running what it names."""
-
-
-_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def _entry_of_file(file: Path) -> dict[str, Any] | None:
-    """The keys `task` and `group` of a task's file; None where it has neither."""
-    try:
-        data = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    keys = {key: data[key] for key in ("task", "group") if key in data} if isinstance(data, dict) else {}
-    return keys or None
-
-
-def _load(name: str, metadata: str) -> dict[str, Any]:
+def _load(manager: Any, name: str) -> dict[str, Any]:
     """A task, group or tag with its data; errors of lm-eval and of its data as ours."""
+    group = group_of_file(name)
+    if group:
+        refuse_other_group(manager.task_index, name, group)
     try:
-        known, folder = _place(name)
-        loaded = _manager(metadata, folder).load([known])
+        loaded = manager.load([group or name])
     except SurgeryError:
         raise
     except Exception as error:  # any kind: tasks are files and code of others
@@ -357,7 +240,10 @@ def _load(name: str, metadata: str) -> dict[str, Any]:
             fix = "allow the network once, after which they stay in the cache; or use a task with local data"
             raise NetworkError(f"{what} ({brief(error)})", fix=fix) from error
         fix = "check the file" if Path(name).suffix else "see its page in lm-eval"
+        manager_of.cache_clear()  # files of the folder may be mended in this process
         raise SettingError(f"lm-eval cannot load the task {name}: {brief(error)}", fix=fix) from error
+    if not loaded["tasks"]:
+        raise SettingError(f"the group of {name} has no tasks", fix="name them as a list: `task: [piqa, hellaswag]`")
     if unsafe := [task for task, each in loaded["tasks"].items() if getattr(each, "UNSAFE_CODE", False)]:
         what = f"the task {unsafe[0]} runs the code that a model writes, which is refused"
         raise SettingError(what, fix="run it with lm_eval itself, in a sandbox")

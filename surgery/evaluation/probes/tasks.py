@@ -15,7 +15,8 @@ from surgery.evaluation import harness
 from surgery.evaluation.harness.answers import answers_file, run
 from surgery.evaluation.harness.command import run_alone
 from surgery.evaluation.harness.scores import TaskResult
-from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, load_tasks, refuse_unknown, row_names
+from surgery.evaluation.harness.task_index import refuse_unknown, row_names
+from surgery.evaluation.harness.task_set import RULER, Asking, ItemScore, load_tasks
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, Row, Table
 from surgery.evaluation.probes.fields import TaskNames, TokenLengths
 from surgery.io.files import published
