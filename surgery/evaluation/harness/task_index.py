@@ -13,7 +13,6 @@ import yaml
 from surgery.errors import SettingError, nearest
 
 
-@lru_cache(maxsize=2)
 def manager_of(metadata: str, folder: str | None = None) -> Any:
     """lm-eval's index of its tasks, which takes seconds to make.
 
@@ -21,6 +20,13 @@ def manager_of(metadata: str, folder: str | None = None) -> Any:
         metadata: JSON of what tasks are told.
         folder: a folder with more YAML files of tasks.
     """
+    files = sorted(Path(folder).glob("*.yaml")) if folder else ()
+    return _manager(metadata, folder, tuple((file.name, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=2)
+def _manager(metadata: str, folder: str | None, files: tuple[tuple[str, int], ...]) -> Any:
+    """The index; `files` has names and times of the folder's files, which may be mended in this process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(metadata=json.loads(metadata), include_path=folder)

@@ -240,7 +240,6 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             fix = "allow the network once, after which they stay in the cache; or use a task with local data"
             raise NetworkError(f"{what} ({brief(error)})", fix=fix) from error
         fix = "check the file" if Path(name).suffix else "see its page in lm-eval"
-        manager_of.cache_clear()  # files of the folder may be mended in this process
         raise SettingError(f"lm-eval cannot load the task {name}: {brief(error)}", fix=fix) from error
     if not loaded["tasks"]:
         raise SettingError(f"the group of {name} has no tasks", fix="name them as a list: `task: [piqa, hellaswag]`")
