@@ -20,6 +20,7 @@ from surgery.errors import MachineError, NetworkError, SurgeryError
 from surgery.evaluation import harness
 from surgery.evaluation.harness import answers as asking
 from surgery.evaluation.harness import task_index, task_set
+from surgery.evaluation.harness.command import command
 from surgery.evaluation.harness.scores import TaskResult, paired_interval
 from surgery.evaluation.harness.task_files import write_task as write
 from surgery.evaluation.probes.settings import make
@@ -364,19 +365,28 @@ def test_a_group_has_a_row_of_its_own(model, merged, tmp_path, choosing, monkeyp
 
 
 def test_a_file_of_a_group(model, merged, tmp_path, choosing):
-    """With a task of another file of its folder and one of its own; lm_eval alone reads the same group."""
+    """With a task of another file of its folder and one of its own."""
     own = yaml.safe_load((tmp_path / "choosing.yaml").read_text()) | {"task": "own", "doc_to_target": "{{answer % 2}}"}
     rule = {"metric": "acc", "weight_by_size": True}
     file = tmp_path / "ours.yaml"
     file.write_text(yaml.safe_dump({"group": "ours", "task": ["choosing", own], "aggregate_metric_list": [rule]}))
-    result = tasks(str(file), both_ways=True).measure(merged, model)
+    result = tasks(str(file)).measure(merged, model)
     rows, members = result["tasks"], ("choosing", "ours::own")
     assert set(rows) == {"ours", *members} == task_index.row_names([str(file)])
     right = [case["out"]["acc"] for case in result["cases"]]
     assert len(right) == 2 * ITEMS
     assert rows["ours"]["out"] == pytest.approx(sum(right) / len(right))
-    assert rows["choosing"]["out"] == tasks(choosing).measure(merged, model)["tasks"]["choosing"]["out"]
-    assert result["by_others"] == {"same": 2 * ITEMS, "of": 2 * ITEMS}
+    cases = [case for case in result["cases"] if case["task"] == "choosing"]
+    assert rows["choosing"]["out"] == pytest.approx(sum(case["out"]["acc_norm"] for case in cases) / ITEMS)
+    words = command("M", result.tasks, task_set.Asking())
+    assert words[words.index("--tasks") + 1] == "ours"
+    assert words[words.index("--include_path") + 1] == str(tmp_path.resolve())
+
+
+@pytest.mark.slow
+def test_lm_evals_own_command_reads_the_file_of_a_group(model, merged, tmp_path, choosing):
+    result = tasks(group_file(tmp_path, "ours.yaml", "ours", "[choosing]"), both_ways=True).measure(merged, model)
+    assert result["by_others"] == {"same": ITEMS, "of": ITEMS}
 
 
 def test_files_of_groups_in_two_folders_are_refused_before_a_model_is_converted(refused, model, tmp_path):
