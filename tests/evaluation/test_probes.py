@@ -107,6 +107,8 @@ def test_no_other_module_names_a_probe():
         text = path.read_text(encoding="utf-8").replace('("prompt", "choices", "answer")', "")
         if path.parent.name == "harness":  # lm-eval's own word
             text = text.replace('"tasks"', "")
+        if path.name == "llama_cpp_server.py":  # a key of the answers of llama.cpp's server
+            text = text.replace('"choices"', "")
         for name in others:
             assert f'"{name}"' not in text, path
 
