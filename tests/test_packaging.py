@@ -115,7 +115,6 @@ def test_a_streamed_conversion_starts_without_what_trains_or_runs_models(base, t
 
 def test_public_names_survive_their_modules():
     """A submodule that is imported becomes an attribute of the package: no public function may have its name."""
-    import importlib
     import pkgutil
 
     import surgery

@@ -148,7 +148,7 @@ def test_what_a_gguf_file_cannot_hold(refused, tmp_path, family, step, fields, s
 
 
 def test_the_sentence_about_a_qwen2(tmp_path):
-    """Issue 25 asks for it word by word."""
+    """Word by word: it names the reason and the nearest thing that the file can hold."""
     anatomy = Anatomy.of(make(tmp_path / "out", "Qwen2", UNEQUAL))
     (obstacle,) = find("llama.cpp").obstacles(anatomy)
     what = "layers with different numbers of heads, and q_proj, k_proj, v_proj with biases"
