@@ -22,6 +22,7 @@ def examine() -> dict:
     """The findings that `surgery doctor` prints, as plain data."""
     import torch
 
+    from surgery.engines import vllm_environment
     from surgery.io.demo_model import cache_folder
     from surgery.machine.device import free_memory
     from surgery.version import __version__
@@ -30,7 +31,7 @@ def examine() -> dict:
         "surgery": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | {"vllm": vllm_environment.installed_version()},
         "devices": _devices(torch),
         "threads": torch.get_num_threads(),
         "memory_free": free_memory(),

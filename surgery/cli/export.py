@@ -19,40 +19,44 @@ def export(
         typer.Option(
             "--for",
             metavar="ENGINE",
-            help="The engine that will run the file: llama.cpp.",
+            help="The engine that will run the result: llama.cpp or vllm.",
             autocompletion=completion.serving_engines,
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write this file (FILE.gguf for llama.cpp).")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write this: FILE.gguf for llama.cpp, a folder for vllm."),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             "--type",
             metavar="TYPE",
-            help="Write the weights as f32 (the default), f16, bf16 or q8_0.",
+            help="For llama.cpp: write the weights as f32 (the default), f16, bf16 or q8_0.",
             autocompletion=completion.weight_types,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE, or the folder of an earlier export.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checked folder as a file of another engine, run the file there, and compare it with Transformers.
+    """Write a checked folder for another engine, run it there, and compare it with Transformers.
 
-    With --type f32, a file whose log-probabilities differ by more than 0.001 is refused. Other types round the
-    weights: the difference is reported. The figures go into surgery.json.
+    A result whose log-probabilities differ by more than 0.001 is refused. f16, bf16 and q8_0 round the weights: then
+    the difference is reported. The figures go into surgery.json.
     """
     from surgery.api import export as run
     from surgery.cli.render.console import progress_bar
-    from surgery.engines import ENGINES
+    from surgery.engines import ENGINES, find
 
     if engine is None:
         known = ", ".join(ENGINES)
         raise SurgeryError("no engine was named", exists=known, fix=f"add --for {next(iter(ENGINES))}")
     if output is None:
-        raise SurgeryError("no file was named", fix="add -o FILE.gguf")
+        what, example = ("file", f"FILE{suffix}") if (suffix := find(engine).suffix) else ("folder", "DIR")
+        raise SurgeryError(f"no {what} was named", fix=f"add -o {example}")
     with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
         result = run(out, engine, output, kind=kind, overwrite=overwrite, progress=progress)
     if as_json:

