@@ -19,6 +19,7 @@ from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, Servin
 from surgery.engines.process import ask_script
 from surgery.errors import SurgeryError
 from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, write_json
+from surgery.io.loading import read_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,9 +77,7 @@ class VLLM(ServingEngine):
                 _write_padded(path, anatomy.layers, query_heads(anatomy.layers), file / name)
             else:
                 shutil.copyfile(path, file / name)
-        if (folder / TOKENIZER_CONFIG).is_file():
-            written = read_json(folder / TOKENIZER_CONFIG)
-            write_json(file / TOKENIZER_CONFIG, {key: value for key, value in written.items() if key != OWN_CODE})
+        _write_tokenizer_config(folder, file, apart)
         if apart:
             config = decilm_config(config, anatomy)
             shutil.copyfile(Path(__file__).with_name(CODE), file / CODE)
@@ -97,6 +96,22 @@ class VLLM(ServingEngine):
 
         code = " --trust-remote-code" if (Path(file) / CODE).is_file() else ""
         return f"vllm serve {shlex.quote(file)}{code}"
+
+
+def _write_tokenizer_config(folder: Path, target: Path, named: bool) -> None:
+    """Write tokenizer_config.json without names of code.
+
+    Args:
+        named: name the class that the folder's tokenizer has. Transformers may have taken it from the model's type,
+            and a DeciLM has another type.
+    """
+    source = folder / TOKENIZER_CONFIG
+    config = read_json(source) if source.is_file() else {}
+    config.pop(OWN_CODE, None)
+    if named:
+        config["tokenizer_class"] = type(read_tokenizer(folder)).__name__
+    if config:
+        write_json(target / TOKENIZER_CONFIG, config)
 
 
 def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:

