@@ -49,8 +49,8 @@ DECIDED = {
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",
-    "io": "card_text demo_model files hub hub_errors identity key_values loading manifest model_folder output_folder "
-    "pickle plain_config printing ranges resume safetensors",
+    "io": "card_text demo_model earlier_keys files hub hub_errors identity key_values loading manifest model_folder "
+    "output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device parallel progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",

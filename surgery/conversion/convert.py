@@ -18,6 +18,7 @@ from surgery.conversion.plan import Plan, Step, make_plan, planned_change, probl
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import RecipeMismatchError, SurgeryError, shown
+from surgery.io.earlier_keys import with_earlier_keys
 from surgery.io.files import read_json, utf8, write_json, write_text
 from surgery.io.loading import refuse_wrapped
 from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
@@ -251,6 +252,8 @@ def _write_config(base: Path, partial: Path, plan: Plan) -> None:
     names = [{name: plan.shapes[f"{layer.path}.{name}"] for name in layer.tensor_names} for layer in plan.after.layers]
     if entries := layer_entries(plan.after, names):
         config = export(config, plan.after, entries, partial)
+    else:
+        config = with_earlier_keys(config)
     write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

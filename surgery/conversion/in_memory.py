@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from surgery.evaluation.run import weights_version
+from surgery.io.earlier_keys import add_earlier_keys
 from surgery.io.files import BASE_CARD
 from surgery.io.loading import DONE
 from surgery.io.model_folder import refuse_links_out
@@ -47,6 +48,7 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
     with out.opened(needed) as partial:
         with quiet_transformers():
             model.save_pretrained(partial)
+        add_earlier_keys(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if base:

@@ -189,11 +189,13 @@ def base_of_memory(model, heal: Heal) -> str | None:
 
 def save_as_stored(model, folder: Path, dtype) -> None:
     """Write the weights, config and code of a trained model, in the dtype of the converted one."""
+    from surgery.io.earlier_keys import add_earlier_keys
     from surgery.machine.transformers_logging import quiet_transformers
 
     model.to(dtype)
     with quiet_transformers():
         model.save_pretrained(folder)
+    add_earlier_keys(folder)
 
 
 def report_in_memory(model) -> Report:
