@@ -4,7 +4,8 @@
 
 The tiny models of the tests are converted in seven ways: to the native tier, and with each part of the runtime. Then
 an environment is made for each version, which has no `surgery`, and shares torch with this one. There each result is
-loaded, and its logits with and without a cache are compared with this environment's.
+loaded. Its logits with and without a cache, and what it generates with padding and beams, are compared with this
+environment's.
 
 `--unguarded` lifts the range of versions that exported code accepts, to find out where it could lie.
 """
@@ -23,64 +24,38 @@ from pathlib import Path
 
 from measured import Measured
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
 TOLERANCE = 1e-4  # largest difference of a logit, as a share of the logits' spread
-TOKENS, PROMPT = 93, 32  # tokens of a text; those of the first of two forwards through the cache
+TOKENS, PROMPT = 48, 32  # tokens of a text; those of the first of two forwards through the cache
 RESULTS = {  # kind -> an operation that is measured on nothing
     "native": {"op": "gqa", "kv_heads": 2, "method": "mean"},
     "shapes": {"op": "gqa", "kv_heads": [2, 1], "method": "mean"},
     "split": {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 4},
     "sinks": {"op": "sink_calibration", "method": "zero_tuning", "gamma": 3.0},
-    "act": {"op": "sink_calibration", "method": "act", "find": "map", "beta": 0.5, "threshold": 1.3},
+    "act": {"op": "sink_calibration", "method": "act", "find": "map", "beta": 1.0, "threshold": 1.3},
     "gates": {"op": "moh", "active_ratio": 0.5, "shared_ratio": 0.0, "router": "random"},
     "sparse": {"op": "sparse_prefill", "method": "streaming", "block": 16, "sinks": 4, "window": 4, "dense_below": 0},
 }
-WHOLE = ("act",)  # kinds whose result depends on where the prompt ends: they are compared without a cache alone
-OPENS = """
-import importlib.util, json, sys, torch, transformers
-from pathlib import Path
-transformers.logging.set_verbosity_error()
-assert importlib.util.find_spec("surgery") is None
-found = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    expected = torch.load(folder / "expected.pt")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=not folder.name.endswith("-native"), dtype=torch.float32
-        ).eval()
-        tokens = expected["tokens"]
-        with torch.no_grad():
-            whole = model(tokens).logits
-            parts = whole
-            if prompt := expected["prompt"]:
-                first = model(tokens[:, :prompt], use_cache=True)
-                rest = model(tokens[:, prompt:], past_key_values=first.past_key_values).logits
-                parts = torch.cat([first.logits, rest], 1)
-        logits = expected["logits"]
-        found[folder.name] = max(float((each - logits).abs().max() / logits.std()) for each in (whole, parts))
-    except Exception as error:
-        found[folder.name] = f"{type(error).__name__}: {error}".split("\\n")[0][:200]
-json.dump(found, open(sys.argv[2], "w"))
-"""
+WHOLE = ("act",)  # kinds whose result depends on where the prompt ends: no forward through the cache is compared
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("versions", nargs="+", metavar="VERSION", help="such as 5.14.1")
-parser.add_argument("--families", nargs="+", help="of tests/support/families.py; all that can be converted")
+parser.add_argument("--families", nargs="+", help="of tests/support/families.py; all by default")
 parser.add_argument("--unguarded", action="store_true", help="lift the range that exported code accepts")
 parser.add_argument("--out", type=Path, required=True, help="results as JSON; a second run goes on there")
 
 
 def make(folder: Path, families: list[str], unguarded: bool) -> None:
-    """Write the results of every family that can be converted, with the logits that this environment computes."""
+    """Write the results of every family that can be converted, with what this environment computes."""
     import torch
-    from families import CONVERTIBLE, VOCAB
+    from families import TINY, VOCAB
+    from opened_results import generated
 
     import surgery
-    from surgery.runtime.surgery_config import TRANSFORMERS
 
     tokens = torch.randint(3, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     for family in families:
-        model = CONVERTIBLE[family](max_position_embeddings=128)
-        model.save_pretrained(folder / "base" / family)
+        TINY[family]().save_pretrained(folder / "base" / family)
         for kind, step in RESULTS.items():
             out = folder / "results" / f"{family}-{kind}"
             recipe = {"version": 1, "name": kind, "operations": [step], "evaluate": None}
@@ -89,16 +64,40 @@ def make(folder: Path, families: list[str], unguarded: bool) -> None:
             except surgery.SurgeryError as error:
                 print(f"{family}, {kind}: {error.what}", file=sys.stderr)
                 continue
-            converted = surgery.load(out, dtype=torch.float32).eval()
+            if kind == "act":
+                lower_betas(out / "model.safetensors")
+            model = surgery.load(out, dtype=torch.float32).eval()
             with torch.no_grad():
-                logits = converted(tokens).logits
-            prompt = 0 if kind in WHOLE else PROMPT
-            torch.save({"tokens": tokens, "logits": logits, "prompt": prompt}, out / "expected.pt")
-            code = out / "surgery_config.py"
-            if unguarded and code.is_file():
-                text = code.read_text(encoding="utf-8")
-                assert str(TRANSFORMERS) in text
-                code.write_text(text.replace(str(TRANSFORMERS), "((0, 0), (99, 0))"), encoding="utf-8")
+                logits = model(tokens).logits
+            expected = {"tokens": tokens, "logits": logits, "prompt": 0 if kind in WHOLE else PROMPT}
+            expected["generated"] = {beams: generated(model, tokens, beams) for beams in (1, 2)}
+            torch.save(expected, out / "expected.pt")
+            if unguarded:
+                lift_range(out / "surgery_config.py")
+
+
+def lower_betas(file: Path) -> None:
+    """Let `act` redistribute attention: with betas of 1 it would not."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("surgery_log_beta"):
+            tensor.copy_(torch.linspace(-2, 0, len(tensor)))
+    save_file(tensors, file, {"format": "pt"})
+
+
+def lift_range(code: Path) -> None:
+    """Let exported code run in every version."""
+    from surgery.runtime.surgery_config import SINCE, TRANSFORMERS
+
+    if code.is_file():
+        text = code.read_text(encoding="utf-8")
+        assert str(TRANSFORMERS) in text
+        assert str(SINCE).replace("'", '"') in text
+        text = text.replace(str(TRANSFORMERS), "((0, 0), (99, 0))").replace(str(SINCE).replace("'", '"'), "{}")
+        code.write_text(text, encoding="utf-8")
 
 
 def environment(version: str, folder: Path) -> Path:
@@ -118,12 +117,12 @@ def opened(version: str, results: Path) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as scratch:
         python = environment(version, Path(scratch) / "environment")
         found = Path(scratch) / "found.json"
-        subprocess.run([python, "-P", "-c", OPENS, str(results), str(found)], check=True)
+        subprocess.run([python, "-P", str(HERE / "opened_results.py"), str(results), str(found)], check=True)
         return json.loads(found.read_text())
 
 
 def table(measured: dict[str, dict[str, float | str]]) -> str:
-    """A row a family, a column a version: the kinds that open, and give the same logits."""
+    """A row a family, a column a version: the kinds that open and compute the same."""
     lines = ["| family | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
     made = sorted({name for each in measured.values() for name in each})
     for family in dict.fromkeys(name.rpartition("-")[0] for name in made):
@@ -134,20 +133,21 @@ def table(measured: dict[str, dict[str, float | str]]) -> str:
 
 
 def cell(found: dict[str, float | str]) -> str:
-    """The kinds of results that open and agree; of the others, whether they give other logits or do not open."""
+    """The kinds of results that open and agree; of the others, whether they compute something else or do not open."""
     good = [kind for kind, value in found.items() if isinstance(value, float) and value <= TOLERANCE]
     other = [kind for kind, value in found.items() if isinstance(value, float) and kind not in good]
     closed = [kind for kind, value in found.items() if isinstance(value, str)]
-    words = {"": "all" if good and len(good) == len(found) else ", ".join(good), "other logits: ": ", ".join(other)}
-    words["does not open: "] = "all" if closed and len(closed) == len(found) else ", ".join(closed)
-    return "; ".join(name + value for name, value in words.items() if value)
+    parts = {"": good, "other logits: ": other, "does not open: ": closed}
+    return "; ".join(
+        title + ("all" if len(kinds) == len(found) else ", ".join(kinds)) for title, kinds in parts.items() if kinds
+    )
 
 
 def main() -> None:
-    from families import CONVERTIBLE
+    from families import TINY
 
     options = parser.parse_args()
-    families = options.families or list(CONVERTIBLE)
+    families = options.families or list(TINY)
     measured = Measured(options.out, {"families": families, "unguarded": options.unguarded})
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch), families, options.unguarded)

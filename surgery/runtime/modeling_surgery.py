@@ -34,21 +34,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModel,
-    AutoModelForCausalLM,
-    DynamicCache,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
 from .surgery_cache import CACHE, SurgeryCache
@@ -66,8 +51,29 @@ from .surgery_config import (
     query_groups,
     used_parts,
     validate,
+    version_fault,
 )
+from .surgery_stores import store_of  # noqa: F401 (Transformers before 5.13 copies what this file imports, no more)
 from .surgery_visibility import head_kinds, surgery_mask
+
+if fault := version_fault():  # before names are imported that older versions lack
+    raise ImportError(fault)
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 PREFIX = "Surgery"
 
@@ -277,6 +283,8 @@ class _ModelMixin:
         """Do nothing: `_ConfigMixin.save_pretrained` decides which code is saved with a model."""
 
     def __init__(self, config, *args, **kwargs):
+        if fault := version_fault(config):  # else the base's own code fails with a KeyError
+            raise ValueError(fault)
         _refuse_attention(config._attn_implementation)  # asked for at load
         config._attn_implementation = ATTENTION  # config.json does not keep it
         super().__init__(config, *args, **kwargs)

@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAME, FORMAT = "surgery", 1
-TRANSFORMERS = ((5, 21), (6, 0))  # (from, before); 5.20 drops the soft-cap of gemma2 under SDPA
+TRANSFORMERS = ((5, 13), (6, 0))  # (from, before); the caches of 5.12 lack a method that ours builds on
+SINCE = {"gptj": (5, 24)}  # the base's model_type -> the first version in which its attention can be replaced
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
 QUERY_HEADS, KV_HEADS = "query heads", "KV heads"
 
@@ -175,15 +176,9 @@ def validate(config) -> list[dict]:
         ValueError: a format that this code does not know, a version of Transformers that it was not made for, or a
             block that does not fit the model.
     """
-    import transformers  # here: other functions of this file must run without it
-
-    version = tuple(int(component) for component in transformers.__version__.split(".")[:2])
-    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
-        least, below = (".".join(map(str, bound)) for bound in TRANSFORMERS)
-        raise ValueError(
-            f"this checkpoint's code is made for Transformers >= {least} and < {below}, this is {version}"
-        )
     block = getattr(config, NAME, None)
+    if fault := version_fault(config):
+        raise ValueError(fault)
     if not isinstance(block, dict) or block.get("format") != FORMAT:
         block_format = block.get("format") if isinstance(block, dict) else block
         raise ValueError(f"the surgery block has format {block_format!r}; this code reads format {FORMAT}")
@@ -194,6 +189,20 @@ def validate(config) -> list[dict]:
         if reason := _fault(config, layer):
             raise ValueError(f"layer {index} of the surgery block {reason}")
     return layers
+
+
+def version_fault(config=None) -> str:
+    """Why the installed Transformers cannot run this code with a config (None: with any); "" if it can."""
+    import transformers  # here: other functions of this file must run without it
+
+    block = getattr(config, NAME, None)
+    base_type = block.get("base_model_type") if isinstance(block, dict) else None
+    version = tuple(int(component) for component in transformers.__version__.split(".")[:2])
+    bounds = (max(TRANSFORMERS[0], SINCE.get(str(base_type), (0, 0))), TRANSFORMERS[1])
+    if bounds[0] <= version < bounds[1]:
+        return ""
+    least, below, this = (".".join(map(str, each)) for each in (*bounds, version))
+    return f"this checkpoint's code is made for Transformers >= {least} and < {below}, this is {this}"
 
 
 def _fault(config, layer) -> str:
