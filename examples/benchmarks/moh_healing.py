@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from measured import Measured
+from text_losses import above, losses_on
 
 import surgery
 from surgery.data.text import load_text, windows
@@ -90,9 +91,7 @@ def main() -> None:
         chosen = [f"router={options.router}"]
         surgery.apply("moh", path, overrides=chosen, output=start, gate=False, check=False, evaluate=False)
 
-    def losses(model) -> list[float]:
-        found = (surgery.evaluate(model, None, text=text, tokenizer=tokenizer, **counts) for text in options.texts)
-        return [one.out.cross_entropy for one in found]
+    losses = partial(losses_on, options.texts, tokenizer=tokenizer, **counts)
 
     def healed(seed: int, freeze: list[str]) -> dict:
         folder = options.out.with_name(f"{options.out.stem}-healed")
@@ -112,19 +111,16 @@ def main() -> None:
     base = measured.once("base", lambda: losses(surgery.load(path)))
     first = measured.once("start", lambda: losses(surgery.load(start)))
 
-    def above(found: list[float]) -> str:
-        return " | ".join(f"{loss - old:.4f}" for loss, old in zip(found, base, strict=True))
-
     print(f"base: {', '.join(f'{x:.4f}' for x in base)} nats; on {', '.join(options.texts)}")
     print(f"| nats above the base | {' | '.join(options.texts)} | other heads |")
     print(f"| --- |{' ---: |' * (len(options.texts) + 1)}")
-    print(f"| start | {above(first)} | |", flush=True)
+    print(f"| start | {above(first, base)} | |", flush=True)
     for seed in options.seeds:
         trained = measured.once(f"trained {seed}", partial(healed, seed, []))
-        print(f"| routers train, seed {seed} | {above(trained['losses'])} | {trained['other']:.1%} |")
-        print(f"| the same with old routers, seed {seed} | {above(trained['old'])} | |", flush=True)
+        print(f"| routers train, seed {seed} | {above(trained['losses'], base)} | {trained['other']:.1%} |")
+        print(f"| the same with old routers, seed {seed} | {above(trained['old'], base)} | |", flush=True)
         frozen = measured.once(f"frozen {seed}", partial(healed, seed, ["*surgery_router*"]))
-        print(f"| frozen routers, seed {seed} | {above(frozen['losses'])} | |", flush=True)
+        print(f"| frozen routers, seed {seed} | {above(frozen['losses'], base)} | |", flush=True)
 
 
 if __name__ == "__main__":

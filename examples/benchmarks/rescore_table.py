@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from measured import Measured
+from text_losses import losses_on
 
 import surgery
 from surgery.io.hub import resolve
@@ -36,9 +37,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "ratios", "draws")}
     measured = Measured(options.out, settings)
 
-    def losses(model) -> list[float]:
-        results = (surgery.evaluate(model, None, text=text, tokenizer=tokenizer, **counts) for text in options.texts)
-        return [result.to_dict()["out"]["cross_entropy"] for result in results]
+    losses = partial(losses_on, options.texts, tokenizer=tokenizer, **counts)
 
     def pruned(ratio: float, **settings) -> dict:
         model = surgery.load(path)

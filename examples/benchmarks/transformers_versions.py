@@ -43,6 +43,8 @@ parser.add_argument("versions", nargs="+", metavar="VERSION", help="such as 5.14
 parser.add_argument("--families", nargs="+", help="of tests/support/families.py; all by default")
 parser.add_argument("--unguarded", action="store_true", help="lift the range that exported code accepts")
 parser.add_argument("--out", type=Path, required=True, help="results as JSON; a second run goes on there")
+parser.add_argument("--table", type=Path, metavar="FILE", help="write a table for the pages (results/NAME.json)")
+parser.add_argument("--machine", default="", help="with --table: the machine")
 
 
 def make(folder: Path, families: list[str], unguarded: bool) -> None:
@@ -121,15 +123,15 @@ def opened(version: str, results: Path) -> dict[str, float | str]:
         return json.loads(found.read_text())
 
 
-def table(measured: dict[str, dict[str, float | str]]) -> str:
-    """A row a family, a column a version: the kinds that open and compute the same."""
-    lines = ["| family | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
+def rows(measured: dict[str, dict[str, float | str]]) -> list[list[str]]:
+    """Families with the same answers, and a cell a version: the kinds that open and compute the same."""
     made = sorted({name for each in measured.values() for name in each})
+    alike: dict[tuple[str, ...], list[str]] = {}
     for family in dict.fromkeys(name.rpartition("-")[0] for name in made):
         kinds = [kind for kind in RESULTS if f"{family}-{kind}" in made]
-        cells = [cell({kind: each[f"{family}-{kind}"] for kind in kinds}) for each in measured.values()]
-        lines.append(f"| {family} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = tuple(cell({kind: each[f"{family}-{kind}"] for kind in kinds}) for each in measured.values())
+        alike.setdefault(cells, []).append(family)
+    return [[", ".join(families), *cells] for cells, families in alike.items()]
 
 
 def cell(found: dict[str, float | str]) -> str:
@@ -152,7 +154,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch), families, options.unguarded)
         found = {v: measured.once(v, partial(opened, v, Path(scratch) / "results")) for v in options.versions}
-    print(table(found))
+    columns, lines = ["results of", *found], rows(found)
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    if options.table:
+        command = f"python examples/benchmarks/transformers_versions.py {' '.join(options.versions)} --out r.json"
+        page = {"command": command, "machine": options.machine, "columns": columns, "rows": lines}
+        options.table.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from measured import Measured
+from text_losses import above, losses_on
 
 import surgery
 from surgery.io.hub import resolve
@@ -57,9 +58,7 @@ def main() -> None:
         quick = {"gate": False, "check": False, "evaluate": False}
         surgery.apply("gqa", path, overrides=merge, output=start, overwrite=True, **quick)
 
-    def losses(model) -> list[float]:
-        found = (surgery.evaluate(model, None, text=text, tokenizer=tokenizer, **counts) for text in options.texts)
-        return [one.out.cross_entropy for one in found]
+    losses = partial(losses_on, options.texts, tokenizer=tokenizer, **counts)
 
     def healed(way: str, seed: int) -> list[float]:
         folder = options.out.with_name(f"{options.out.stem}-healed")
@@ -73,20 +72,17 @@ def main() -> None:
     base = measured.once("base", lambda: losses(surgery.load(path)))
     merged = measured.once("start", lambda: losses(surgery.load(start)))
 
-    def above(found: list[float]) -> str:
-        return " | ".join(f"{loss - old:.3f}" for loss, old in zip(found, base, strict=True))
-
     print(f"base: {', '.join(f'{loss:.3f}' for loss in base)} nats; on {', '.join(options.texts)}")
     print(f"| nats above the base | {' | '.join(options.texts)} |")
     print(f"| --- |{' ---: |' * len(options.texts)}")
-    print(f"| the mean of the heads, no training | {above(merged)} |", flush=True)
+    print(f"| the mean of the heads, no training | {above(merged, base, 3)} |", flush=True)
     for way in WAYS:
         found = []
         for seed in options.seeds:
             found.append(measured.once(f"{way} {seed}", partial(healed, way, seed)))
-            print(f"| {way}, seed {seed} | {above(found[-1])} |", flush=True)
+            print(f"| {way}, seed {seed} | {above(found[-1], base, 3)} |", flush=True)
         means = [statistics.mean(column) for column in zip(*found, strict=True)]
-        print(f"| {way}, mean | {above(means)} |", flush=True)
+        print(f"| {way}, mean | {above(means, base, 3)} |", flush=True)
 
 
 if __name__ == "__main__":
