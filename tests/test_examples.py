@@ -564,3 +564,17 @@ def test_columns_of_heal_routes(monkeypatch):
     healed = {"losses": [2.5], "judges": {"lookup": [[True, False, True], 1.25]}}
     assert heal_routes.cells(base, base) == ["2.000", "2 of 2 (0.50)"]
     assert heal_routes.cells(healed, base) == ["2.500", "1 of 2 (1.25)"], "what the base misses does not count"
+
+
+def test_rows_of_transformers_versions(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    import transformers_versions as script
+
+    def answers(split: float | str) -> dict:
+        return {"llama-native": 0.0, "llama-split": split, "phi-native": 1e-6, "phi-split": split, "mpt-native": 0.4}
+
+    found = {"4.57": answers("ImportError: too old"), "5.13": answers(2e-5)}
+    assert script.rows(found) == [
+        ["llama, phi", "native; does not open: split", "all"],
+        ["mpt", "other logits: all", "other logits: all"],
+    ]

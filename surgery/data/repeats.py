@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
-SHORTEST_PASSAGE, LONGEST_PASSAGE = 8, 1 / 3  # tokens of a passage that comes back; share of the row
-PASSAGES = 1 / 3  # of the row, that passages which come back have in all
+SHORTEST_PASSAGE = 8  # tokens of a passage that comes back
+PASSAGES = 1 / 3  # of the row, that the passages which come back have in all, and a single one at most
 QUOTE = 16, 64  # tokens of a quotation, in a row that is long enough
 TOKENS_A_QUOTE, QUOTES = 128, 3  # one quotation for so many tokens of a row at most, or so many in a shorter row
 LINES = 32  # most hidden lines of a row
@@ -101,7 +101,7 @@ def passage(text: Text, size: int, where: float, draw: random.Random, marks: Mar
         draw: for all that is random.
         entries: not read.
     """
-    longest = max(1.0, LONGEST_PASSAGE * size / SHORTEST_PASSAGE)
+    longest = max(1.0, PASSAGES * size / SHORTEST_PASSAGE)
     wanted: list[int] = []
     while (left := round(PASSAGES * size) - sum(wanted)) >= SHORTEST_PASSAGE or not wanted:
         wanted.append(max(SHORTEST_PASSAGE, min(left, round(SHORTEST_PASSAGE * longest ** draw.random()))))
@@ -110,8 +110,8 @@ def passage(text: Text, size: int, where: float, draw: random.Random, marks: Mar
 
 def quote(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
     """Some sentences come back in quotation marks; arguments as for `passage`."""
-    most = max(size // TOKENS_A_QUOTE, min(QUOTES, size // (4 * SHORTEST_PASSAGE)))
-    count = draw.randint(1, max(1, most))
+    quotes = max(size // TOKENS_A_QUOTE, min(QUOTES, size // (4 * SHORTEST_PASSAGE)))
+    count = draw.randint(1, max(1, quotes))
     shortest, longest = (max(SHORTEST_PASSAGE, min(most, size // (3 * count))) for most in QUOTE)
     wanted = [draw.randint(shortest, longest) for _ in range(count)]
     return _with_copies("quote", text, size, _spread(where, wanted), draw, marks)

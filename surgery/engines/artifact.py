@@ -50,7 +50,7 @@ def refuse_existing(typed: Path, suffix: str, overwrite: bool) -> None:
     """
     if not os.path.lexists(typed):
         return
-    ours = not typed.is_dir() if suffix else (typed / RECORD).is_file() and not typed.is_symlink()
+    ours = _is_ours(typed, folder=not suffix)
     if not ours or not overwrite:
         fix = "choose another name (-o), or add --overwrite" if ours else "choose another name (-o)"
         raise OutputExistsError(f"{typed.name} exists", where=str(typed), fix=fix)
@@ -65,6 +65,8 @@ def unfinished(path: Path) -> Iterator[Path]:
             yield partial
     except CheckError as error:
         failed = path.with_name(f"{path.name}.failed")
+        if os.path.lexists(failed) and not _is_ours(failed, partial.is_dir()):
+            failed = _beside(path, "failed")
         with machine_errors(failed):
             put(partial, failed)
         raise CheckError(error.what, where=str(failed), fix=error.fix) from None
@@ -79,7 +81,11 @@ def put(partial: Path, path: Path) -> None:
         return
     old = _beside(path, "replaced")
     os.rename(path, old)
-    os.rename(partial, path)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
     remove(old)
 
 
@@ -92,12 +98,12 @@ def remove(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Bytes of a file, or of all files of a folder but its `RECORD`."""
     return sum(file.stat().st_size for file in _files(path))
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file; of a folder, that of a list of its files' names and hashes as `sha256sum` prints it."""
+    """The sha256 of a file; of a folder, that of a list of its files but its `RECORD`, as `sha256sum` prints it."""
     if not path.is_dir():
         return sha256(path)
     lines = [f"{sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
@@ -105,7 +111,16 @@ def digest(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    return sorted(each for each in path.rglob("*") if each.is_file() and each != path / RECORD)
+
+
+def _is_ours(path: Path, folder: bool) -> bool:
+    """Whether an export may have written what is there: a folder with a `RECORD`; any file."""
+    if folder:
+        return (path / RECORD).is_file() and not path.is_symlink()
+    return not path.is_dir()
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 
+# The nearest that engines without a part of the runtime can run.
+WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
+SAME_WEIGHTS = "the base, whose weights are the same"
+
+
 @dataclass(frozen=True)
 class Obstacle:
     """Something in a checkpoint that an engine cannot express.
@@ -36,12 +41,14 @@ class EngineQuestion:
         generate: number of tokens to generate after them, greedily.
         best: number of log-probabilities to return for each generated token, the largest ones.
         text: a text to be split into tokens by the file's own vocabulary.
+        cache_bytes: bytes that the keys and values of all these tokens take in float32.
     """
 
     prompt: list[int]
     generate: int
     best: int
     text: str
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,12 +148,16 @@ class ServingEngine(ABC):
         if kind is not None and kind not in self.types:
             close = nearest(kind, self.types) or self.exact
             raise SurgeryError(
-                f"{self.name}'s converter writes no type {kind!r}",
+                f"{self.name} has no type {kind!r}",
                 where="--type",
                 exists=", ".join(self.types),
                 fix=f"--type {close}",
             )
         return kind or self.exact
+
+    def disk_bytes(self, anatomy: Anatomy, kind: str) -> int:
+        """Bytes on disk of what is written, about."""
+        return int(self.types[kind] * anatomy.parameters)
 
     @property
     def exact(self) -> str:

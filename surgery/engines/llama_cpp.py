@@ -13,7 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, ServingEngine, parts_of, per_layer
+from surgery.engines.base import (
+    SAME_WEIGHTS,
+    WEIGHTS_ALONE,
+    EngineAnswers,
+    EngineQuestion,
+    Obstacle,
+    ServingEngine,
+    parts_of,
+    per_layer,
+)
 from surgery.engines.process import ask_script, reason, refuse_killed, run_script
 from surgery.errors import MachineError, UnsupportedModelError
 from surgery.io.files import REPORT, read_json, write_json
@@ -26,8 +35,6 @@ PER_LAYER = ("llama", "mistral")  # families whose layers `deci` computes
 # writes it for an engine that has switched it off (Phi 3).
 WINDOW_LOST = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
 # Part of the runtime -> what the file cannot hold, and the nearest that it can.
-WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
-SAME_WEIGHTS = "the base, whose weights are the same"
 PARTS = {
     "split": ("streaming heads: a GGUF file has no window for single heads", WEIGHTS_ALONE),
     "sparse": ("sparse prefill: llama.cpp computes every prompt densely", SAME_WEIGHTS),

@@ -36,9 +36,15 @@ def run_script(
         text=True,
         encoding="utf-8",
         errors="replace",
-        env=os.environ | OFFLINE,
+        env=_environment(python),
         check=False,
     )
+
+
+def _environment(python: str) -> dict[str, str]:
+    """The variables of a process. Another interpreter must find its own packages, whatever this one was told."""
+    inherited = os.environ if python == sys.executable else os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}
+    return {name: os.environ[name] for name in inherited} | OFFLINE
 
 
 def ask_script(
@@ -66,7 +72,7 @@ def ask_script(
         if done.returncode or not answers.is_file():
             raise CheckError(
                 f"{engine} cannot run this result: {reason(done)}",
-                fix="do not use what was written, which is kept for a report; export again, or with another --type",
+                fix="do not use it; it is kept for a report. Export again",
             )
         data = json.loads(answers.read_text(encoding="utf-8"))
     best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]

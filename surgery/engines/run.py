@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from surgery.architecture.layer import BYTES
 from surgery.config.arguments import refuse_no_path, refuse_no_text
 from surgery.engines import artifact, find
 from surgery.engines.base import EngineQuestion, Obstacle, ServingEngine
-from surgery.engines.proof import Agreement, compare, make_question, reference
+from surgery.engines.proof import GENERATED, LONGEST, PROMPT, Agreement, compare, make_question, reference
 from surgery.errors import (
     CheckError,
     MachineError,
@@ -29,7 +29,7 @@ from surgery.machine.progress import Progress, begin
 from surgery.report.report import FILE as RECORD
 from surgery.report.report import Report
 
-WRITING, RUNNING, COMPARING = "writing", "running the file", "comparing with Transformers"
+WRITING, RUNNING, COMPARING = "writing", "running it in the engine", "comparing with Transformers"
 FLOAT32 = 4  # bytes of a weight while Transformers computes what the engine is compared with
 
 
@@ -124,11 +124,15 @@ def export(
     report = _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
     _refuse_no_tokenizer(Path(out), target)
-    _refuse_small_machine(anatomy, target.types[kind], path.parent)
+    refuse_small_disk(path.parent, target.disk_bytes(anatomy, kind))
+    _refuse_small_memory(anatomy)
     with artifact.unfinished(path) as partial:
         begin(progress, WRITING)
         facts = target.write(Path(out), anatomy, kind, partial)
+        if partial.is_dir():  # so that a later export knows whose folder it is, if this one fails
+            write_json(partial / artifact.RECORD, {"engine": target.name, "version": version})
         question, expected_text = make_question(Path(out), *_reach(anatomy, facts))
+        question = replace(question, cache_bytes=_cache_bytes(anatomy, len(question.prompt) + question.generate))
         agreement, cache = _prove(Path(out), target, question, expected_text, partial, progress)
         _refuse_other_results(agreement, kind == target.exact, target)
         artifact.refuse_existing(typed, target.suffix, overwrite)  # it may have appeared during this run
@@ -144,8 +148,12 @@ def export(
 
 def _reach(anatomy: Anatomy, facts: dict[str, Any]) -> tuple[int | None, int]:
     """The most tokens that a file takes (None: unknown), and its smallest sliding window (0: it has none)."""
-    context = facts.get("context")
-    return context or anatomy.positions, min((layer.window for layer in anatomy.layers if layer.window), default=0)
+    return facts.get("context") or anatomy.positions, _window(anatomy)
+
+
+def _window(anatomy: Anatomy) -> int:
+    """The smallest sliding window of the layers; 0: they have none."""
+    return min((layer.window for layer in anatomy.layers if layer.window), default=0)
 
 
 def _prove(
@@ -165,7 +173,7 @@ def _prove(
     answers = engine.ask(file, question)
     if (count := len(answers.best)) != question.generate or count != len(answers.generated):
         what = f"{engine.name} answered for {count} of {question.generate} tokens"
-        raise CheckError(what, fix="do not use this file, which is kept for a report; export again")
+        raise CheckError(what, fix="do not use it; it is kept for a report. Export again")
     begin(progress, COMPARING)
     cache = {} if answers.cache_bytes is None else {"engine_cache_bytes_per_token": answers.cache_bytes}
     return compare(reference(out, question, answers), answers, expected_text), cache
@@ -175,7 +183,7 @@ def _refuse_other_results(agreement: Agreement, exact: bool, engine: ServingEngi
     if faults := agreement.faults(exact):
         raise CheckError(
             f"{engine.name} does not compute what Transformers does: {'; '.join(faults)}",
-            fix="do not use this file, which is kept for a report; report the model's family and the recipe",
+            fix="do not use it; it is kept for a report. Report the model's family and the recipe",
         )
 
 
@@ -185,8 +193,8 @@ def _checked(out: Path, engine: ServingEngine) -> Report:
         raise RecordError(
             "no surgery.json: not a checkpoint that surgery wrote",
             where=str(out),
-            fix=f"{engine.name}'s own converter reads a stock checkpoint; `surgery apply RECIPE MODEL -o OUT` writes "
-            "a converted one",
+            fix=f"a stock checkpoint needs no export of ours: {engine.name} or its converter reads it. `surgery apply "
+            "RECIPE MODEL -o OUT` writes a converted one",
         )
     report = Report.of(out)
     refuse_adapter(out)
@@ -199,16 +207,15 @@ def _refuse_no_tokenizer(out: Path, engine: ServingEngine) -> None:
         read_tokenizer(out)
     except ModelError as error:
         raise ModelError(
-            f"{error.what}, and a file of {engine.name} holds the tokenizer too",
+            f"{error.what}, and what {engine.name} runs holds the tokenizer too",
             where=str(out),
             fix="put the tokenizer's files into the base's folder, and convert that again",
         ) from error
 
 
-def _refuse_small_machine(anatomy: Anatomy, bytes_of_a_weight: float, folder: Path) -> None:
-    """Raise where the file does not fit on the disk, or the model in float32 does not fit in memory."""
-    refuse_small_disk(folder, int(bytes_of_a_weight * anatomy.parameters))
-    if reason := too_big(FLOAT32 * anatomy.parameters):
+def _refuse_small_memory(anatomy: Anatomy) -> None:
+    """Raise where the model in float32, with the cache of the longest question, does not fit in memory."""
+    if reason := too_big(FLOAT32 * anatomy.parameters + _cache_bytes(anatomy, _longest(anatomy))):
         raise MachineError(
             f"the comparison in float32 {reason}",
             fix="end other programs, or use a machine with more memory: no file is written without its proof",
@@ -220,10 +227,11 @@ def _expressible(out: Path, engine: ServingEngine) -> Anatomy:
     """The anatomy of a checkpoint that the engine can express; else an error that names every obstacle."""
     if read_json(out / "config.json").get("quantization_config"):
         smallest = min(engine.types, key=engine.types.__getitem__)
+        small = f", with --type {smallest} for a small file" if len(engine.types) > 1 else ""
         raise UnsupportedModelError(
             "the weights are quantised, and an export needs them as they were",
             where=str(out),
-            fix=f"export the unquantised result, with --type {smallest} for a small file",
+            fix=f"export the unquantised result{small}",
         )
     anatomy = Anatomy.of(out)
     if obstacles := engine.obstacles(anatomy):
@@ -235,6 +243,18 @@ def _expressible(out: Path, engine: ServingEngine) -> Anatomy:
 def _refusal(engine: ServingEngine, obstacle: Obstacle, out: Path) -> UnsupportedModelError:
     what, fix = f"{engine.name} cannot express {obstacle.what}", f"the nearest that it can: {obstacle.nearest}"
     return UnsupportedModelError(what, where=str(out), fix=fix)
+
+
+def _longest(anatomy: Anatomy) -> int:
+    """The most tokens that an engine is asked about: prompt and continuation."""
+    return (
+        min(min((layer.window for layer in anatomy.layers if layer.window), default=0) + PROMPT, LONGEST) + GENERATED
+    )
+
+
+def _cache_bytes(anatomy: Anatomy, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens in float32."""
+    return 2 * _half_cache(anatomy) * tokens
 
 
 def _half_cache(anatomy: Anatomy) -> int:

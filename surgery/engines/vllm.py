@@ -13,13 +13,25 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.architecture.layer import LayerAnatomy, groups_of
+from surgery.architecture.layer import BYTES, LayerAnatomy, groups_of
 from surgery.engines import vllm_environment
-from surgery.engines.base import EngineAnswers, EngineQuestion, Obstacle, ServingEngine, parts_of, per_layer
+from surgery.engines.artifact import RECORD
+from surgery.engines.base import (
+    SAME_WEIGHTS,
+    WEIGHTS_ALONE,
+    EngineAnswers,
+    EngineQuestion,
+    Obstacle,
+    ServingEngine,
+    parts_of,
+    per_layer,
+)
 from surgery.engines.process import ask_script
 from surgery.errors import SurgeryError
-from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, write_json
+from surgery.io import manifest
+from surgery.io.files import BASE_CARD, CARD, read_json, write_json, write_text
 from surgery.io.loading import read_tokenizer
+from surgery.io.model_folder import carry_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +40,6 @@ if TYPE_CHECKING:
 
 PER_LAYER = ("llama", "mistral", "qwen2")  # families whose layers a DeciLM computes
 MOST_PADDING = 4  # times as many query heads as the widest layer has, at most
-WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
-SAME_WEIGHTS = "the base, whose weights are the same"
 # Part of the runtime -> what vLLM does not compute, and the nearest that it does.
 PARTS = {
     "split": ("streaming heads: it has no window for single heads", WEIGHTS_ALONE),
@@ -39,9 +49,10 @@ PARTS = {
     "gate": ("gated heads: it has no router of heads", "prune-heads, which removes heads for good"),
     "policy": ("a cache that drops keys: it keeps the keys of all tokens", WEIGHTS_ALONE),
 }
+DROPPED = ("surgery", "sliding_window", "layer_types", "use_sliding_window", "_name_or_path")  # of the config
 CONFIG, TOKENIZER_CONFIG, CODE = "config.json", "tokenizer_config.json", "configuration_decilm.py"
 OWN_CODE = "auto_map"  # the key by which the two configs name code
-LEFT_OUT = (CONFIG, TOKENIZER_CONFIG, REPORT, CARD, BASE_CARD)
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 class VLLM(ServingEngine):
@@ -66,25 +77,33 @@ class VLLM(ServingEngine):
 
     def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
         file.mkdir()
-        config = read_json(folder / CONFIG)
-        apart = per_layer(anatomy)
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_dir() or name in LEFT_OUT or path.suffix == ".py":
-                continue
-            (file / name).parent.mkdir(parents=True, exist_ok=True)
-            if apart and path.suffix == ".safetensors":
-                _write_padded(path, anatomy.layers, query_heads(anatomy.layers), file / name)
+        apart, config = per_layer(anatomy), read_json(folder / CONFIG)
+        weights = [name for name in manifest.paths_in(folder) if name.endswith(WEIGHTS) and "/" not in name]
+        for name in weights:
+            if apart and name.endswith(".safetensors"):
+                _write_padded(folder / name, anatomy.layers, query_heads(anatomy.layers), file / name)
             else:
-                shutil.copyfile(path, file / name)
+                shutil.copyfile(folder / name, file / name)
+        carry_files(folder, file, set(weights))
+        for code in file.rglob("*.py"):
+            code.unlink()
         _write_tokenizer_config(folder, file, apart)
         if apart:
-            config = decilm_config(config, anatomy)
+            config = decilm_config(anatomy)
             shutil.copyfile(Path(__file__).with_name(CODE), file / CODE)
         else:
             config.pop(OWN_CODE, None)
         write_json(file / CONFIG, config)
+        write_text(file / CARD, _card(folder.resolve().name, apart))
         return {"architecture": "DeciLMForCausalLM"} if apart else {}
+
+    def disk_bytes(self, anatomy: Anatomy, kind: str) -> int:
+        stored = BYTES.get(anatomy.dtype, 4)
+        if not per_layer(anatomy):
+            return stored * anatomy.parameters
+        hidden, heads = anatomy.config.get_text_config().hidden_size, query_heads(anatomy.layers)
+        zeros = sum(2 * (heads - layer.heads) * layer.head_dim * hidden for layer in anatomy.layers)
+        return stored * (anatomy.parameters + zeros)
 
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         python = str(vllm_environment.interpreter(vllm_environment.environment()))
@@ -114,6 +133,17 @@ def _write_tokenizer_config(folder: Path, target: Path, named: bool) -> None:
         write_json(target / TOKENIZER_CONFIG, config)
 
 
+def _card(name: str, apart: bool) -> str:
+    """A short card. The base's card, which names its licence, is next to it."""
+    decilm = "It is a DeciLM, which vLLM alone opens, with `--trust-remote-code`: its code is the class of its config."
+    kind = decilm if apart else "It is an ordinary checkpoint."
+    return (
+        f"# {name} for vLLM\n\n`surgery export` made this folder from a checkpoint whose attention was rewritten, and "
+        f"compared vLLM with Transformers (`{RECORD}`). {kind} Its weights are not the base's: for those and their "
+        f"licence see `{BASE_CARD}`.\n"
+    )
+
+
 def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:
     """The smallest number of query heads that each layer's KV heads divide with room for those that read them."""
     step = math.lcm(*(layer.kv_heads for layer in layers))
@@ -121,10 +151,13 @@ def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:
     return step * -(-needed // step)
 
 
-def decilm_config(config: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
-    """The config.json of a DeciLM with the layers of `anatomy`, whose own config.json is `config`."""
-    layers, heads = anatomy.layers, query_heads(anatomy.layers)
-    kept = {key: value for key, value in config.items() if key not in ("surgery", "sliding_window", "layer_types")}
+def decilm_config(anatomy: Anatomy) -> dict[str, Any]:
+    """The config.json of a DeciLM with the layers of `anatomy`.
+
+    It names every value, since a DeciLM's defaults are those of Llama and not of the base's family.
+    """
+    layers, heads, config = anatomy.layers, query_heads(anatomy.layers), anatomy.config.to_dict()
+    kept = {key: value for key, value in config.items() if key not in DROPPED}
     blocks = [
         {
             "attention": {"no_op": False, "n_heads_in_group": heads // layer.kv_heads},
@@ -165,6 +198,8 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
         return [
             Obstacle(f"{what}, and biases in a part of the projections: its DeciLM has no place for them", uniform)
         ]
+    if (act := anatomy.config.get_text_config().hidden_act) != "silu":
+        return [Obstacle(f"{what}, and {act} as the MLP's activation: its DeciLM computes silu alone", uniform)]
     widest = max(layer.heads for layer in layers)
     if (heads := query_heads(layers)) > MOST_PADDING * widest:
         counts = ", ".join(map(str, sorted({layer.kv_heads for layer in layers})))

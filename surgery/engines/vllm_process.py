@@ -1,9 +1,10 @@
-"""Run a folder in vLLM on the CPU, as a process of vLLM's environment: `python -P vllm_process.py ANSWERS.json`.
+"""Run a folder in vLLM, as a process of vLLM's environment: `python -P vllm_process.py ANSWERS.json`.
 
 The file is run, never imported by the package. It reads one JSON object from stdin, {"file": folder, "code": whether
-the folder's own config class may run, "prompt": [ids], "generate": n, "best": k, "text": ..., "threads": n}, and
-writes {"generated": [ids], "best": [[[id, log-probability or null], ...], ...], "text_tokens": [ids],
-"cache_bytes": bytes of one token in the engine's cache} to ANSWERS.json. Weights and cache are float32.
+the folder's own config class may run, "prompt": [ids], "generate": n, "best": k, "text": ..., "threads": n,
+"cache_bytes": bytes of all tokens' keys and values}. It writes {"generated": [ids], "best": [[[id, log-probability or
+null], ...], ...], "text_tokens": [ids], "cache_bytes": bytes of one token in the engine's cache} to ANSWERS.json.
+Weights and cache are float32.
 """
 
 import json
@@ -11,7 +12,12 @@ import math
 import os
 import sys
 
-CACHE_GIB = 1
+SPARE = 1.25  # times the bytes of the tokens: the cache is given out in blocks
+
+
+def cache_gib(job: dict) -> int:
+    """The engine's cache in GiB."""
+    return max(1, math.ceil(SPARE * job["cache_bytes"] / (1 << 30)))
 
 
 def answer(job: dict) -> dict:
@@ -24,6 +30,7 @@ def answer(job: dict) -> dict:
         dtype="float32",
         max_model_len=len(job["prompt"]) + job["generate"] + 8,
         max_num_seqs=1,
+        kv_cache_memory_bytes=cache_gib(job) << 30,
         max_logprobs=job["best"],
         logprobs_mode="raw_logprobs",
         enforce_eager=True,
@@ -41,14 +48,13 @@ def answer(job: dict) -> dict:
         "generated": list(made.token_ids),
         "best": [[[i, None if math.isnan(value) else max(value, -1e9)] for i, value in row] for row in rows],
         "text_tokens": list(text),
-        "cache_bytes": round((CACHE_GIB << 30) / (cache.num_gpu_blocks * cache.block_size)),
+        "cache_bytes": round((cache_gib(job) << 30) / (cache.num_gpu_blocks * cache.block_size)),
     }
 
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

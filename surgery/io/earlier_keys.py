@@ -50,4 +50,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     found |= {spelled.get(name, name): rope[name] for name in APART if name in rope}
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = {name: value for name, value in rope.items() if name not in APART}
+        if kind == "phi3":  # whose config class takes these three alone
+            factors = {name: rope[name] for name in ("short_factor", "long_factor") if name in rope}
+            found["rope_scaling"] = {"type": rope["rope_type"]} | factors
     return found

@@ -107,7 +107,7 @@ def test_a_folder_that_changed_since(refused, out):
 
 def test_a_stock_folder(refused, out):
     (out / "surgery.json").unlink()
-    refused(*export(), says=["no surgery.json", "llama.cpp's own converter reads a stock checkpoint"])
+    refused(*export(), says=["no surgery.json", "llama.cpp or its converter reads it"])
 
 
 def test_an_adapter_that_was_not_merged(refused, out):
@@ -119,7 +119,7 @@ def test_a_folder_without_its_tokenizer(refused, out):
     for path in out.glob("tokenizer*"):
         path.unlink()
     passed(out)
-    refused(*export(), says=["no tokenizer files, and a file of llama.cpp holds the tokenizer", "convert that again"])
+    refused(*export(), says=["no tokenizer files, and what llama.cpp runs holds the tokenizer", "convert that again"])
 
 
 def test_a_folder_of_four_bits(refused, out):

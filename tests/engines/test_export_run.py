@@ -101,8 +101,9 @@ def test_a_file_that_appears_meanwhile_is_kept(surgery, engine, tmp_path):
 
 def test_a_small_disk_and_a_small_memory(refused, engine, monkeypatch):
     monkeypatch.setattr(run, "too_big", lambda weights: f"needs {weights} bytes")
-    stored = package.Anatomy.of("out").parameters
-    refused(*export(), says=["the comparison in float32 needs", f"{4 * stored} bytes", "more memory"], code=5)
+    anatomy = package.Anatomy.of("out")
+    needed = 4 * anatomy.parameters + anatomy.kv_bytes_at(64 + 64)
+    refused(*export(), says=["the comparison in float32 needs", f"{needed} bytes", "more memory"], code=5)
     monkeypatch.setattr("surgery.io.output_folder.SPARE_BYTES", 1 << 60)
     refused(*export(), says=["the disk is too small"], code=5)
 

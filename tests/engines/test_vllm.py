@@ -5,6 +5,7 @@ That a DeciLM computes the same is proven with stock Llama layers of Transformer
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -152,9 +153,58 @@ def test_a_native_result_is_copied_without_its_record_and_code(tmp_path):
     folder = written(out, tmp_path / "served")
     assert json.loads((folder / "config.json").read_text()) == config
     names = {path.name for path in folder.iterdir()}
-    assert not {"surgery.json", "README.md", "code.py"} & names
+    assert not {"surgery.json", "code.py"} & names
     assert (folder / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert AutoConfig.from_pretrained(folder).num_key_value_heads == 1
+
+
+def test_what_travels(tmp_path):
+    """What the package carries from a base, and nothing else that lies in the folder."""
+    out = make(tmp_path / "out", "Llama", UNIFORM)
+    for name in ("LICENSE", "chat_templates/tool.jinja", ".git/config", "healing/runs/events.1", "notes.txt", "x.py"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}))
+    folder = written(out, tmp_path / "served")
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names >= {"LICENSE", "chat_templates/tool.jinja", "README.md", "tokenizer.json", "model.safetensors"}
+    assert not names & {".git/config", "healing/runs/events.1", "notes.txt", "x.py", "surgery.json"}
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == config
+    assert "an ordinary checkpoint" in (folder / "README.md").read_text()
+
+
+def test_shards_with_heads_of_zeros(tmp_path):
+    out = make(tmp_path / "out", "Llama", PRUNED)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True)
+    whole = load_file(out / "model.safetensors")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="60KB")
+    for path in (tmp_path / "cut").glob("model*"):
+        path.rename(out / path.name)
+    (out / "model.safetensors").unlink()
+    folder = written(out, tmp_path / "served")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: load_file(folder / file)[name] for name, file in index.items()}
+    assert len(set(index.values())) > 2
+    assert tensors.keys() == whole.keys()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert (whole[name].shape[1], tensors[name].shape[1]) == (32, 64)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral"])
+def test_values_that_the_config_leaves_to_its_family(tmp_path, family):
+    """Llama's defaults are others, and a DeciLM would have those."""
+    out = make(tmp_path / "out", family, UNEQUAL)
+    config = json.loads((out / "config.json").read_text())
+    defaults = {name: config.pop(name) for name in ("rms_norm_eps", "hidden_act", "bos_token_id", "eos_token_id")}
+    del config["max_position_embeddings"]
+    (out / "config.json").write_text(json.dumps(config))
+    made = json.loads((written(out, tmp_path / "served") / "config.json").read_text())
+    resolved = AutoConfig.from_pretrained(out, trust_remote_code=True).to_dict()
+    assert {name: made[name] for name in (*defaults, "max_position_embeddings")} == {
+        name: resolved[name] for name in (*defaults, "max_position_embeddings")
+    }
+    assert made["max_position_embeddings"] != LlamaConfig().max_position_embeddings
 
 
 def test_the_config_class_reads_what_is_written(tmp_path):
@@ -175,6 +225,7 @@ def test_the_config_class_reads_what_is_written(tmp_path):
         ("Llama", {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 8}, {}, "streaming heads"),
         ("Qwen3", UNEQUAL, {"head_dim": 16}, "different numbers of heads, and QK-norm"),
         ("Gemma", UNEQUAL, {"head_dim": 16}, "different numbers of heads of gemma"),
+        ("Llama", UNEQUAL, {"hidden_act": "gelu"}, "gelu as the MLP's activation"),
     ],
 )  # fmt: skip
 def test_what_vllm_cannot_hold(refused, tmp_path, family, step, fields, says):
@@ -260,6 +311,60 @@ def test_a_folder_that_does_not_agree_is_kept_under_another_name(surgery, engine
         assert "served.failed: vllm does not compute" in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-base", "served.failed", "text.json"]
     assert "exports" not in json.loads((tmp_path / "out/surgery.json").read_text())
+
+
+@pytest.mark.parametrize("theirs", ["folder", "file", "link"])
+def test_what_somebody_else_has_under_that_name_stays(surgery, engine, tmp_path, theirs):
+    from dataclasses import replace
+
+    other = tmp_path / "served.failed"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/text").write_text("mine")
+    if theirs == "folder":
+        (tmp_path / "thesis").rename(other)
+    elif theirs == "file":
+        other.write_text("mine")
+    else:
+        other.symlink_to(tmp_path / "thesis")
+    engine.change = lambda answers: replace(answers, best=[[(7, -0.5)]] * 64)
+    ran = surgery(*export())
+    assert ran.code == 4
+    assert "vllm does not compute" in ran.err
+    assert (other if theirs == "file" else other / "text").read_text() == "mine"
+    assert len(list(tmp_path.glob("served.*.failed"))) == 1
+
+
+def test_an_earlier_export_stays_where_the_new_one_cannot_be_named(tmp_path, monkeypatch):
+    from surgery.engines import artifact
+
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_text(name)
+    rename = artifact.os.rename
+
+    def fails(source, target):
+        if source == tmp_path / "new":
+            raise OSError("full")
+        rename(source, target)
+
+    monkeypatch.setattr(artifact.os, "rename", fails)
+    with pytest.raises(OSError, match="full"):
+        artifact.put(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old/text").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_another_interpreter_finds_its_own_packages(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/packages/of/this/one")
+    assert "PYTHONPATH" not in process._environment("/other/bin/python")
+    assert process._environment(process.sys.executable)["PYTHONPATH"] == "/packages/of/this/one"
+
+
+def test_the_cache_holds_the_question():
+    spec = importlib.util.spec_from_file_location("vllm_process", Path(vllm.__file__).with_name("vllm_process.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert [module.cache_gib({"cache_bytes": count}) for count in (0, 1 << 30, 4 << 30)] == [1, 2, 5]
 
 
 @pytest.mark.parametrize(

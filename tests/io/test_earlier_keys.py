@@ -51,6 +51,10 @@ def test_transformers_5_reads_the_same(tmp_path, family):
          {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
         ({"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
          {"rotary_emb_base": 1e4, "rotary_pct": 0.25}),
+        ({"model_type": "phi3", "rope_parameters": {
+            "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "rope_theta": 1e4,
+            "original_max_position_embeddings": 64}},
+         {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}),
         ({"model_type": "newer", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, {}),
         ({"rope_parameters": None, "dtype": None}, {}),
         ({"n_embd": 64}, {}),

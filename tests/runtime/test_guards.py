@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,16 +183,45 @@ def test_layer_types_rule_over_the_switch():
     assert base_windows(base.config) == [layer.window for layer in Anatomy.of(base).layers] == [6, None]
 
 
-def test_one_floor_of_transformers(monkeypatch):
-    """The package's metadata and the code that travels with a checkpoint name the same versions."""
-    low, high = (".".join(map(str, bound)) for bound in surgery_block.TRANSFORMERS)
+def test_the_code_that_travels_runs_wherever_the_package_does(monkeypatch):
+    low, high = surgery_block.TRANSFORMERS
     metadata = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
-    assert f'"transformers>={low},<{high.split(".")[0]}"' in metadata
+    (floor,) = re.findall(rf'"transformers>=(\d+\.\d+),<{high[0]}"', metadata)
+    assert low <= tuple(map(int, floor.split(".")))
     model = operated(TINY["llama"](), [[0], []])
-    for version in ("5.20.3", "6.0.0"):
-        monkeypatch.setattr(transformers, "__version__", version)
-        with pytest.raises(ValueError, match=rf">= {low} and < {high}, this is \({version[0]}"):
+    for version in ("5.12.3", "6.0.0"):
+        monkeypatch.setattr("transformers.__version__", version)
+        with pytest.raises(ValueError, match=rf">= 5\.13 and < 6\.0, this is {version[:-2]}"):
             surgery_block.validate(model.config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "least"),
+    [
+        ("gptj", "5.23.0", "5.24"),
+        ("gptj", "5.24.1", ""),
+        ("llama", "5.13.0", ""),
+        ("llama", "5.12.1", "5.13"),
+        ("llama", "6.0.0", "5.13"),
+        (None, "4.57.6", "5.13"),
+        (None, "5.13.1", ""),
+    ],
+)
+def test_each_family_has_its_first_version(kind, version, least, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    config = SimpleNamespace(surgery={"base_model_type": kind}) if kind else None
+    this = ".".join(version.split(".")[:2])
+    said = f"this checkpoint's code is made for Transformers >= {least} and < 6.0, this is {this}"
+    assert surgery_block.version_fault(config) == (said if least else "")
+
+
+def test_a_family_that_this_version_cannot_serve(monkeypatch):
+    """It is refused before the base's own code is called with a name that it does not know."""
+    config = operated(TINY["llama"](), [[0], []]).config
+    monkeypatch.setitem(surgery_block.SINCE, "llama", (5, 99))
+    monkeypatch.setattr(runtime, "attach", lambda model: pytest.fail("the base's own code was called"))
+    with pytest.raises(ValueError, match=r">= 5\.99"):
+        runtime.SurgeryLlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
