@@ -566,15 +566,20 @@ def test_columns_of_heal_routes(monkeypatch):
     assert heal_routes.cells(healed, base) == ["2.500", "1 of 2 (1.25)"], "what the base misses does not count"
 
 
-def test_rows_of_transformers_versions(monkeypatch):
+def test_table_of_transformers_versions(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     import transformers_versions as script
 
     def answers(split: float | str) -> dict:
         return {"llama-native": 0.0, "llama-split": split, "phi-native": 1e-6, "phi-split": split, "mpt-native": 0.4}
 
-    found = {"4.57": answers("ImportError: too old"), "5.13": answers(2e-5)}
-    assert script.rows(found) == [
-        ["llama, phi", "native; does not open: split", "all"],
-        ["mpt", "other logits: all", "other logits: all"],
-    ]
+    found = {"4.57": answers("ImportError: too old"), "5.13": answers(2e-5), "5.14": answers(0.0)}
+    assert script.table(found) == (
+        ["results of", "4.57", "5.13 to 5.14"],
+        [
+            ["llama, phi", "native", "all"],
+            ["mpt", "native: other logits; the others agree", "native: other logits; the others agree"],
+        ],
+    )
+    assert script.cell([0.4, "no"], ["a-native", "a-split"]) == "native: other logits; the others do not open"
+    assert script.cell(["no"], ["a-native"]) == "none"

@@ -123,26 +123,36 @@ def opened(version: str, results: Path) -> dict[str, float | str]:
         return json.loads(found.read_text())
 
 
-def rows(measured: dict[str, dict[str, float | str]]) -> list[list[str]]:
-    """Families with the same answers, and a cell a version: the kinds that open and compute the same."""
+def table(measured: dict[str, dict[str, float | str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns, one for versions with the same answers; and the rows, one for families with the same answers."""
     made = sorted({name for each in measured.values() for name in each})
+    kinds = {name.rpartition("-")[0]: [] for name in made}
+    for name in sorted(made, key=lambda name: list(RESULTS).index(name.rpartition("-")[2])):
+        kinds[name.rpartition("-")[0]].append(name)
+    answers = {v: tuple(cell([each[name] for name in names], names) for names in kinds.values())
+               for v, each in measured.items()}  # fmt: skip
     alike: dict[tuple[str, ...], list[str]] = {}
-    for family in dict.fromkeys(name.rpartition("-")[0] for name in made):
-        kinds = [kind for kind in RESULTS if f"{family}-{kind}" in made]
-        cells = tuple(cell({kind: each[f"{family}-{kind}"] for kind in kinds}) for each in measured.values())
-        alike.setdefault(cells, []).append(family)
-    return [[", ".join(families), *cells] for cells, families in alike.items()]
+    for version, cells in answers.items():
+        alike.setdefault(cells, []).append(version)
+    titles = [vs[0] if len(vs) == 1 else f"{vs[0]} to {vs[-1]}" for vs in alike.values()]
+    families: dict[tuple[str, ...], list[str]] = {}
+    for family, cells in zip(kinds, zip(*alike, strict=True), strict=True):
+        families.setdefault(cells, []).append(family)
+    return ["results of", *titles], [[", ".join(names), *cells] for cells, names in families.items()]
 
 
-def cell(found: dict[str, float | str]) -> str:
-    """The kinds of results that open and agree; of the others, whether they compute something else or do not open."""
-    good = [kind for kind, value in found.items() if isinstance(value, float) and value <= TOLERANCE]
-    other = [kind for kind, value in found.items() if isinstance(value, float) and kind not in good]
-    closed = [kind for kind, value in found.items() if isinstance(value, str)]
-    parts = {"": good, "other logits: ": other, "does not open: ": closed}
-    return "; ".join(
-        title + ("all" if len(kinds) == len(found) else ", ".join(kinds)) for title, kinds in parts.items() if kinds
+def cell(values: list[float | str], names: list[str]) -> str:
+    """The kinds of results that open and agree, and those that compute something else; the others do not open."""
+    kinds = [name.rpartition("-")[2] for name in names]
+    found = list(zip(kinds, values, strict=True))
+    good = [kind for kind, value in found if isinstance(value, float) and value <= TOLERANCE]
+    other = [kind for kind, value in found if isinstance(value, float) and value > TOLERANCE]
+    if not other:
+        return "all" if len(good) == len(kinds) else ", ".join(good) or "none"
+    agrees = (
+        "the others agree" if len(good) + len(other) == len(kinds) else ", ".join(good) or "the others do not open"
     )
+    return f"{', '.join(other)}: other logits; {agrees}"
 
 
 def main() -> None:
@@ -154,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch), families, options.unguarded)
         found = {v: measured.once(v, partial(opened, v, Path(scratch) / "results")) for v in options.versions}
-    columns, lines = ["results of", *found], rows(found)
+    columns, lines = table(found)
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
     if options.table:

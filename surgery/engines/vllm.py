@@ -139,8 +139,8 @@ def _card(name: str, apart: bool) -> str:
     kind = decilm if apart else "It is an ordinary checkpoint."
     return (
         f"# {name} for vLLM\n\n`surgery export` made this folder from a checkpoint whose attention was rewritten, and "
-        f"compared vLLM with Transformers (`{RECORD}`). {kind} Its weights are not the base's: for those and their "
-        f"licence see `{BASE_CARD}`.\n"
+        f"compared vLLM with Transformers (`{RECORD}`). {kind} Its weights are not the base's. The base's card, if it "
+        f"has one, is `{BASE_CARD}`, and its licence holds for these weights too.\n"
     )
 
 
