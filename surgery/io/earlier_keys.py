@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from surgery.io.files import read_json, write_json
-from surgery.runtime.surgery_config import NAME
 
 APART = ("rope_theta", "partial_rotary_factor")  # keys of `rope_parameters` that are keys of the config in version 4
 # Families with RoPE by type of layer -> the key of the base of sliding layers. `rope_theta` is that of full ones.
@@ -31,6 +30,8 @@ def with_earlier_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def add_earlier_keys(folder: Path) -> None:
     """Give a stock folder's config.json the keys of Transformers 4, which does not run the code of a surgical one."""
+    from surgery.runtime.surgery_config import NAME  # here: a plain base is converted without what this imports
+
     config = read_json(folder / "config.json")
     if NAME not in config:
         write_json(folder / "config.json", with_earlier_keys(config))

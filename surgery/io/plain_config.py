@@ -193,4 +193,14 @@ def _is_plain(raw: dict, form: Form) -> bool:
         return False
     if "layer_types" in raw and len(raw["layer_types"]) != raw["num_hidden_layers"]:
         return False
-    return not ({"rope_scaling", "rope_parameters"} <= raw.keys() or {"dtype", "torch_dtype"} <= raw.keys())
+    return _spellings_agree(raw)
+
+
+def _spellings_agree(raw: dict) -> bool:
+    """Whether keys of Transformers 4 that stand beside those of Transformers 5 say the same (`earlier_keys`)."""
+    if {"dtype", "torch_dtype"} <= raw.keys() and raw["dtype"] != raw["torch_dtype"]:
+        return False
+    if not {"rope_scaling", "rope_parameters"} <= raw.keys():
+        return True
+    rope = dict(raw["rope_parameters"] or {})
+    return rope.pop("rope_theta", None) == raw.get("rope_theta") is not None and rope == raw["rope_scaling"]

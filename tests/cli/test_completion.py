@@ -100,6 +100,6 @@ def test_names_of_options(offered, here):
     assert offered("surgery apply gqa model --engine s") == ["streaming"]
     assert "tokens=" in offered("surgery heal out ")
     assert set(offered("surgery score model --method ")) == set(METHODS)
-    assert offered("surgery export out --for ") == ["llama.cpp"]
+    assert offered("surgery export out --for ") == ["llama.cpp", "vllm"]
     assert set(offered("surgery export out --for llama.cpp --type ")) == {"f32", "f16", "bf16", "q8_0"}
     assert offered("surgery export out --type q") == ["q8_0"]

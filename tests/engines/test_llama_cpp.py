@@ -181,7 +181,7 @@ def test_a_file_that_the_engine_cannot_open(surgery, out, tmp_path, monkeypatch)
     monkeypatch.setattr(LlamaCpp, "write", broken)
     ran = surgery("export", out, "--for", "llama.cpp", "-o", "f.gguf")
     assert ran.code == 4
-    assert "llama.cpp cannot run this file" in ran.err
+    assert "llama.cpp cannot run this result" in ran.err
     assert (tmp_path / "f.gguf.failed").read_bytes() == b"GGUF"
 
 

@@ -13,6 +13,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.detect import read_anatomy
 from surgery.errors import SurgeryError
 from surgery.io import model_folder
+from surgery.io.earlier_keys import with_earlier_keys
 from surgery.io.model_folder import load_config, settled_config
 from surgery.io.plain_config import FORMS, PlainConfig, plain_config
 
@@ -107,6 +108,22 @@ def same(raw: dict) -> bool:
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_the_hub_has_is_plain(name):
     assert same(PLAIN[name])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_both_spellings(name):
+    """A result has the keys of Transformers 4 beside those of Transformers 5. Where they say two things, ask it."""
+    saved = transformers_config(PLAIN[name]).to_dict()
+    new = {
+        key: value for key, value in PLAIN[name].items() if key not in ("rope_scaling", "rope_theta", "torch_dtype")
+    }
+    both = with_earlier_keys(new | {"rope_parameters": saved["rope_parameters"], "dtype": "bfloat16"})
+    assert {"rope_theta", "torch_dtype"} <= both.keys()
+    assert same(both)
+    assert not same(both | {"torch_dtype": "float16"})
+    if "rope_scaling" in both:
+        assert not same(both | {"rope_scaling": both["rope_scaling"] | {"factor": 7.0}})
+        assert not same(both | {"rope_theta": 7.0})
 
 
 def test_every_form_is_tested():
