@@ -247,9 +247,7 @@ def _refusal(engine: ServingEngine, obstacle: Obstacle, out: Path) -> Unsupporte
 
 def _longest(anatomy: Anatomy) -> int:
     """The most tokens that an engine is asked about: prompt and continuation."""
-    return (
-        min(min((layer.window for layer in anatomy.layers if layer.window), default=0) + PROMPT, LONGEST) + GENERATED
-    )
+    return min(_window(anatomy) + PROMPT, LONGEST) + GENERATED
 
 
 def _cache_bytes(anatomy: Anatomy, tokens: int) -> int:
