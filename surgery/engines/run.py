@@ -127,23 +127,34 @@ def export(
     refuse_small_disk(path.parent, target.disk_bytes(anatomy, kind))
     _refuse_small_memory(anatomy)
     with artifact.unfinished(path) as partial:
-        begin(progress, WRITING)
-        facts = target.write(Path(out), anatomy, kind, partial)
-        if partial.is_dir():  # so that a later export knows whose folder it is, if this one fails
-            write_json(partial / artifact.RECORD, {"engine": target.name, "version": version})
-        question, expected_text = make_question(Path(out), *_reach(anatomy, facts))
-        question = replace(question, cache_bytes=_cache_bytes(anatomy, len(question.prompt) + question.generate))
-        agreement, cache = _prove(Path(out), target, question, expected_text, partial, progress)
-        _refuse_other_results(agreement, kind == target.exact, target)
+        figures = _written_and_proven(Path(out), target, kind, anatomy, partial, progress)
         artifact.refuse_existing(typed, target.suffix, overwrite)  # it may have appeared during this run
-        entry = {"engine": target.name, "version": version, "type": kind, "file": path.name}
-        entry |= {"sha256": artifact.digest(partial), "bytes": artifact.size(partial), **agreement.to_dict()}
-        entry |= {"kv_bytes_per_token": _half_cache(anatomy), **cache, **facts}
+        entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, **figures}
         if partial.is_dir():
             write_json(partial / artifact.RECORD, entry)
         artifact.put(partial, path)
     _record(report, entry)
     return Exported(typed, target.name, entry, target.command(str(typed)))
+
+
+def _written_and_proven(
+    out: Path, engine: ServingEngine, kind: str, anatomy: Anatomy, partial: Path, progress: Progress | None
+) -> dict[str, Any]:
+    """Write the file or folder `partial` and compare it with Transformers: what the record says of it.
+
+    Raises:
+        CheckError: the engine computes something else, or cannot run it.
+    """
+    begin(progress, WRITING)
+    facts = engine.write(out, anatomy, kind, partial)
+    if partial.is_dir():  # so that a later export knows whose folder it is, if this one fails
+        write_json(partial / artifact.RECORD, {"engine": engine.name})
+    question, expected_text = make_question(out, *_reach(anatomy, facts))
+    question = replace(question, cache_bytes=_cache_bytes(anatomy, len(question.prompt) + question.generate))
+    agreement, cache = _prove(out, engine, question, expected_text, partial, progress)
+    _refuse_other_results(agreement, kind == engine.exact, engine)
+    sizes = {"sha256": artifact.digest(partial), "bytes": artifact.size(partial)}
+    return sizes | agreement.to_dict() | {"kv_bytes_per_token": _half_cache(anatomy), **cache, **facts}
 
 
 def _reach(anatomy: Anatomy, facts: dict[str, Any]) -> tuple[int | None, int]:
