@@ -170,6 +170,14 @@ def per_layer(anatomy: Anatomy) -> bool:
     return anatomy.surgical or not anatomy.alike
 
 
+def unlike_stock(anatomy: Anatomy) -> tuple[str, str]:
+    """Of layers that are `per_layer`: what no stock config can give, and the nearest that one can."""
+    if anatomy.alike:
+        return f"numbers of heads that no stock {anatomy.model_type} has", "the base"
+    uniform = "the same numbers of heads in every layer (gqa kv_heads=N, or prune-heads per_layer=N)"
+    return "layers with different numbers of heads", uniform
+
+
 def parts_of(anatomy: Anatomy, reasons: dict[str, tuple[str, str]]) -> list[Obstacle]:
     """The parts of the runtime that a checkpoint uses, as obstacles. No engine computes them.
 

