@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 PER_LAYER = ("llama", "mistral", "qwen2")  # families whose layers a DeciLM computes
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.32 on a CPU, where the proof runs
 MOST_PADDING = 4  # times as many query heads as the widest layer has, at most
 # Part of the runtime -> what vLLM does not compute, and the nearest that it does.
 PARTS = {
@@ -74,7 +75,8 @@ class VLLM(ServingEngine):
         )
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
-        return parts_of(anatomy, PARTS) + (_obstacles_of_layers(anatomy) if per_layer(anatomy) else [])
+        unequal = _obstacles_of_layers(anatomy) if per_layer(anatomy) else []
+        return parts_of(anatomy, PARTS) + unequal + _obstacles_of_size(anatomy)
 
     def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
         file.mkdir()
@@ -204,6 +206,15 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
         why = f"all layers of a DeciLM have the same number of query heads, and no number below {heads} fits all"
         return [Obstacle(f"layers with {counts} KV heads: {why}", "numbers of KV heads that divide one another")]
     return []
+
+
+def _obstacles_of_size(anatomy: Anatomy) -> list[Obstacle]:
+    """Why vLLM cannot compute heads of this size; []: it can. No surgery changes the size of a head."""
+    others = sorted({layer.head_dim for layer in anatomy.layers} - set(HEAD_SIZES))
+    if not others:
+        return []
+    sizes, known = (", ".join(map(str, numbers)) for numbers in (others, HEAD_SIZES))
+    return [Obstacle(f"heads of size {sizes}: on a CPU it has {known}", "a result of a base with such heads")]
 
 
 def _write_padded(source: Path, layers: tuple[LayerAnatomy, ...], heads: int, target: Path) -> None:

@@ -38,16 +38,19 @@ import transformers
 from .surgery_attention import surgery_attention
 from .surgery_cache import CACHE, SurgeryCache
 from .surgery_config import (
+    COUNTS,
     ENTRY,
     FILES,
     FORMAT,
     NAME,
     PARTS,
+    PER_LAYER,
     Part,
     depends_on_prompt,
     export_files,
     load_part,
     parts_of,
+    per_layer_config,
     query_groups,
     used_parts,
     validate,
@@ -251,10 +254,17 @@ class _ConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+        read = {name: value for name, value in config_dict.items() if name != PER_LAYER}  # the block says it, and more
+        return super().from_dict({**read, "model_type": cls.model_type}, **kwargs)
 
     def to_diff_dict(self):
-        return {**super().to_diff_dict(), "model_type": NAME}
+        written = {**super().to_diff_dict(), "model_type": NAME}
+        try:
+            layers = validate(self)
+        except ValueError:  # printing calls this too; a model with such a block is neither made nor saved
+            return written
+        own = per_layer_config(layers, {name: getattr(self, name, None) for name in COUNTS})
+        return written | ({PER_LAYER: own} if own else {})
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Save as Transformers does, and export the code that this surgery uses. Saving a model calls this, too."""

@@ -39,6 +39,8 @@ NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 13), (6, 0))  # (from, before); the caches of 5.12 lack a method that ours builds on
 SINCE = {"gptj": (5, 24)}  # the base's model_type -> the first version in which its attention can be replaced
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
+COUNTS = ("num_attention_heads", "num_key_value_heads")
+PER_LAYER = "per_layer_config"  # the key of config.json by which Transformers 5 names what differs between layers
 QUERY_HEADS, KV_HEADS = "query heads", "KV heads"
 
 ENTRY = "modeling_surgery"  # the file that config.json names
@@ -223,7 +225,7 @@ def _fault(config, layer) -> str:
 
 def _fault_of_shape(config, layer: dict) -> str:
     """The error in the numbers of heads and the shapes of a layer's entry, "" if there is none."""
-    for name in ("num_attention_heads", "num_key_value_heads"):
+    for name in COUNTS:
         if name in layer and not is_whole(layer[name], 1):
             return f"has {name} {layer[name]!r}, which must be whole and from 1"
     if layer.get("num_key_value_heads", 1) > layer.get("num_attention_heads", sum(query_groups(config))):
@@ -316,6 +318,27 @@ def query_groups(config, layer: dict | None = None) -> list[int]:
     heads = layer.get("num_attention_heads", text.num_attention_heads)
     kv_heads = layer.get("num_key_value_heads", getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     return layer.get("query_groups") or [heads // kv_heads] * kv_heads
+
+
+def per_layer_config(layers: list[dict], stock: dict[str, int | None]) -> dict[str, dict[str, int]]:
+    """The layers' own numbers of heads, as Transformers spells them in config.json, for programs that read these.
+
+    A surgical model is made from the `surgery` block, and ignores them.
+
+    Args:
+        layers: the layers of a valid `surgery` block.
+        stock: the numbers of heads that the config names for all layers; None: its family has no such number.
+
+    Returns:
+        layer -> name -> number, of layers that differ from the config. {} if the numbers would not say all: other
+        changes than of shapes, or KV heads that different numbers of query heads read.
+    """
+    if any(set(layer) - SHAPE or len({*layer.get("query_groups", ())}) > 1 for layer in layers):
+        return {}
+    given = {name: number for name, number in stock.items() if number is not None}
+    own = [{name: layer[name] for name in given if layer.get(name, given[name]) != given[name]} for layer in layers]
+    digits = len(str(max((index for index, counts in enumerate(own) if counts), default=0)))
+    return {str(index).zfill(digits): counts for index, counts in enumerate(own) if counts}
 
 
 def base_windows(config) -> list[int | None]:

@@ -30,7 +30,8 @@ PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "re
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
-    """vLLM counts as installed, whether it is or not."""
+    """vLLM counts as installed, whether it is or not, and has the heads of the tiny models."""
+    monkeypatch.setattr(vllm, "HEAD_SIZES", (*vllm.HEAD_SIZES, 16))
     monkeypatch.setattr(VLLM, "version", lambda engine: "vllm of a test")
 
 
@@ -226,6 +227,7 @@ def test_the_config_class_reads_what_is_written(tmp_path):
         ("Qwen3", UNEQUAL, {"head_dim": 16}, "different numbers of heads, and QK-norm"),
         ("Gemma", UNEQUAL, {"head_dim": 16}, "different numbers of heads of gemma"),
         ("Llama", UNEQUAL, {"hidden_act": "gelu"}, "gelu as the MLP's activation"),
+        ("Llama", {"op": "gqa", "kv_heads": 1, "method": "mean"}, {"head_dim": 24}, "heads of size 24"),
     ],
 )  # fmt: skip
 def test_what_vllm_cannot_hold(refused, tmp_path, family, step, fields, says):

@@ -12,7 +12,7 @@ from families import TINY, VOCAB, build, difference, double, load_without_packag
 import surgery
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime.surgery_config import exported_files
+from surgery.runtime.surgery_config import exported_files, per_layer_config
 
 SHAPED = {"num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8}
 BUDGET = [3, 1, 3]
@@ -166,10 +166,55 @@ def test_the_streamed_folder_is_the_loaded_one(saved):
     for name in NAMES:
         streamed, loaded = folders[f"{name}-streaming"], folders[f"{name}-loaded"]
         one, two = (json.loads((folder / "config.json").read_text()) for folder in (streamed, loaded))
-        for field in ("model_type", "architectures", "auto_map", "surgery"):
+        for field in ("model_type", "architectures", "auto_map", "surgery", "per_layer_config"):
             assert one[field] == two[field], field
         for file in exported_files([]):
             assert (streamed / file).read_bytes() == (loaded / file).read_bytes()
+
+
+def test_config_json_says_the_heads_of_each_layer_as_transformers_does(saved):
+    """What Transformers itself writes for a config with such layers, and what it reads from ours."""
+    import json
+
+    from transformers import LlamaConfig
+
+    folder = next(folder for folder in saved[0] if folder.name == "llama-streaming")
+    raw = json.loads((folder / "config.json").read_text())
+    theirs = LlamaConfig(**SHAPED, per_layer_config={1: {"num_key_value_heads": 1}})
+    assert raw["per_layer_config"] == theirs.to_diff_dict()["per_layer_config"] == {"1": {"num_key_value_heads": 1}}
+    read = LlamaConfig.from_dict({key: value for key, value in raw.items() if key not in ("model_type", "surgery")})
+    assert [layer.num_key_value_heads for layer in read.per_layer_config] == BUDGET
+    mine = surgery.load(folder).config  # which every program may ask for one number
+    assert (mine.num_key_value_heads, mine.is_heterogeneous) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([{"num_key_value_heads": 1}] + [{}] * 10 + [{"num_attention_heads": 6, "num_key_value_heads": 3}],
+         {"00": {"num_key_value_heads": 1}, "11": {"num_attention_heads": 6}}),
+        ([{"num_key_value_heads": 3}] * 2, {}),
+        ([{"num_key_value_heads": 1}, {"num_attention_heads": 8, "query_groups": [3, 3, 2]}], {}),
+        ([{"num_key_value_heads": 1, "query_groups": [9]}, {}], {"0": {"num_key_value_heads": 1}}),
+        ([{"num_key_value_heads": 1}, {"split": {"full": [0]}}], {}),
+        ([{"num_key_value_heads": 1}, {"parameters": {"surgery_sink": [9]}}], {}),
+    ],
+)  # fmt: skip
+def test_heads_of_layers_are_named_where_they_say_all(layers, expected):
+    assert per_layer_config(layers, {"num_attention_heads": 9, "num_key_value_heads": 3}) == expected
+
+
+def test_a_number_that_the_family_lacks_is_not_named():
+    layers = [{"num_attention_heads": 2, "num_key_value_heads": 2}, {}]
+    assert per_layer_config(layers, {"num_attention_heads": 4, "num_key_value_heads": None}) == {
+        "0": {"num_attention_heads": 2}
+    }
+
+
+def test_a_config_with_a_faulty_block_can_be_printed(saved):
+    mine = copy.deepcopy(next(model for folder, model in saved[0].items() if folder.name == "llama-loaded").config)
+    mine.surgery = {"format": 1}
+    assert "per_layer_config" not in str(mine)
 
 
 def test_check_and_inspect_know_such_a_folder(saved, surgery):
