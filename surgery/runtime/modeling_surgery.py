@@ -56,7 +56,6 @@ from .surgery_config import (
     validate,
     version_fault,
 )
-from .surgery_stores import store_of  # noqa: F401 (older versions copy what this file imports, and must get to the check below)
 from .surgery_visibility import head_kinds, surgery_mask
 
 if fault := version_fault():  # before names are imported that older versions lack

@@ -22,8 +22,8 @@ entry after heads are removed, and words for people. A new part is a file, a lin
 
 Code that every surgical model runs is imported as usual. A part is imported only where a layer's entry uses it,
 so that a checkpoint need not carry other parts. Transformers finds a checkpoint's code by reading its text: the file
-that config.json names, and the files that it imports. So a checkpoint's copy of this file ends with an import of each
-part that it carries. This import never runs.
+that config.json names, and the files that it imports; Transformers 4 takes no file that only an imported file imports.
+So a checkpoint's copy of `modeling_surgery.py` ends with an import of each file that it carries. It never runs.
 """
 
 from __future__ import annotations
@@ -401,11 +401,9 @@ def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
     roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
     sources = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
     code = {path.name: path.read_bytes() for path in sorted(sources)}
-    own = Path(__file__).name
-    code[own] = code[own].partition(LIST)[0]
-    if files:
-        code[own] += LIST + "".join(f"    from .{file} import *\n" for file in files).encode()
-    return code
+    entry = f"{ENTRY}.py"
+    carried = "".join(f"    from .{Path(name).stem} import *\n" for name in sorted(code) if name != entry)
+    return code | {entry: code[entry].partition(LIST)[0] + LIST + carried.encode()}
 
 
 def export_files(parts: Iterable[str], folder: str | Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import edit_json, edit_record
 from fake_hub import FakeHub
 from families import stranger
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import surgery
 from surgery.io import manifest
@@ -162,6 +162,14 @@ def test_what_transformers_copies_by_the_text_is_what_is_there(opened):
         folder = opened[0] / name
         found = {Path(file).name for file in get_relative_import_files(folder / "modeling_surgery.py")}
         assert found | {"modeling_surgery.py"} == set(code_in(folder))
+
+
+def test_the_entry_itself_names_every_file(opened):
+    """Transformers 4 takes the files that config.json's names, and what that one imports: no more."""
+    for name in CASES:
+        folder = opened[0] / name
+        named = {f"{file}.py" for file in get_relative_imports(folder / "modeling_surgery.py")}
+        assert named | {"modeling_surgery.py"} == set(code_in(folder))
 
 
 def test_from_the_hub_all_that_is_carried_is_fetched(opened):
