@@ -59,14 +59,15 @@ class EngineAnswers:
         generated: ids of the generated tokens.
         best: for each of them, the most probable ids with their log-probabilities, the largest first. NaN is kept.
         text_tokens: the tokens of the question's text.
-        cache_bytes: bytes of one token in the engine's cache of float32, as the engine counts them; None: it does
-            not say.
+        cache_bytes: bytes of one token in a cache of the engine, as the engine counts them; None: it does not say.
+        number_bytes: bytes of a number in that cache.
     """
 
     generated: list[int]
     best: list[list[tuple[int, float]]] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
     cache_bytes: int | None = None
+    number_bytes: int = 4
 
 
 class ServingEngine(ABC):

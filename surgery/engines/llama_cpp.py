@@ -7,9 +7,11 @@ llama.cpp computes like Llama with heads of its own in each layer.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,7 +46,9 @@ PARTS = {
     "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
     "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", WEIGHTS_ALONE),
 }
+SIZE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *([1-9]\d*) cells")
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+SURGICAL = ("surgery", "per_layer_config")  # keys of a config.json whose layers differ; the GGUF has keys of its own
 CODE = "auto_map"  # the key by which these two name code
 LEFT_OUT = (CONFIG, TOKENIZER_CONFIG, REPORT)  # files of a checkpoint that the converter does not get as they are
 
@@ -81,12 +85,22 @@ class LlamaCpp(ServingEngine):
         return facts
 
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
-        return ask_script("llama_cpp_server.py", self.name, {"file": str(file.resolve())}, question)
+        answers, said = ask_script("llama_cpp_server.py", self.name, {"file": str(file.resolve())}, question)
+        return replace(answers, cache_bytes=cache_bytes(said), number_bytes=2)
 
     def command(self, file: str) -> str:
         import shlex
 
         return f"llama-cli -m {shlex.quote(file)}"
+
+
+def cache_bytes(said: str) -> int | None:
+    """Bytes of one token in llama.cpp's cache of float16, from what its server printed; None: it printed no size.
+
+    Layers with a sliding window have a cache of their own, with fewer cells.
+    """
+    sizes = [float(mebibytes) * (1 << 20) / int(cells) for mebibytes, cells in SIZE.findall(said)]
+    return round(sum(sizes)) if sizes else None
 
 
 def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
@@ -113,7 +127,7 @@ def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, A
     if windows and anatomy.model_type in WINDOW_LOST and min(windows) < (anatomy.positions or math.inf):
         config["max_position_embeddings"] = facts["context"] = min(windows)  # up to there, both compute the same
     if per_layer(anatomy):
-        config = {key: value for key, value in config.items() if key != "surgery"}
+        config = {key: value for key, value in config.items() if key not in SURGICAL}
         config |= {
             "model_type": anatomy.model_type,
             "architectures": ["DeciLMForCausalLM"],

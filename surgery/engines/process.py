@@ -16,6 +16,7 @@ from surgery.engines.base import EngineAnswers, EngineQuestion
 from surgery.errors import CheckError, MachineError
 
 KILLED = -9  # what a process ends with that the system has killed, mostly since memory ran out
+HOURS = 2  # for which a process may run; a process that hangs says nothing
 PLAINEST = "error loading model"  # of llama.cpp's lines, the one that says why
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8"}
 
@@ -28,17 +29,27 @@ def run_script(
     Args:
         script: the file's name.
         python: the interpreter that runs it.
+
+    Raises:
+        MachineError: it did not end within `HOURS`.
     """
-    return subprocess.run(
-        [python, "-P", str(Path(__file__).with_name(script)), *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=_environment(python),
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            [python, "-P", str(Path(__file__).with_name(script)), *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=_environment(python),
+            timeout=3600 * HOURS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MachineError(
+            f"{script} did not end within {HOURS} hours, and was stopped",
+            fix="end other programs and try again, or use a faster machine; if it hangs again, report it",
+        ) from None
 
 
 def _environment(python: str) -> dict[str, str]:
@@ -49,7 +60,7 @@ def _environment(python: str) -> dict[str, str]:
 
 def ask_script(
     script: str, engine: str, job: dict[str, Any], question: EngineQuestion, python: str = sys.executable
-) -> EngineAnswers:
+) -> tuple[EngineAnswers, str]:
     """Let a script answer a question: it reads a JSON object from stdin and writes one to the file that it is given.
 
     Args:
@@ -57,6 +68,9 @@ def ask_script(
         engine: the engine's name, for messages.
         job: what the script gets beside the question and the number of threads.
         python: the interpreter that runs it.
+
+    Returns:
+        The answers, and what it printed to stderr.
 
     Raises:
         CheckError: it failed, or wrote nothing.
@@ -76,7 +90,7 @@ def ask_script(
             )
         data = json.loads(answers.read_text(encoding="utf-8"))
     best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]
-    return EngineAnswers(data["generated"], best, data["text_tokens"], data.get("cache_bytes"))
+    return EngineAnswers(data["generated"], best, data["text_tokens"], data.get("cache_bytes")), done.stderr
 
 
 def refuse_killed(done: subprocess.CompletedProcess[str], engine: str) -> None:

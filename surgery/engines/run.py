@@ -63,7 +63,8 @@ class Exported(Printed):
         blocks.append(("compared", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
         cache = f"{entry['kv_bytes_per_token']:,} bytes a token with two bytes for each number"
         if "engine_cache_bytes_per_token" in entry:
-            cache += f"; {self.engine} counts {entry['engine_cache_bytes_per_token']:,} in float32"
+            wide = "" if entry["engine_cache_number_bytes"] == 2 else f", with {entry['engine_cache_number_bytes']}"
+            cache += f"; {self.engine} counts {entry['engine_cache_bytes_per_token']:,}{wide}"
         blocks.append(("cache", cache))
         if "context" in entry:
             window = (
@@ -186,7 +187,8 @@ def _prove(
         what = f"{engine.name} answered for {count} of {question.generate} tokens"
         raise CheckError(what, fix="do not use it; it is kept for a report. Export again")
     begin(progress, COMPARING)
-    cache = {} if answers.cache_bytes is None else {"engine_cache_bytes_per_token": answers.cache_bytes}
+    count, number = answers.cache_bytes, answers.number_bytes
+    cache = {} if count is None else {"engine_cache_bytes_per_token": count, "engine_cache_number_bytes": number}
     return compare(reference(out, question, answers), answers, expected_text), cache
 
 

@@ -111,7 +111,7 @@ class VLLM(ServingEngine):
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         python = str(vllm_environment.interpreter(vllm_environment.environment()))
         job = {"file": str(file.resolve()), "code": (file / CODE).is_file()}
-        return ask_script("vllm_process.py", self.name, job, question, python)
+        return ask_script("vllm_process.py", self.name, job, question, python)[0]
 
     def command(self, file: str) -> str:
         import shlex

@@ -14,9 +14,10 @@ from test_export_refusals import UNIFORM, export, installed, make, native, out, 
 from transformers import AutoModelForCausalLM
 
 import surgery as package
-from surgery.engines import llama_cpp, proof, run
+from surgery.engines import llama_cpp, process, proof, run
 from surgery.engines.base import EngineAnswers
-from surgery.engines.llama_cpp import LlamaCpp
+from surgery.engines.llama_cpp import LlamaCpp, cache_bytes
+from surgery.errors import MachineError
 
 
 @pytest.fixture
@@ -183,3 +184,20 @@ def test_a_family_whose_vocabulary_is_read_from_another_file(refused, out, conve
     says = ["out: llama.cpp's converter needs the file tokenizer.model", "into the base's folder"]
     done = refused(*export(), says=says)
     assert ".f.gguf" not in done.err
+
+
+def test_the_size_of_llama_cpps_cache():
+    """Its own words: a cache for all layers; one for full layers and one for those with a window; none."""
+    line = "0.01.3 I llama_kv_cache: size = {} MiB ( {} cells,  30 layers,  1/1 seqs), K (f16):    9.75 MiB\n"
+    whole, window = line.format("  19.50", " 1024"), line.format("   1.00", "  256")
+    assert cache_bytes(f"noise\n{whole}") == 19_968
+    assert cache_bytes(whole + window) == 19_968 + 4096
+    assert cache_bytes(line.format("0.00", "0") + "llama_kv_cache: size unknown") is None
+
+
+def test_a_process_that_hangs(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "HOURS", 0.3 / 3600)
+    monkeypatch.setattr(process, "__file__", str(tmp_path / "process.py"))
+    (tmp_path / "hanging.py").write_text("import time\ntime.sleep(60)\n")
+    with pytest.raises(MachineError, match=r"hanging\.py did not end within .* hours, and was stopped"):
+        process.run_script("hanging.py", [])
