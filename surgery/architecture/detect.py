@@ -11,8 +11,6 @@ from surgery.architecture.layer import BYTES, LayerAnatomy
 from surgery.errors import ModelError, UnsupportedModelError
 from surgery.io.safetensors import STORED_NAMES
 
-# Config fields that are read as one value for all layers. Gemma 4 gives some of them layer by layer and is refused.
-FIELDS = {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "rope_parameters"}
 TOWERS = ("vision", "visual", "image", "audio", "speech")  # parts of a composite that are not the language model
 DECODER_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -29,11 +27,11 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     model_type = getattr(text, "model_type", "") or ""
     check_block(config, where)
     family, guess, prefix = FAMILIES.get(model_type), False, ""
-    if differ := sorted(FIELDS & set(getattr(text, "per_layer_attributes", None) or ())):
+    if differ := sorted(getattr(text, "per_layer_attributes", None) or ()):  # of a base such as Gemma 4
         raise UnsupportedModelError(
             f"the layers of this {model_type} differ in {', '.join(differ)}",
             where=where,
-            fix="this version converts models whose attention layers have one shape",
+            fix="this version converts models whose layers have one shape",
         )
     if family is None:
         family, prefix = _guess(config, tensors, where)

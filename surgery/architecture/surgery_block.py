@@ -79,15 +79,18 @@ def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> di
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from surgery.runtime import modeling_surgery as runtime
-    from surgery.runtime.surgery_config import COUNTS, PER_LAYER, export_files, parts_of, per_layer_config
+    from surgery.runtime.surgery_config import PER_LAYER, export_files, parts_of, per_layer_config
 
     kind = anatomy.model_type
     config, model = (
         runtime.PREFIX + names[kind] for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
     export_files(parts_of(entries), folder)
-    stock = {name: anatomy.edits.get(name, getattr(anatomy.config, name, None)) for name in COUNTS}
-    own = per_layer_config(entries, stock)
+    heads, kv_heads = (
+        anatomy.edits.get(name, getattr(anatomy.config, name, None))
+        for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    own = per_layer_config(entries, heads, kv_heads)
     return {name: value for name, value in raw.items() if name != PER_LAYER} | {
         "model_type": runtime.NAME,
         "architectures": [model],

@@ -3,8 +3,7 @@
 The file is run, never imported by the package. It reads one JSON object from stdin, {"file": ..., "prompt": [ids],
 "generate": n, "best": k, "text": ..., "threads": n}, and writes {"generated": [ids], "best": [[[id, log-probability
 or null], ...], ...], "text_tokens": [ids]} to ANSWERS.json. The cache holds float32, and flash attention is off:
-llama.cpp's default cache of float16 changes log-probabilities by up to 0.1. Then the file is opened once more as
-llama.cpp does it by default, and llama.cpp prints the size of that cache to stderr.
+llama.cpp's default cache of float16 changes log-probabilities by up to 0.1.
 """
 
 import json
@@ -13,8 +12,6 @@ import sys
 import urllib.request
 
 import xllamacpp
-
-CELLS = 1024  # tokens of the cache whose size is printed
 
 
 def settings(job: dict) -> xllamacpp.CommonParams:
@@ -29,18 +26,6 @@ def settings(job: dict) -> xllamacpp.CommonParams:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = False
     return params
-
-
-def print_cache(job: dict) -> None:
-    """Let llama.cpp print the size of its cache with its default settings. The prompt is not read."""
-    params = xllamacpp.CommonParams()
-    params.model.path = job["file"]
-    params.n_ctx = CELLS
-    params.n_parallel = 1
-    params.n_gpu_layers = 0
-    params.warmup = False
-    params.verbosity = 4  # from here on it prints sizes
-    tokenize(xllamacpp.Server(params), "")  # a server that ends before it has begun to listen hangs
 
 
 def tokenize(server: xllamacpp.Server, text: str) -> list[int]:
@@ -76,8 +61,6 @@ def answer(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    answers = answer(asked)
+    answers = answer(json.load(sys.stdin))
     with open(sys.argv[1], "w", encoding="utf-8") as file:
         json.dump(answers, file)
-    print_cache(asked)

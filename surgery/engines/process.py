@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,40 +17,63 @@ from surgery.engines.base import EngineAnswers, EngineQuestion
 from surgery.errors import CheckError, MachineError
 
 KILLED = -9  # what a process ends with that the system has killed, mostly since memory ran out
-HOURS = 2  # for which a process may run; a process that hangs says nothing
+HOURS = 2.0  # for which a process may run; one that hangs says nothing
 PLAINEST = "error loading model"  # of llama.cpp's lines, the one that says why
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8"}
 
 
 def run_script(
-    script: str, arguments: list[str], stdin: str = "", python: str = sys.executable
+    script: str,
+    arguments: list[str],
+    engine: str,
+    *,
+    stdin: str = "",
+    python: str = sys.executable,
+    hours: float = HOURS,
 ) -> subprocess.CompletedProcess[str]:
     """Run a file of this folder as a process that never reaches the network.
 
     Args:
         script: the file's name.
+        engine: the engine's name, for messages.
         python: the interpreter that runs it.
+        hours: for which it may run.
 
     Raises:
-        MachineError: it did not end within `HOURS`.
+        MachineError: it did not end in time. It was stopped, with the processes that it began.
     """
+    command = [python, "-P", str(Path(__file__).with_name(script)), *arguments]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=_environment(python),
+        start_new_session=True,  # so that all of its processes can be stopped
+    ) as process:
+        try:
+            out, said = process.communicate(stdin, timeout=3600 * hours)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            raise MachineError(
+                f"a process of {engine} did not end within {hours:g} hours, and was stopped",
+                fix="end other programs and try again, or use a faster machine; if it hangs again, report it",
+            ) from None
+        except BaseException:  # Ctrl-C, which does not reach another session
+            _stop(process)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, said)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End a process and those that it began, where the system can."""
     try:
-        return subprocess.run(
-            [python, "-P", str(Path(__file__).with_name(script)), *arguments],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env=_environment(python),
-            timeout=3600 * HOURS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise MachineError(
-            f"{script} did not end within {HOURS} hours, and was stopped",
-            fix="end other programs and try again, or use a faster machine; if it hangs again, report it",
-        ) from None
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, OSError):  # Windows; or it has ended
+        process.kill()
 
 
 def _environment(python: str) -> dict[str, str]:
@@ -60,7 +84,7 @@ def _environment(python: str) -> dict[str, str]:
 
 def ask_script(
     script: str, engine: str, job: dict[str, Any], question: EngineQuestion, python: str = sys.executable
-) -> tuple[EngineAnswers, str]:
+) -> EngineAnswers:
     """Let a script answer a question: it reads a JSON object from stdin and writes one to the file that it is given.
 
     Args:
@@ -69,19 +93,16 @@ def ask_script(
         job: what the script gets beside the question and the number of threads.
         python: the interpreter that runs it.
 
-    Returns:
-        The answers, and what it printed to stderr.
-
     Raises:
         CheckError: it failed, or wrote nothing.
-        MachineError: the system ended it.
+        MachineError: the system ended it, or it did not end in time.
     """
     import torch
 
     with tempfile.TemporaryDirectory() as scratch:
         answers = Path(scratch) / "answers.json"
         asked = asdict(question) | {"threads": torch.get_num_threads()} | job
-        done = run_script(script, [str(answers)], json.dumps(asked), python)
+        done = run_script(script, [str(answers)], engine, stdin=json.dumps(asked), python=python)
         refuse_killed(done, engine)
         if done.returncode or not answers.is_file():
             raise CheckError(
@@ -90,7 +111,7 @@ def ask_script(
             )
         data = json.loads(answers.read_text(encoding="utf-8"))
     best = [[(token, math.nan if value is None else value) for token, value in row] for row in data["best"]]
-    return EngineAnswers(data["generated"], best, data["text_tokens"], data.get("cache_bytes")), done.stderr
+    return EngineAnswers(data["generated"], best, data["text_tokens"], data.get("cache_bytes"))
 
 
 def refuse_killed(done: subprocess.CompletedProcess[str], engine: str) -> None:

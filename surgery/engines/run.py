@@ -63,7 +63,7 @@ class Exported(Printed):
         blocks.append(("compared", f"{self.engine} ({entry['version']}) and Transformers, {_agreement(entry)}"))
         cache = f"{entry['kv_bytes_per_token']:,} bytes a token with two bytes for each number"
         if "engine_cache_bytes_per_token" in entry:
-            wide = "" if entry["engine_cache_number_bytes"] == 2 else f", with {entry['engine_cache_number_bytes']}"
+            wide = "" if entry["engine_cache_number_bytes"] == 2 else " with four bytes for each"
             cache += f"; {self.engine} counts {entry['engine_cache_bytes_per_token']:,}{wide}"
         blocks.append(("cache", cache))
         if "context" in entry:

@@ -111,7 +111,7 @@ class VLLM(ServingEngine):
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         python = str(vllm_environment.interpreter(vllm_environment.environment()))
         job = {"file": str(file.resolve()), "code": (file / CODE).is_file()}
-        return ask_script("vllm_process.py", self.name, job, question, python)[0]
+        return ask_script("vllm_process.py", self.name, job, question, python)
 
     def command(self, file: str) -> str:
         import shlex
@@ -214,7 +214,8 @@ def _obstacles_of_size(anatomy: Anatomy) -> list[Obstacle]:
     if not others:
         return []
     sizes, known = (", ".join(map(str, numbers)) for numbers in (others, HEAD_SIZES))
-    return [Obstacle(f"heads of size {sizes}: on a CPU it has {known}", "a result of a base with such heads")]
+    nearest = "a result of a base whose heads have one of these sizes"
+    return [Obstacle(f"heads of size {sizes}: on a CPU it computes sizes {known} alone", nearest)]
 
 
 def _write_padded(source: Path, layers: tuple[LayerAnatomy, ...], heads: int, target: Path) -> None:

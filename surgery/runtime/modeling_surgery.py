@@ -35,10 +35,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from .surgery_attention import surgery_attention
-from .surgery_cache import CACHE, SurgeryCache
 from .surgery_config import (
-    COUNTS,
     ENTRY,
     FILES,
     FORMAT,
@@ -56,7 +53,6 @@ from .surgery_config import (
     validate,
     version_fault,
 )
-from .surgery_visibility import head_kinds, surgery_mask
 
 if fault := version_fault():  # before names are imported that older versions lack
     raise ImportError(fault)
@@ -76,6 +72,10 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from .surgery_attention import surgery_attention
+from .surgery_cache import CACHE, SurgeryCache
+from .surgery_visibility import head_kinds, surgery_mask
 
 PREFIX = "Surgery"
 
@@ -256,13 +256,17 @@ class _ConfigMixin:
         read = {name: value for name, value in config_dict.items() if name != PER_LAYER}  # the block says it, and more
         return super().from_dict({**read, "model_type": cls.model_type}, **kwargs)
 
+    def __post_init__(self, *args, **kwargs):
+        kwargs.pop(PER_LAYER, None)  # of a config that was not made by `from_dict`
+        super().__post_init__(*args, **kwargs)
+
     def to_diff_dict(self):
         written = {**super().to_diff_dict(), "model_type": NAME}
         try:
             layers = validate(self)
         except ValueError:  # printing calls this too; a model with such a block is neither made nor saved
             return written
-        own = per_layer_config(layers, {name: getattr(self, name, None) for name in COUNTS})
+        own = per_layer_config(layers, self.num_attention_heads, getattr(self, "num_key_value_heads", None))
         return written | ({PER_LAYER: own} if own else {})
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):

@@ -23,7 +23,8 @@ entry after heads are removed, and words for people. A new part is a file, a lin
 Code that every surgical model runs is imported as usual. A part is imported only where a layer's entry uses it,
 so that a checkpoint need not carry other parts. Transformers finds a checkpoint's code by reading its text: the file
 that config.json names, and the files that it imports; Transformers 4 takes no file that only an imported file imports.
-So a checkpoint's copy of `modeling_surgery.py` ends with an import of each file that it carries. It never runs.
+So a checkpoint's copy of `modeling_surgery.py` ends with an import of each file that the checkpoint carries. This
+import never runs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 13), (6, 0))  # (from, before); the caches of 5.12 lack a method that ours builds on
 SINCE = {"gptj": (5, 24)}  # the base's model_type -> the first version in which its attention can be replaced
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
-COUNTS = ("num_attention_heads", "num_key_value_heads")
 PER_LAYER = "per_layer_config"  # the key of config.json by which Transformers 5 names what differs between layers
 QUERY_HEADS, KV_HEADS = "query heads", "KV heads"
 
@@ -225,7 +225,7 @@ def _fault(config, layer) -> str:
 
 def _fault_of_shape(config, layer: dict) -> str:
     """The error in the numbers of heads and the shapes of a layer's entry, "" if there is none."""
-    for name in COUNTS:
+    for name in ("num_attention_heads", "num_key_value_heads"):
         if name in layer and not is_whole(layer[name], 1):
             return f"has {name} {layer[name]!r}, which must be whole and from 1"
     if layer.get("num_key_value_heads", 1) > layer.get("num_attention_heads", sum(query_groups(config))):
@@ -320,25 +320,28 @@ def query_groups(config, layer: dict | None = None) -> list[int]:
     return layer.get("query_groups") or [heads // kv_heads] * kv_heads
 
 
-def per_layer_config(layers: list[dict], stock: dict[str, int | None]) -> dict[str, dict[str, int]]:
-    """The layers' own numbers of heads, as Transformers spells them in config.json, for programs that read these.
+def per_layer_config(layers: list[dict], heads: int, kv_heads: int | None) -> dict[str, dict[str, int]]:
+    """The layers' own numbers of KV heads, as Transformers spells them in config.json, for programs that read these.
 
     A surgical model is made from the `surgery` block, and ignores them.
 
     Args:
         layers: the layers of a valid `surgery` block.
-        stock: the numbers of heads that the config names for all layers; None: its family has no such number.
+        heads, kv_heads: the numbers that the config names for all layers; None: its family has no such number.
 
     Returns:
-        layer -> name -> number, of layers that differ from the config. {} if the numbers would not say all: other
-        changes than of shapes, or KV heads that different numbers of query heads read.
+        layer -> name -> number, of layers that differ from the config. {} if these numbers would not say all: other
+        changes than of shapes, other query heads (from whose number some families compute the size of a head), or KV
+        heads that different numbers of query heads read.
     """
-    if any(set(layer) - SHAPE or len({*layer.get("query_groups", ())}) > 1 for layer in layers):
+    alike = all(layer.get("num_attention_heads", heads) == heads for layer in layers)
+    even = all(len({*(layer.get("query_groups") or ())}) < 2 for layer in layers)
+    if kv_heads is None or not alike or not even or any(set(layer) - SHAPE for layer in layers):
         return {}
-    given = {name: number for name, number in stock.items() if number is not None}
-    own = [{name: layer[name] for name in given if layer.get(name, given[name]) != given[name]} for layer in layers]
-    digits = len(str(max((index for index, counts in enumerate(own) if counts), default=0)))
-    return {str(index).zfill(digits): counts for index, counts in enumerate(own) if counts}
+    counts = [layer.get("num_key_value_heads", kv_heads) for layer in layers]
+    own = [index for index, count in enumerate(counts) if count != kv_heads]
+    digits = len(str(max(own, default=0)))
+    return {str(index).zfill(digits): {"num_key_value_heads": counts[index]} for index in own}
 
 
 def base_windows(config) -> list[int | None]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import surgery as package
 from surgery.engines import llama_cpp, process, proof, run
-from surgery.engines.base import EngineAnswers
+from surgery.engines.base import EngineAnswers, EngineQuestion
 from surgery.engines.llama_cpp import LlamaCpp, cache_bytes
 from surgery.errors import MachineError
 
@@ -131,7 +131,7 @@ def converter(monkeypatch):
     """What the converter is given: name of each file -> its text. It ends with `converter["code"]`."""
     seen: dict = {"code": 0}
 
-    def ran(script, arguments, stdin=""):
+    def ran(script, arguments, engine):
         staged = Path(arguments[0])
         seen["files"] = {path.name: path.read_text("utf-8", "replace") for path in staged.iterdir()}
         Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
@@ -186,18 +186,39 @@ def test_a_family_whose_vocabulary_is_read_from_another_file(refused, out, conve
     assert ".f.gguf" not in done.err
 
 
+LINE = "0.01.3 I llama_kv_cache: size = {} MiB ( {} cells,  30 layers,  1/1 seqs), K (f16):    9.75 MiB\n"
+
+
 def test_the_size_of_llama_cpps_cache():
     """Its own words: a cache for all layers; one for full layers and one for those with a window; none."""
-    line = "0.01.3 I llama_kv_cache: size = {} MiB ( {} cells,  30 layers,  1/1 seqs), K (f16):    9.75 MiB\n"
-    whole, window = line.format("  19.50", " 1024"), line.format("   1.00", "  256")
+    whole, window = LINE.format("  19.50", " 1024"), LINE.format("   1.00", "  256")
     assert cache_bytes(f"noise\n{whole}") == 19_968
     assert cache_bytes(whole + window) == 19_968 + 4096
-    assert cache_bytes(line.format("0.00", "0") + "llama_kv_cache: size unknown") is None
+    assert cache_bytes(LINE.format("0.00", "0") + "llama_kv_cache: size unknown") is None
 
 
-def test_a_process_that_hangs(monkeypatch, tmp_path):
-    monkeypatch.setattr(process, "HOURS", 0.3 / 3600)
+def test_a_process_that_hangs_ends_with_those_that_it_began(monkeypatch, tmp_path):
     monkeypatch.setattr(process, "__file__", str(tmp_path / "process.py"))
-    (tmp_path / "hanging.py").write_text("import time\ntime.sleep(60)\n")
-    with pytest.raises(MachineError, match=r"hanging\.py did not end within .* hours, and was stopped"):
-        process.run_script("hanging.py", [])
+    lock = tmp_path / "child"
+    child = f"import time; open({str(lock)!r}, 'w').write(str(__import__('os').getpid())); time.sleep(600)"
+    hanging = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(600)\n"
+    (tmp_path / "hanging.py").write_text(hanging)
+    with pytest.raises(MachineError, match=r"a process of vllm did not end within 0\.001 hours, and was stopped"):
+        process.run_script("hanging.py", [], "vllm", hours=0.001)
+    left = int(lock.read_text())
+    state = Path(f"/proc/{left}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("fault", ["hangs", "fails", "says nothing"])
+def test_the_proof_holds_where_the_cache_cannot_be_counted(monkeypatch, tmp_path, fault):
+    def ran(script, arguments, engine, **options):
+        if fault == "hangs":
+            raise MachineError("a process of llama.cpp did not end")
+        return subprocess.CompletedProcess([], int(fault == "fails"), "", "" if fault == "says nothing" else LINE)
+
+    answers = EngineAnswers([1], [[(1, -0.5)]], [])
+    monkeypatch.setattr(llama_cpp, "ask_script", lambda *args: answers)
+    monkeypatch.setattr(llama_cpp, "run_script", ran)
+    found = LlamaCpp().ask(tmp_path / "f.gguf", EngineQuestion([1], 1, 1, ""))
+    assert (found.generated, found.best, found.cache_bytes) == ([1], answers.best, None)

@@ -278,7 +278,7 @@ def engine(monkeypatch, tmp_path):
 def test_a_folder_that_agrees(surgery, engine, tmp_path):
     ran = surgery(*export())
     assert ran.code == 0, ran.err
-    assert "vllm counts 512 in float32" in ran.out
+    assert "vllm counts 512 with four bytes for each" in ran.out
     assert ran.out.splitlines()[-1] == "next:     vllm serve served"
     (entry,) = json.loads((tmp_path / "out/surgery.json").read_text())["exports"]
     assert json.loads((tmp_path / "served/export.json").read_text()) == entry
@@ -409,7 +409,7 @@ def test_the_environment(tmp_path, monkeypatch):
 
 def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
     done = subprocess.CompletedProcess([], 1, "", "INFO loading\nValueError: no such head size\n  trailing\n")
-    monkeypatch.setattr(process, "run_script", lambda *args: done)
+    monkeypatch.setattr(process, "run_script", lambda *args, **options: done)
     with pytest.raises(package.SurgeryError, match="vllm cannot run this result: ValueError: no such head size"):
         VLLM().ask(tmp_path, package_question())
     done.returncode = -9

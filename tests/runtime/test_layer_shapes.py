@@ -184,31 +184,29 @@ def test_config_json_says_the_heads_of_each_layer_as_transformers_does(saved):
     assert raw["per_layer_config"] == theirs.to_diff_dict()["per_layer_config"] == {"1": {"num_key_value_heads": 1}}
     read = LlamaConfig.from_dict({key: value for key, value in raw.items() if key not in ("model_type", "surgery")})
     assert [layer.num_key_value_heads for layer in read.per_layer_config] == BUDGET
-    mine = surgery.load(folder).config  # which every program may ask for one number
-    assert (mine.num_key_value_heads, mine.is_heterogeneous) == (3, False)
+    mine = surgery.load(folder).config  # which every program may ask for one number, however it was made
+    file = str(folder / "config.json")
+    for config in (mine, copy.deepcopy(mine), type(mine).from_json_file(file), type(mine)(**mine.to_diff_dict())):
+        assert (config.num_key_value_heads, config.is_heterogeneous) == (3, False)
 
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ([{"num_key_value_heads": 1}] + [{}] * 10 + [{"num_attention_heads": 6, "num_key_value_heads": 3}],
-         {"00": {"num_key_value_heads": 1}, "11": {"num_attention_heads": 6}}),
+        ([{"num_key_value_heads": 1}] + [{}] * 10 + [{"num_attention_heads": 9, "num_key_value_heads": 9}],
+         {"00": {"num_key_value_heads": 1}, "11": {"num_key_value_heads": 9}}),
+        ([{"num_key_value_heads": 1}, {"num_attention_heads": 6, "num_key_value_heads": 3}], {}),
         ([{"num_key_value_heads": 3}] * 2, {}),
         ([{"num_key_value_heads": 1}, {"num_attention_heads": 8, "query_groups": [3, 3, 2]}], {}),
         ([{"num_key_value_heads": 1, "query_groups": [9]}, {}], {"0": {"num_key_value_heads": 1}}),
+        ([{"num_key_value_heads": 1, "query_groups": None}, {}], {"0": {"num_key_value_heads": 1}}),
         ([{"num_key_value_heads": 1}, {"split": {"full": [0]}}], {}),
         ([{"num_key_value_heads": 1}, {"parameters": {"surgery_sink": [9]}}], {}),
     ],
 )  # fmt: skip
 def test_heads_of_layers_are_named_where_they_say_all(layers, expected):
-    assert per_layer_config(layers, {"num_attention_heads": 9, "num_key_value_heads": 3}) == expected
-
-
-def test_a_number_that_the_family_lacks_is_not_named():
-    layers = [{"num_attention_heads": 2, "num_key_value_heads": 2}, {}]
-    assert per_layer_config(layers, {"num_attention_heads": 4, "num_key_value_heads": None}) == {
-        "0": {"num_attention_heads": 2}
-    }
+    assert per_layer_config(layers, 9, 3) == expected
+    assert per_layer_config(layers, 9, None) == {}, "a family that has no such number"
 
 
 def test_a_config_with_a_faulty_block_can_be_printed(saved):
