@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import re
@@ -362,3 +363,15 @@ def test_bench_counts_the_heads_of_layers_of_different_shape(surgery, model):
     split = ran.json["split"]
     assert (split["streaming"], split["kv_heads"], split["ratio"]) == (2, 4, 0.5)
     assert copy.copy(split["streaming_per_layer"])[1] <= 1
+
+
+def test_the_version_is_checked_before_code_that_an_older_one_cannot_import():
+    """Transformers 4.46 has no `CacheLayerMixin`: its user reads our sentence, and no ImportError of that name."""
+    folder = Path(runtime.__file__).parent
+    body = ast.parse((folder / "modeling_surgery.py").read_text(encoding="utf-8")).body
+    check = next(i for i, node in enumerate(body) if isinstance(node, ast.If) and "version_fault" in ast.unparse(node))
+    before = [node.module for node in body[:check] if isinstance(node, ast.ImportFrom) and node.level]
+    assert before == ["surgery_config"]
+    names = ast.parse((folder / "surgery_config.py").read_text(encoding="utf-8")).body
+    modules = [ast.unparse(node) for node in names if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in modules if "transformers" in line or "from ." in line]
