@@ -59,13 +59,13 @@ JUDGES = {
 }
 
 
-def setting(text: str) -> tuple[str, float | str]:
-    """KEY=VALUE as a setting of heal."""
+def setting(text: str) -> tuple[str, object]:
+    """KEY=VALUE as a setting of heal; VALUE is JSON, or a string."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError("write KEY=VALUE")
     try:
-        return key, float(value)
+        return key, json.loads(value)
     except ValueError:
         return key, value
 
@@ -89,7 +89,7 @@ parser.add_argument("--sure", type=float, default=0.0, help="how much less a tok
 parser.add_argument("--row", type=int, default=512, help="tokens of a row")
 parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every route is trained with each")
 parser.add_argument(
-    "--also", nargs="*", default=[], metavar="KEY=VALUE", type=setting, help="more settings of every route: hidden=1"
+    "--also", nargs="*", default=[], metavar="KEY=VALUE", type=setting, help="more settings of every route: hidden=1.0"
 )
 parser.add_argument("--judges", action="store_true", help="also ask needles, repeats and look-ups")
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
