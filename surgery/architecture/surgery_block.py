@@ -29,13 +29,11 @@ def layer_entries(
         shapes: for each layer, parameter name within the attention module -> shape.
         needed: return entries even if a stock config can describe the model.
     """
-    config, edits, entries = anatomy.config, anatomy.edits, []
-    block = getattr(config, "surgery", None)
+    block, entries = getattr(anatomy.config, "surgery", None), []
     if anatomy.alike and not needed and block is None:
         return None
-    heads = edits.get("num_attention_heads", config.num_attention_heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads  # without the field: one per query head
-    stock = (heads, edits.get("num_key_value_heads", kv_heads))
+    heads, kv_heads = _stock_numbers(anatomy)
+    stock = (heads, kv_heads or heads)  # without the field: one per query head
     earlier = block["layers"] if block else [{}] * len(anatomy.layers)
     for layer, layer_shapes, old in zip(anatomy.layers, shapes, earlier, strict=True):
         entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
@@ -45,6 +43,15 @@ def layer_entries(
             entry["shapes"] = {name: list(shape) for name, shape in sorted(layer_shapes.items())}
         entries.append(_follow_heads(old, layer) | entry)
     return entries
+
+
+def _stock_numbers(anatomy: Anatomy) -> tuple[int, int | None]:
+    """The numbers of query and KV heads that the config names after the change; None: it has no field of KV heads."""
+    heads, kv_heads = (
+        anatomy.edits.get(name, getattr(anatomy.config, name, None))
+        for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    return heads, kv_heads
 
 
 def _follow_heads(old: dict, layer: LayerAnatomy) -> dict:
@@ -86,11 +93,7 @@ def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> di
         runtime.PREFIX + names[kind] for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
     export_files(parts_of(entries), folder)
-    heads, kv_heads = (
-        anatomy.edits.get(name, getattr(anatomy.config, name, None))
-        for name in ("num_attention_heads", "num_key_value_heads")
-    )
-    own = per_layer_config(entries, heads, kv_heads)
+    own = per_layer_config(entries, *_stock_numbers(anatomy))
     return {name: value for name, value in raw.items() if name != PER_LAYER} | {
         "model_type": runtime.NAME,
         "architectures": [model],

@@ -253,11 +253,10 @@ class _ConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        read = {name: value for name, value in config_dict.items() if name != PER_LAYER}  # the block says it, and more
-        return super().from_dict({**read, "model_type": cls.model_type}, **kwargs)
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
 
     def __post_init__(self, *args, **kwargs):
-        kwargs.pop(PER_LAYER, None)  # of a config that was not made by `from_dict`
+        kwargs.pop(PER_LAYER, None)  # the `surgery` block says it, and more
         super().__post_init__(*args, **kwargs)
 
     def to_diff_dict(self):

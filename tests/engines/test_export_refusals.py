@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_json, edit_record
+from exported_models import UNEQUAL, UNIFORM
 from families import ROOT, build
 from tokenizers_of_bytes import byte_tokenizer
 
@@ -19,9 +20,6 @@ from surgery.engines import base, find
 from surgery.engines.llama_cpp import PARTS
 from surgery.io import manifest
 from surgery.runtime.surgery_config import PARTS as RUNTIME_PARTS
-
-UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
-UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_models import PRUNED, UNEQUAL, UNIFORM
 from safetensors.torch import load_file
-from test_export_refusals import UNEQUAL, UNIFORM, make, passed
+from test_export_refusals import make, passed
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -24,8 +25,6 @@ from surgery.engines import find, process, vllm, vllm_environment
 from surgery.engines.base import EngineAnswers
 from surgery.engines.vllm import PARTS, VLLM, padded, query_heads
 from surgery.runtime.surgery_config import PARTS as RUNTIME_PARTS
-
-PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +226,7 @@ def test_the_config_class_reads_what_is_written(tmp_path):
         ("Qwen3", UNEQUAL, {"head_dim": 16}, "different numbers of heads, and QK-norm"),
         ("Gemma", UNEQUAL, {"head_dim": 16}, "different numbers of heads of gemma"),
         ("Llama", UNEQUAL, {"hidden_act": "gelu"}, "gelu as the MLP's activation"),
-        ("Llama", {"op": "gqa", "kv_heads": 1, "method": "mean"}, {"head_dim": 24}, "heads of size 24"),
+        ("Llama", UNIFORM, {"head_dim": 24}, "heads of size 24"),
     ],
 )  # fmt: skip
 def test_what_vllm_cannot_hold(refused, tmp_path, family, step, fields, says):
