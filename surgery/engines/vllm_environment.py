@@ -7,6 +7,7 @@ of about 3.4 GB.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import subprocess
@@ -71,6 +72,8 @@ def make(folder: Path) -> None:
 
 def main() -> None:
     """Make the environment where `surgery export --for vllm` looks for it."""
+    description, formatter = __doc__, argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(prog=COMMAND, description=description, formatter_class=formatter).parse_args()
     folder = environment()
     try:
         make(folder)

@@ -314,6 +314,16 @@ def test_a_folder_that_does_not_agree_is_kept_under_another_name(surgery, engine
     assert "exports" not in json.loads((tmp_path / "out/surgery.json").read_text())
 
 
+def test_help_makes_no_environment(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(vllm_environment.VARIABLE, str(tmp_path / "environment"))
+    monkeypatch.setattr("sys.argv", ["vllm_environment", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        vllm_environment.main()
+    assert ended.value.code == 0
+    assert "An environment of its own for vLLM" in capsys.readouterr().out
+    assert not (tmp_path / "environment").exists()
+
+
 @pytest.mark.parametrize("theirs", ["folder", "file", "link"])
 def test_what_somebody_else_has_under_that_name_stays(surgery, engine, tmp_path, theirs):
     from dataclasses import replace

@@ -7,8 +7,13 @@ SIZES = {
     "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 512, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+# Slow frequencies turn eight times slower than their theta says, so within the tokens that engines are asked.
+SCALED = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 FAMILIES = {
-    "Llama": {"head_dim": 32},
+    "Llama": {"head_dim": 32, "rope_parameters": SCALED},
     "Mistral": {"head_dim": 64, "sliding_window": 200},
     "Qwen2": {},
 }
