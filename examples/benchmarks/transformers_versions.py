@@ -148,7 +148,7 @@ def cell(values: list[float | str], names: list[str]) -> str:
     good = [kind for kind, value in found if isinstance(value, float) and value <= TOLERANCE]
     other = [kind for kind, value in found if isinstance(value, float) and value > TOLERANCE]
     if not other:
-        return "all" if len(good) == len(kinds) else ", ".join(good) or "none"
+        return "all" if good == list(RESULTS) else ", ".join(good) or "none"
     agrees = (
         "the others agree" if len(good) + len(other) == len(kinds) else ", ".join(good) or "the others do not open"
     )

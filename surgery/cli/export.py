@@ -57,7 +57,8 @@ def export(
     if output is None:
         what, example = ("file", f"FILE{suffix}") if (suffix := find(engine).suffix) else ("folder", "DIR")
         raise SurgeryError(f"no {what} was named", fix=f"add -o {example}")
-    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
+    quiet = quiet or as_json
+    with interrupt.cleaned_up(), interrupt.advised(interrupt.nothing_kept), progress_bar(quiet) as progress:
         result = run(out, engine, output, kind=kind, overwrite=overwrite, progress=progress)
     if as_json:
         return emit(result.to_dict())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from surgery.errors import SurgeryError
 from surgery.io.files import PROGRESS, read_json
@@ -14,10 +16,42 @@ from surgery.io.files import PROGRESS, read_json
 # Takes the arguments of the command. Returns a sentence on what is kept, and one with the command to type next.
 Advice = Callable[[list[str]], str]
 _advice: list[Advice] = []
+ENDING = ("SIGTERM", "SIGHUP")  # told to end, and the terminal was closed; Windows has only the first
 
 
 class Interrupted(Exception):
     """Ctrl-C during the work of a verb. Typer would answer a KeyboardInterrupt with an empty line."""
+
+
+class _Ended(BaseException):
+    """The process was told to end; `args` holds the signal's number."""
+
+
+@contextmanager
+def cleaned_up() -> Iterator[None]:
+    """Let this block remove what it has begun when a signal ends the process, which then ends by that signal.
+
+    A signal that is ignored (nohup) or that has another handler stays so.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    before = {}
+    with suppress(ValueError):  # not the main thread: only that may set handlers
+        for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, note)
+    ended = None
+    try:
+        yield
+    except _Ended as told:
+        ended = told.args[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if ended is not None:
+        signal.raise_signal(ended)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ VERBS = {  # in the order of `--help`: verb -> its function, and its line in the
     "sweep": (compare_verbs.sweep, "Try values of a setting, and compare the results."),
     "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),
     "report": (page_verbs.report, "Write one HTML page about an output."),
-    "export": (export_verb.export, "Write a file for llama.cpp, run it there, and compare."),
+    "export": (export_verb.export, "Write it for llama.cpp or vLLM, run it there, and compare."),
     "push": (convert_verbs.push, "Upload to the Hub (private by default)."),
     "doctor": (inspect_verbs.doctor, "Report what works on this machine."),
 }

@@ -35,10 +35,13 @@ def output_path(typed: Path, source: Path, suffix: str, overwrite: bool, engine:
         raise SurgeryError(f"a file of {engine} ends with {suffix}", where=str(typed), fix=f"-o {typed}{suffix}")
     if not path.parent.is_dir():
         raise SurgeryError("no such folder", where=str(path.parent), fix="make it first, or choose another name (-o)")
+    kind, name = ("file", path.name) if suffix else ("folder", "NAME")
     if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-        kind = "file" if suffix else "folder"
         what = f"the {kind} would lie in the checkpoint's folder, whose files `check` compares with its record"
-        raise SurgeryError(what, where=str(typed), fix=f"-o {path.name if suffix else 'NAME'}, next to the folder")
+        raise SurgeryError(what, where=str(typed), fix=f"-o {name}, next to the folder")
+    if path.is_dir() and source.resolve().is_relative_to(path.resolve()):
+        what = "the checkpoint lies in this folder, which would be replaced"
+        raise SurgeryError(what, where=str(typed), fix=f"-o {name}, next to the folder")
     refuse_existing(typed, suffix, overwrite)
     return path
 
@@ -53,7 +56,7 @@ def refuse_existing(typed: Path, suffix: str, overwrite: bool) -> None:
     ours = _is_ours(typed, folder=not suffix)
     if not ours or not overwrite:
         fix = "choose another name (-o), or add --overwrite" if ours else "choose another name (-o)"
-        raise OutputExistsError(f"{typed.name} exists", where=str(typed), fix=fix)
+        raise OutputExistsError(f"{typed.absolute().name} exists", where=str(typed), fix=fix)
 
 
 @contextmanager

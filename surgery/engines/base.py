@@ -171,6 +171,12 @@ def per_layer(anatomy: Anatomy) -> bool:
     return anatomy.surgical or not anatomy.alike
 
 
+def other_width(anatomy: Anatomy) -> bool:
+    """Whether the query heads of a layer together are narrower or wider than the hidden states."""
+    hidden = anatomy.config.get_text_config().hidden_size
+    return any(layer.heads * layer.head_dim != hidden for layer in anatomy.layers)
+
+
 def unlike_stock(anatomy: Anatomy) -> tuple[str, str]:
     """Of layers that are `per_layer`: what no stock config can give, and the nearest that one can."""
     if anatomy.alike:

@@ -22,6 +22,7 @@ from surgery.engines.base import (
     EngineQuestion,
     Obstacle,
     ServingEngine,
+    other_width,
     parts_of,
     per_layer,
     unlike_stock,
@@ -37,6 +38,8 @@ PER_LAYER = ("llama", "mistral")  # families whose layers `deci` computes
 # Families whose sliding window llama.cpp ignores, computing full attention: its converter leaves the window out, or
 # writes it for an engine that has switched it off (Phi 3).
 WINDOW_LOST = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
+# Families whose heads together must be as wide as the hidden states: llama.cpp makes a square query projection.
+SQUARE = ("cohere", "granite", "phi3", "qwen2", "starcoder2")
 # Part of the runtime -> what the file cannot hold, and the nearest that it can.
 PARTS = {
     "split": ("streaming heads: a GGUF file has no window for single heads", WEIGHTS_ALONE),
@@ -71,7 +74,7 @@ class LlamaCpp(ServingEngine):
             found.append(
                 Obstacle(f"{anatomy.composite}: a GGUF file holds the text model and not its other part", alone)
             )
-        return found + (_obstacles_of_layers(anatomy) if per_layer(anatomy) else [])
+        return found + (_obstacles_of_layers(anatomy) if per_layer(anatomy) else _obstacles_of_width(anatomy))
 
     def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
         config, facts = _config(folder, anatomy)
@@ -123,6 +126,8 @@ def cache_bytes(said: str) -> int | None:
 def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
     """Why `deci` cannot hold layers whose numbers of heads no stock config can give; []: it can."""
     layers, (what, uniform) = anatomy.layers, unlike_stock(anatomy)
+    if anatomy.model_type in SQUARE and not anatomy.alike:
+        uniform = "the same number of KV heads in every layer (gqa kv_heads=N)"
     if biases := [letter for letter in "qkvo" if any(letter in layer.biases for layer in layers)]:
         named = ", ".join(f"{letter}_proj" for letter in biases)
         return [Obstacle(f"{what}, and {named} with biases: llama.cpp's deci has no place for biases", uniform)]
@@ -135,6 +140,16 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
         equal = "KV heads that equally many query heads read (prune-heads granularity=kv_group)"
         return [Obstacle("KV heads that are read by different numbers of query heads: llama.cpp divides them", equal)]
     return []
+
+
+def _obstacles_of_width(anatomy: Anatomy) -> list[Obstacle]:
+    """Why llama.cpp cannot hold layers that are alike and have lost query heads; []: it can."""
+    if anatomy.model_type not in SQUARE or not other_width(anatomy):
+        return []
+    hidden, layer = anatomy.config.get_text_config().hidden_size, anatomy.layers[0]
+    what = f"{layer.heads} query heads of size {layer.head_dim} with hidden states of size {hidden}"
+    why = f"llama.cpp takes the size of a {anatomy.model_type} head to be the one divided by the other"
+    return [Obstacle(f"{what}: {why}", "gqa, which keeps all query heads; or this result in vLLM")]
 
 
 def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, Any]]:

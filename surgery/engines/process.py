@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from surgery.errors import CheckError, MachineError
 KILLED = -9  # what a process ends with that the system has killed, mostly since memory ran out
 HOURS = 2.0  # for which a process may run; one that hangs says nothing
 PLAINEST = "error loading model"  # of llama.cpp's lines, the one that says why
+RAISED = re.compile(r"(?:\[\w+\]: )?[\w.]+(?:Error|Exception): ")  # how the last line of a traceback begins
+SHOWN = 300  # characters of a reason
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -125,9 +129,18 @@ def refuse_killed(done: subprocess.CompletedProcess[str], engine: str) -> None:
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The line in which a process says why it failed, or the number with which it ended."""
+    """The line in which a process says why it failed, or the number with which it ended.
+
+    That is llama.cpp's own reason, else the exception that was raised last, else the last line that speaks of an
+    error. After "1 validation error for ModelConfig" the next line says what is wrong.
+    """
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    own = [line for line in lines if PLAINEST in line][:1]
+    raised = [
+        f"{line}: {after}" if "validation error" in line else line
+        for line, after in pairwise([*lines, ""])
+        if RAISED.match(line)
+    ]
     errors = [line for line in lines if "error" in line.lower()]
-    own = next((line for line in errors if PLAINEST in line), "")
-    line = own or next(reversed(errors or lines), f"the process ended with {done.returncode}")
-    return line[-300:]
+    line = (own or raised[-1:] or errors[-1:] or lines[-1:] or [f"the process ended with {done.returncode}"])[0]
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."

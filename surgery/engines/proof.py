@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3  # largest difference of a log-probability, in nats; for float32 weights alone
 TIE = 2e-3  # nats: a token that is no further below the best one may be the engine's best
+ROUNDED = 0.5  # share of the positions at which rounded weights must have the same best token, or nearly
 PROMPT, GENERATED, BEST = 64, 64, 400
 LONGEST = 8192  # tokens of a prompt that is longer than a sliding window
 LEAST = -80.0  # nats: smaller log-probabilities are not compared, since float32 does not hold exp of them
@@ -57,26 +58,31 @@ class Agreement:
         """Why the file must not be used, a clause each; []: the engine agrees.
 
         Args:
-            exact: whether the weights were written in float32. Other types round: only the text and NaN are judged.
+            exact: whether the weights were written in float32. Other types round, by how much depends on the model.
+                Then another best token at more than half of the positions is a fault, and no difference is.
         """
         faults = []
         if self.largest_difference is None:
             faults.append("its log-probabilities are not numbers (NaN)")
         elif exact and self.largest_difference > TOLERANCE:
             faults.append(f"log-probabilities differ by {self.largest_difference:.1e}, more than {TOLERANCE:.0e}")
-        if exact and (others := self.tokens - self.same_best - self.near_ties):
+        others = self.tokens - self.same_best - self.near_ties
+        if others > (0 if exact else (1 - ROUNDED) * self.tokens):
             faults.append(f"another best token at {others} of {self.tokens} positions")
         if not self.same_text_tokens:
             faults.append("its vocabulary splits a sentence into other tokens than the folder's tokenizer")
         return faults
 
 
-def make_question(folder: Path, positions: int | None, window: int = 0) -> tuple[EngineQuestion, list[int]]:
+def make_question(
+    folder: Path, positions: int | None, window: int = 0, words: int = BEST
+) -> tuple[EngineQuestion, list[int]]:
     """What the engine is asked about a folder, and the tokens of the question's text by the folder's tokenizer.
 
     Args:
         positions: the most tokens that the file takes; None: unknown.
         window: the smallest sliding window (0: none). The prompt is longer, so that the engine's window matters too.
+        words: the size of the vocabulary.
     """
     from surgery.data.text import load_text, windows
     from surgery.io.loading import read_tokenizer
@@ -88,7 +94,7 @@ def make_question(folder: Path, positions: int | None, window: int = 0) -> tuple
     length = max(min(wanted, positions - generate), 2)
     prompt = windows(load_text(), tokenizer, length=length, count=1)[0].tolist()
     expected = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
-    return EngineQuestion(prompt, generate, BEST, TEXT), list(expected)
+    return EngineQuestion(prompt, generate, min(BEST, words), TEXT), list(expected)
 
 
 def reference(folder: Path, question: EngineQuestion, answers: EngineAnswers) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,8 @@ class Exported(Printed):
                 f"{self.engine} computes none for this family"
             )
             blocks.append(("context", window))
+        if not shutil.which(program := shlex.split(self.command)[0]):
+            blocks.append(("note", f"{program} is a program of {self.engine}, and is not on PATH here"))
         return [*blocks, ("next", self.command)]
 
 
@@ -103,7 +107,8 @@ def export(
         engine: "llama.cpp" or "vllm".
         file: the file to write; its name ends with .gguf for llama.cpp. The folder to write for vLLM.
         kind: for llama.cpp, number format of the weights: "f32" (the default), "f16", "bf16" or "q8_0". All but the
-            first round the weights: the difference is reported, and only NaN and other text tokens are faults.
+            first round the weights: the difference is reported. A fault is NaN, another best token at more than half
+            of the positions, or other text tokens.
         overwrite: replace an existing file, or a folder of an earlier export.
         progress: called with done, total and a label.
 
@@ -122,7 +127,7 @@ def export(
     version, kind = target.version(), target.type_named(kind)
     typed = Path(file).expanduser()
     path = artifact.output_path(typed, Path(out), target.suffix, overwrite, target.name)
-    report = _checked(Path(out), target)
+    _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
     _refuse_no_tokenizer(Path(out), target)
     refuse_small_disk(path.parent, target.disk_bytes(anatomy, kind))
@@ -130,6 +135,7 @@ def export(
     with artifact.unfinished(path) as partial:
         figures = _written_and_proven(Path(out), target, kind, anatomy, partial, progress)
         artifact.refuse_existing(typed, target.suffix, overwrite)  # it may have appeared during this run
+        report = _checked(Path(out), target)  # again: another command may have recorded or changed something
         entry = {"engine": target.name, "version": version, "type": kind, "file": path.name, **figures}
         if partial.is_dir():
             write_json(partial / artifact.RECORD, entry)
@@ -150,7 +156,8 @@ def _written_and_proven(
     facts = engine.write(out, anatomy, kind, partial)
     if partial.is_dir():  # so that a later export knows whose folder it is, if this one fails
         write_json(partial / artifact.RECORD, {"engine": engine.name})
-    question, expected_text = make_question(out, *_reach(anatomy, facts))
+    words = anatomy.config.get_text_config().vocab_size
+    question, expected_text = make_question(out, *_reach(anatomy, facts), words)
     question = replace(question, cache_bytes=_cache_bytes(anatomy, len(question.prompt) + question.generate))
     agreement, cache = _prove(out, engine, question, expected_text, partial, progress)
     _refuse_other_results(agreement, kind == engine.exact, engine)

@@ -23,6 +23,7 @@ from surgery.engines.base import (
     EngineQuestion,
     Obstacle,
     ServingEngine,
+    other_width,
     parts_of,
     per_layer,
     unlike_stock,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 PER_LAYER = ("llama", "mistral", "qwen2")  # families whose layers a DeciLM computes
+DIVIDED = ("qwen2",)  # families for which vLLM takes the size of a head to be hidden size / heads
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.32 on a CPU, where the proof runs
 MOST_PADDING = 4  # times as many query heads as the widest layer has, at most
 # Part of the runtime -> what vLLM does not compute, and the nearest that it does.
@@ -53,6 +55,7 @@ PARTS = {
 }
 DROPPED = ("surgery", "sliding_window", "layer_types", "use_sliding_window", "_name_or_path")  # of the config
 CONFIG, TOKENIZER_CONFIG, CODE = "config.json", "tokenizer_config.json", "configuration_decilm.py"
+SURGERY_CARD = "surgery-card.md"
 OWN_CODE = "auto_map"  # the key by which the two configs name code
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -75,12 +78,12 @@ class VLLM(ServingEngine):
         )
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
-        unequal = _obstacles_of_layers(anatomy) if per_layer(anatomy) else []
+        unequal = _obstacles_of_layers(anatomy) if as_decilm(anatomy) else []
         return parts_of(anatomy, PARTS) + unequal + _obstacles_of_size(anatomy)
 
     def write(self, folder: Path, anatomy: Anatomy, kind: str, file: Path) -> dict[str, Any]:
         file.mkdir()
-        apart, config = per_layer(anatomy), read_json(folder / CONFIG)
+        apart, config = as_decilm(anatomy), read_json(folder / CONFIG)
         weights = [name for name in manifest.paths_in(folder) if name.endswith(WEIGHTS) and "/" not in name]
         for name in weights:
             if apart and name.endswith(".safetensors"):
@@ -88,6 +91,7 @@ class VLLM(ServingEngine):
             else:
                 shutil.copyfile(folder / name, file / name)
         carry_files(folder, file, set(weights))
+        _carry_card(folder, file)
         for code in file.rglob("*.py"):
             code.unlink()
         _write_tokenizer_config(folder, file, apart)
@@ -102,7 +106,7 @@ class VLLM(ServingEngine):
 
     def disk_bytes(self, anatomy: Anatomy, kind: str) -> int:
         stored = BYTES.get(anatomy.dtype, 4)
-        if not per_layer(anatomy):
+        if not as_decilm(anatomy):
             return stored * anatomy.parameters
         hidden, heads = anatomy.config.get_text_config().hidden_size, query_heads(anatomy.layers)
         zeros = sum(2 * (heads - layer.heads) * layer.head_dim * hidden for layer in anatomy.layers)
@@ -117,7 +121,9 @@ class VLLM(ServingEngine):
         import shlex
 
         code = " --trust-remote-code" if (Path(file) / CODE).is_file() else ""
-        return f"vllm serve {shlex.quote(file)}{code}"
+        own = vllm_environment.interpreter(vllm_environment.environment()).with_name("vllm")
+        program = "vllm" if shutil.which("vllm") else shlex.quote(str(own))
+        return f"{program} serve {shlex.quote(file)}{code}"
 
 
 def _write_tokenizer_config(folder: Path, target: Path, named: bool) -> None:
@@ -136,15 +142,29 @@ def _write_tokenizer_config(folder: Path, target: Path, named: bool) -> None:
         write_json(target / TOKENIZER_CONFIG, config)
 
 
+def _carry_card(folder: Path, target: Path) -> None:
+    """Copy the card of the surgery. `carry_files` took it for the base's where the base has none."""
+    if not (folder / BASE_CARD).is_file():
+        (target / BASE_CARD).unlink(missing_ok=True)
+    if (folder / CARD).is_file():
+        shutil.copyfile(folder / CARD, target / SURGERY_CARD)
+
+
 def _card(name: str, apart: bool) -> str:
-    """A short card. The base's card, which names its licence, is next to it."""
+    """A short card. Those of the surgery and of the base, which names its licence, are next to it."""
     decilm = "It is a DeciLM, which vLLM alone opens, with `--trust-remote-code`: its code is the class of its config."
     kind = decilm if apart else "It is an ordinary checkpoint."
     return (
         f"# {name} for vLLM\n\n`surgery export` made this folder from a checkpoint whose attention was rewritten, and "
-        f"compared vLLM with Transformers (`{RECORD}`). {kind} Its weights are not the base's. The base's card, if it "
-        f"has one, is `{BASE_CARD}`, and its licence holds for these weights too.\n"
+        f"compared vLLM with Transformers (`{RECORD}`). {kind} Its weights are not the base's: `{SURGERY_CARD}` says "
+        f"what the surgery did. The base's card, if it has one, is `{BASE_CARD}`, and its licence holds for these "
+        "weights too.\n"
     )
+
+
+def as_decilm(anatomy: Anatomy) -> bool:
+    """Whether vLLM computes these layers as a DeciLM alone, and not as the family itself."""
+    return per_layer(anatomy) or (anatomy.model_type in DIVIDED and other_width(anatomy))
 
 
 def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:

@@ -52,11 +52,13 @@ def make(folder: Path) -> None:
     """Make an environment with vLLM for CPUs.
 
     Raises:
-        SurgeryError: the folder holds something else.
+        SurgeryError: the folder holds something else: nothing is installed into an environment that exists.
         MachineError: a step failed.
     """
-    if folder.exists() and not interpreter(folder).exists() and any(folder.iterdir()):
-        raise SurgeryError("this folder is no environment", where=str(folder), fix=f"{VARIABLE}=another folder")
+    if folder.exists() and any(folder.iterdir()):
+        kind = "is an environment without vLLM" if interpreter(folder).exists() else "is no environment"
+        fix = f"remove it if this command left it unfinished, or set {VARIABLE} to another folder"
+        raise SurgeryError(f"this folder {kind}", where=str(folder), fix=fix)
     python = str(interpreter(folder))
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     steps = [
@@ -71,14 +73,16 @@ def make(folder: Path) -> None:
 
 
 def main() -> None:
-    """Make the environment where `surgery export --for vllm` looks for it."""
+    """Make the environment where `surgery export --for vllm` looks for it, unless there is one."""
     description, formatter = __doc__, argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(prog=COMMAND, description=description, formatter_class=formatter).parse_args()
     folder = environment()
     try:
-        make(folder)
+        if installed_version(folder) is None:
+            make(folder)
     except SurgeryError as error:
-        sys.exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(f"{installed_version(folder)} is in {folder}: surgery export OUT --for vllm -o DIR")
 
 

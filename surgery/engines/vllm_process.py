@@ -28,7 +28,7 @@ def answer(job: dict) -> dict:
         model=job["file"],
         trust_remote_code=job["code"],
         dtype="float32",
-        max_model_len=len(job["prompt"]) + job["generate"] + 8,
+        max_model_len=len(job["prompt"]) + job["generate"],
         max_num_seqs=1,
         kv_cache_memory_bytes=cache_gib(job) << 30,
         max_logprobs=job["best"],

@@ -58,9 +58,9 @@ def loading(report: dict) -> str:
 
 
 def _exported(report: dict) -> list[str]:
-    """Two sentences for each file that was made of the folder for another engine, and compared with Transformers."""
+    """Two sentences for each file or folder that was made for another engine, and compared with Transformers."""
     return [
-        f"`surgery export` made the file `{each.get('file')}` of it (type {each.get('type')}), and ran that file in "
+        f"`surgery export` made `{each.get('file')}` of it (type {each.get('type')}), and ran that in "
         f"{each.get('engine')} ({each.get('version')}). Log-probabilities differed from those of Transformers by at "
         f"most {each.get('largest_difference')}, and the best token was the same at {each.get('same_best')} of "
         f"{each.get('tokens')} positions."

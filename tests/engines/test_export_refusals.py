@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_json, edit_record
-from exported_models import UNEQUAL, UNIFORM
+from exported_models import ALIKE, UNEQUAL, UNIFORM
 from families import ROOT, build
 from tokenizers_of_bytes import byte_tokenizer
 
@@ -136,6 +136,7 @@ def test_a_folder_of_four_bits(refused, out):
         ("Llama", {"op": "sink_calibration", "method": "learned", "logit": -2.0}, {}, "sink biases"),
         ("Qwen2", UNEQUAL, {}, "different numbers of heads, and q_proj, k_proj, v_proj with biases"),
         ("Llama", UNEQUAL, {"attention_bias": True}, "q_proj, k_proj, v_proj, o_proj with biases"),
+        ("Qwen2", ALIKE, {}, "2 query heads of size 16 with hidden states of size 64: llama.cpp takes the size of a"),
         ("Qwen3", UNEQUAL, {"head_dim": 16}, "different numbers of heads, and QK-norm"),
         ("Gemma", UNEQUAL, {"head_dim": 16}, "different numbers of heads of gemma"),
     ],

@@ -19,6 +19,8 @@ from surgery.engines import llama_cpp, process, proof, run
 from surgery.engines.base import EngineAnswers, EngineQuestion
 from surgery.engines.llama_cpp import LlamaCpp, cache_bytes
 from surgery.errors import MachineError
+from surgery.io import manifest
+from surgery.report.report import Report
 
 
 @pytest.fixture
@@ -101,6 +103,34 @@ def test_a_file_that_appears_meanwhile_is_kept(surgery, engine, tmp_path):
     assert names(tmp_path) == ["f.gguf", "out"]
 
 
+def test_what_another_command_records_meanwhile_is_kept(surgery, engine, tmp_path):
+    theirs = {"engine": "vllm", "file": "served", "version": "1", "type": "as-saved", "sha256": "0"}
+
+    def recorded(answers):
+        run._record(Report.of(tmp_path / "out"), theirs)
+        return answers
+
+    engine.change = recorded
+    assert surgery(*export()).code == 0
+    record = json.loads((tmp_path / "out/surgery.json").read_text())
+    assert [each["file"] for each in record["exports"]] == ["served", "f.gguf"]
+    assert manifest.differences(tmp_path / "out", record, True) == []
+    assert surgery(*export("--overwrite")).code == 0, "the folder can still be exported"
+
+
+def test_a_folder_that_changes_meanwhile(surgery, engine, tmp_path):
+    def changed(answers):
+        config = tmp_path / "out/config.json"
+        config.write_text(f"{config.read_text()} ")
+        return answers
+
+    engine.change = changed
+    ran = surgery(*export())
+    assert ran.code == 2
+    assert "config.json" in ran.err
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_small_disk_and_a_small_memory(refused, engine, monkeypatch):
     monkeypatch.setattr(run, "too_big", lambda weights: f"needs {weights} bytes")
     anatomy = package.Anatomy.of("out")
@@ -119,6 +149,7 @@ def test_a_question_fits_the_file(out, positions):
 
 
 def test_a_question_reaches_beyond_the_window(out):
+    assert proof.make_question(out, 100, words=300)[0].best == 300, "no engine gives more than there are"
     question, _ = proof.make_question(out, 1000, window=200)
     assert (len(question.prompt), question.generate) == (264, 64)
     question, _ = proof.make_question(out, None, window=100_000)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_record, edit_tensors
-from exported_models import FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM
+from exported_models import ALIKE, FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM, kv_heads_after
 from families import build
 
 import surgery as package
@@ -62,7 +62,14 @@ def fields_of(file: Path, *names: str) -> dict:
         ("Llama", UNIFORM, {"architecture": "llama", "attention.head_count_kv": 1}),
         ("Llama", UNEQUAL, {"architecture": "deci", "attention.head_count_kv": [2, 1]}),
         ("Llama", PRUNED, {"architecture": "deci", "attention.head_count_kv": [2, 4], "attention.head_count": [2, 4]}),
+        ("Llama", ALIKE, {"architecture": "llama", "attention.head_count_kv": 2, "attention.head_count": 2}),
         ("Mistral", UNIFORM, {"architecture": "llama", "attention.head_count_kv": 1, "context_length": 200}),
+        ("Mistral", ALIKE, {"architecture": "llama", "attention.head_count_kv": 2, "attention.head_count": 2}),
+        (
+            "Mistral",
+            PRUNED,
+            {"architecture": "deci", "attention.head_count_kv": [2, 4], "attention.head_count": [2, 4]},
+        ),
         ("Mistral", UNEQUAL, {"architecture": "deci", "attention.head_count_kv": [2, 1], "context_length": 200}),
         ("Qwen2", UNIFORM, {"architecture": "qwen2", "attention.head_count_kv": 1}),
     ],
@@ -81,7 +88,7 @@ def test_llama_cpp_agrees(surgery, sources, tmp_path, family, step, expected):
     assert entry["same_text_tokens"]
     assert entry["sha256"] == manifest.entry(file)["sha256"]
     assert (entry["engine"], entry["type"], entry["file"]) == ("llama.cpp", "f32", "f.gguf")
-    kv_heads = sum([2, 4] if step is PRUNED else [2, 1] if step is UNEQUAL else [1, 1])
+    kv_heads = kv_heads_after(step)
     assert entry["kv_bytes_per_token"] == 2 * 2 * kv_heads * FAMILIES[family].get("head_dim", 32)
     assert entry["engine_cache_bytes_per_token"] == entry["kv_bytes_per_token"]
     assert f"llama.cpp counts {entry['engine_cache_bytes_per_token']:,}\n" in ran.out
@@ -143,6 +150,22 @@ def test_a_small_type_is_reported_without_a_verdict(surgery, out, tmp_path):
     assert ran.json["largest_difference"] > 1e-3, "8 bits are not exact"
     assert ran.json["bytes"] == (tmp_path / "q.gguf").stat().st_size < 0.4 * (out / "model.safetensors").stat().st_size
     assert ran.json["next"] == "llama-cli -m q.gguf"
+
+
+def test_a_small_type_with_other_weights_fails(surgery, out, tmp_path, monkeypatch):
+    write = LlamaCpp.write
+
+    def other_weights(engine, folder, anatomy, kind, file):
+        copy = Path(shutil.copytree(folder, tmp_path / "random"))
+        edit_tensors(copy, lambda tensors: [t.normal_(std=0.3) for name, t in tensors.items() if "layers" in name])
+        facts = write(engine, copy, anatomy, kind, file)
+        shutil.rmtree(copy)
+        return facts
+
+    monkeypatch.setattr(LlamaCpp, "write", other_weights)
+    ran = surgery("export", out, "--for", "llama.cpp", "--type", "q8_0", "-o", "f.gguf")
+    assert ran.code == 4, ran.out
+    assert "another best token at" in ran.err
 
 
 def test_a_second_export_replaces_the_entry_of_its_file(surgery, out, tmp_path):

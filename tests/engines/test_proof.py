@@ -51,6 +51,11 @@ def test_another_best_token_is_a_fault_unless_the_two_best_are_close():
     assert other.faults(exact=False) == []
 
 
+def test_rounded_weights_with_other_best_tokens_at_most_positions_are_a_fault():
+    found = agreement(order=((1, 0, 2), (2, 0, 1)))
+    assert found.faults(exact=False) == ["another best token at 2 of 2 positions"]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_a_fault_of_every_type(value):
     found = agreement(changes={(0, 0): value})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported_models import PRUNED, UNEQUAL, UNIFORM
+from exported_models import ALIKE, PRUNED, UNEQUAL, UNIFORM
 from safetensors.torch import load_file
 from test_export_refusals import make, passed
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -77,6 +77,7 @@ def stock_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         ("Mistral", UNEQUAL, {}, 4, [2, 4]),
         ("Qwen2", UNEQUAL, {}, 4, [2, 4]),
         ("Qwen2", PRUNED, {}, 4, [2, 1]),
+        ("Qwen2", ALIKE, {}, 2, [1, 1]),
     ],
 )
 def test_a_decilm_computes_the_same(tmp_path, family, step, fields, heads, groups):
@@ -278,7 +279,7 @@ def test_a_folder_that_agrees(surgery, engine, tmp_path):
     ran = surgery(*export())
     assert ran.code == 0, ran.err
     assert "vllm counts 512 with four bytes for each" in ran.out
-    assert ran.out.splitlines()[-1] == "next:     vllm serve served"
+    assert ran.out.splitlines()[-1].endswith("vllm serve served")
     (entry,) = json.loads((tmp_path / "out/surgery.json").read_text())["exports"]
     assert json.loads((tmp_path / "served/export.json").read_text()) == entry
     files = sorted(path for path in (tmp_path / "served").iterdir() if path.name != "export.json")
@@ -312,6 +313,38 @@ def test_a_folder_that_does_not_agree_is_kept_under_another_name(surgery, engine
         assert "served.failed: vllm does not compute" in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-base", "served.failed", "text.json"]
     assert "exports" not in json.loads((tmp_path / "out/surgery.json").read_text())
+
+
+def test_an_environment_that_exists_is_not_changed(monkeypatch, tmp_path, capsys):
+    """One that somebody has already may hold vLLM for a GPU: nothing is installed over it."""
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda step, **_: ran.append(step))
+    monkeypatch.setenv(vllm_environment.VARIABLE, str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["vllm_environment"])
+    vllm_environment.interpreter(tmp_path).parent.mkdir()
+    vllm_environment.interpreter(tmp_path).touch()
+    with pytest.raises(SystemExit) as ended:
+        vllm_environment.main()
+    assert ended.value.code == 2
+    assert "is an environment without vLLM" in capsys.readouterr().err
+    site = tmp_path / "lib/python3.11/site-packages/vllm-0.32.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    vllm_environment.main()
+    assert f"vllm 0.32.0 is in {tmp_path}: surgery export OUT --for vllm" in capsys.readouterr().out
+    assert ran == []
+
+
+def test_the_cards_beside_the_weights(tmp_path):
+    """The card of the surgery travels under its own name, and the base's if there is one."""
+    out = make(tmp_path / "out", "Llama", UNIFORM)
+    folder = written(out, tmp_path / "served")
+    assert (folder / "surgery-card.md").read_text() == (out / "README.md").read_text()
+    assert not (folder / "base-card.md").exists(), "this base has no card"
+    (out / "base-card.md").write_text("the base's")
+    folder = written(out, tmp_path / "again")
+    assert (folder / "base-card.md").read_text() == "the base's"
+    assert (folder / "surgery-card.md").is_file()
 
 
 def test_help_makes_no_environment(monkeypatch, tmp_path, capsys):
@@ -384,6 +417,7 @@ def test_the_cache_holds_the_question():
         (["export", "out", "--for", "vllm"], ["no folder was named", "add -o DIR"]),
         (export("--type", "f16"), ["no type 'f16'", "as-saved"]),
         (["export", "out", "--for", "vllm", "-o", "out/x"], ["the folder would lie in the checkpoint's folder"]),
+        (["export", "out", "--for", "vllm", "-o", ".", "--overwrite"], ["the checkpoint lies in this folder"]),
         (["export", "out", "--for", "vllm", "-o", "no/x"], ["no such folder"]),
     ],
 )
@@ -424,6 +458,28 @@ def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
     done.returncode = -9
     with pytest.raises(package.SurgeryError, match="memory runs out"):
         VLLM().ask(tmp_path, package_question())
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (["ValueError: no such head size", "  trailing error"], "ValueError: no such head size"),
+        (
+            ["pydantic.ValidationError: 1 validation error for ModelConfig", "  Value error, 136 is too many",
+             "    For further information visit https://errors.pydantic.dev/v/value_error"],
+            "pydantic.ValidationError: 1 validation error for ModelConfig: Value error, 136 is too many",
+        ),
+        (["[rank0]: RuntimeError: start exceeds", "[rank0]:[W] destroy_process_group error"],
+         "[rank0]: RuntimeError: start exceeds"),
+        (["E llama: error loading model: wrong shape", "RuntimeError: failed"],
+         "E llama: error loading model: wrong shape"),
+        (["KeyError: " + "x" * 400], "KeyError: " + "x" * 290 + " ..."),
+        (["INFO done", "nothing else"], "nothing else"),
+        ([], "the process ended with 3"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_the_exception(said, shown):
+    assert process.reason(subprocess.CompletedProcess([], 3, "", "\n".join(said))) == shown
 
 
 def package_question():

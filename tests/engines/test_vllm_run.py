@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_record, edit_tensors
-from exported_models import FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM
+from exported_models import ALIKE, FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM, kv_heads_after
 from families import build
 
 import surgery as package
@@ -39,7 +39,11 @@ def convert(tmp_path: Path, family: str, step: dict) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "step"),
-    [("Llama", UNIFORM), ("Llama", PRUNED), ("Mistral", UNEQUAL), ("Qwen2", UNIFORM), ("Qwen2", UNEQUAL)],
+    [
+        *[("Llama", step) for step in (UNIFORM, UNEQUAL, PRUNED, ALIKE)],
+        *[("Mistral", step) for step in (UNIFORM, UNEQUAL, PRUNED)],
+        *[("Qwen2", step) for step in (UNIFORM, UNEQUAL, ALIKE)],
+    ],
 )
 def test_vllm_agrees(surgery, tmp_path, family, step):
     out = convert(tmp_path, family, step)
@@ -49,8 +53,7 @@ def test_vllm_agrees(surgery, tmp_path, family, step):
     assert entry["largest_difference"] <= 1e-3
     assert (entry["tokens"], entry["same_best"] + entry["near_ties"], entry["same_text_tokens"]) == (64, 64, True)
     assert entry["compared"] > 20_000
-    kv_heads = sum([2, 4] if step is PRUNED else [2, 1] if step is UNEQUAL else [1, 1])
-    count = 2 * 4 * kv_heads * FAMILIES[family].get("head_dim", 32)
+    count = 2 * 4 * kv_heads_after(step) * FAMILIES[family].get("head_dim", 32)
     assert entry["kv_bytes_per_token"] * 2 == count
     assert entry["engine_cache_bytes_per_token"] == pytest.approx(count, rel=0.01), "the cache shrinks by count"
 

@@ -19,4 +19,12 @@ FAMILIES = {
 }
 UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
 UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
+ALIKE = {"op": "prune_heads", "granularity": "kv_group", "per_layer": 2, "refit": False}
 PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
+
+
+def kv_heads_after(step: dict) -> int:
+    """KV heads of both layers together after one of these operations."""
+    if step["op"] == "prune_heads":
+        return 4 if step is ALIKE else 6
+    return 3 if step is UNEQUAL else 2
