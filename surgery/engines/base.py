@@ -42,6 +42,8 @@ class EngineQuestion:
         best: number of log-probabilities to return for each generated token, the largest ones.
         text: a text to be split into tokens by the file's own vocabulary.
         cache_bytes: bytes that the keys and values of all these tokens take in float32.
+        pieces: ids of tokens that are no whole characters. An engine that answers in text may leave such tokens out;
+            it must then generate others.
     """
 
     prompt: list[int]
@@ -49,6 +51,7 @@ class EngineQuestion:
     best: int
     text: str
     cache_bytes: int = 0
+    pieces: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Run a GGUF file in llama.cpp, as a process: `python -P llama_cpp_server.py ANSWERS.json`.
 
 The file is run, never imported by the package. It reads one JSON object from stdin, {"file": ..., "prompt": [ids],
-"generate": n, "best": k, "text": ..., "threads": n}, and writes {"generated": [ids], "best": [[[id, log-probability
-or null], ...], ...], "text_tokens": [ids]} to ANSWERS.json. The cache holds float32, and flash attention is off:
-llama.cpp's default cache of float16 changes log-probabilities by up to 0.1.
+"generate": n, "best": k, "text": ..., "pieces": [ids], "threads": n}. It writes {"generated": [ids], "best": [[[id,
+log-probability or null], ...], ...], "text_tokens": [ids]} to ANSWERS.json. The cache holds float32, and flash
+attention is off: llama.cpp's default cache of float16 changes log-probabilities by up to 0.1.
 """
 
 import json
@@ -45,10 +45,14 @@ def log_probability(value) -> float | None:
 
 
 def answer(job: dict) -> dict:
-    """Generate greedily. End tokens are ignored, which changes what is chosen and no log-probability."""
+    """Generate greedily. End tokens and pieces of characters are not chosen, which changes no log-probability.
+
+    The server gives no log-probabilities for tokens after which its text ends within a character.
+    """
     server = xllamacpp.Server(settings(job))
     request = {"prompt": job["prompt"], "n_predict": job["generate"], "n_probs": job["best"]}
-    result = server.handle_completions(request | {"temperature": 0, "ignore_eos": True, "cache_prompt": False})
+    request |= {"temperature": 0, "ignore_eos": True, "logit_bias": [[token, False] for token in job["pieces"]]}
+    result = server.handle_completions(request | {"cache_prompt": False})
     result = json.loads(result) if isinstance(result, str) else result
     if "choices" not in result:
         raise RuntimeError(f"llama.cpp answered {json.dumps(result)[:300]}")

@@ -23,6 +23,7 @@ ROUNDED = 0.5  # share of the positions at which rounded weights must have the s
 PROMPT, GENERATED, BEST = 64, 64, 400
 LONGEST = 8192  # tokens of a prompt that is longer than a sliding window
 LEAST = -80.0  # nats: smaller log-probabilities are not compared, since float32 does not hold exp of them
+REPLACED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character are decoded to
 TEXT = (
     "The engine reads this sentence, and it's split into 12 or 345 tokens: does (or doesn't) it agree?\n\n"
     "  if x1 >= 10_000:\n\treturn 'I\u2019ll', \"WE'LL\"  # na\u00efve caf\u00e9, \u5317\u4eac, \u041c\u0438\u0440"
@@ -94,7 +95,9 @@ def make_question(
     length = max(min(wanted, positions - generate), 2)
     prompt = windows(load_text(), tokenizer, length=length, count=1)[0].tolist()
     expected = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
-    return EngineQuestion(prompt, generate, min(BEST, words), TEXT), list(expected)
+    each = tokenizer.batch_decode([[token] for token in range(min(words, len(tokenizer)))])
+    pieces = [token for token, text in enumerate(each) if REPLACED in text]
+    return EngineQuestion(prompt, generate, min(BEST, words), TEXT, pieces=pieces), list(expected)
 
 
 def reference(folder: Path, question: EngineQuestion, answers: EngineAnswers) -> torch.Tensor:

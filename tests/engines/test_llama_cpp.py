@@ -72,6 +72,7 @@ def fields_of(file: Path, *names: str) -> dict:
         ),
         ("Mistral", UNEQUAL, {"architecture": "deci", "attention.head_count_kv": [2, 1], "context_length": 200}),
         ("Qwen2", UNIFORM, {"architecture": "qwen2", "attention.head_count_kv": 1}),
+        ("SmolLM3", ALIKE, {"architecture": "smollm3", "attention.head_count_kv": 2, "attention.head_count": 2}),
     ],
 )
 def test_llama_cpp_agrees(surgery, sources, tmp_path, family, step, expected):

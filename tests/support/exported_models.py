@@ -16,6 +16,7 @@ FAMILIES = {
     "Llama": {"head_dim": 32, "rope_parameters": SCALED},
     "Mistral": {"head_dim": 64, "sliding_window": 200},
     "Qwen2": {},
+    "SmolLM3": {},  # of two layers with fewer heads, the best tokens are pieces of characters
 }
 UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
 UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
