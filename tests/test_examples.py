@@ -571,14 +571,17 @@ def test_table_of_transformers_versions(monkeypatch):
     import transformers_versions as script
 
     def answers(split: float | str) -> dict:
-        return {"llama-native": 0.0, "llama-split": split, "phi-native": 1e-6, "phi-split": split, "mpt-native": 0.4}
+        made = {"llama-native": 0.0, "llama-split": split, "phi-native": 1e-6, "phi-split": split}
+        return made | {"mpt-native": 0.4, "opt-native": 0.0}
 
+    monkeypatch.setattr(script, "RESULTS", {"native": {}, "split": {}})
     found = {"4.57": answers("ImportError: too old"), "5.13": answers(2e-5), "5.14": answers(0.0)}
     assert script.table(found) == (
         ["results of", "4.57", "5.13 to 5.14"],
         [
-            ["llama, phi", "native", "all"],
+            ["llama, phi", "native", "all"],  # of all kinds, not of those that were made
             ["mpt", "native: other logits; the others agree", "native: other logits; the others agree"],
+            ["opt", "native", "native"],
         ],
     )
     assert script.cell([0.4, "no"], ["a-native", "a-split"]) == "native: other logits; the others do not open"
