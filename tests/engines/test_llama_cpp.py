@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_record, edit_tensors
-from exported_models import ALIKE, FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM, kv_heads_after
+from exported_models import ALIKE, EXPANDED, FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM, kv_heads_after
 from families import build
 
 import surgery as package
@@ -72,6 +72,7 @@ def fields_of(file: Path, *names: str) -> dict:
         ),
         ("Mistral", UNEQUAL, {"architecture": "deci", "attention.head_count_kv": [2, 1], "context_length": 200}),
         ("Qwen2", UNIFORM, {"architecture": "qwen2", "attention.head_count_kv": 1}),
+        ("Granite", EXPANDED, {"architecture": "granite", "attention.head_count_kv": 4}),
         ("SmolLM3", ALIKE, {"architecture": "smollm3", "attention.head_count_kv": 2, "attention.head_count": 2}),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_record, edit_tensors
-from exported_models import ALIKE, FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM, kv_heads_after
+from exported_models import ALIKE, EXPANDED, FAMILIES, PRUNED, SIZES, UNEQUAL, UNIFORM, kv_heads_after
 from families import build
 
 import surgery as package
@@ -43,6 +43,7 @@ def convert(tmp_path: Path, family: str, step: dict) -> Path:
         *[("Llama", step) for step in (UNIFORM, UNEQUAL, PRUNED, ALIKE)],
         *[("Mistral", step) for step in (UNIFORM, UNEQUAL, PRUNED)],
         *[("Qwen2", step) for step in (UNIFORM, UNEQUAL, ALIKE)],
+        ("Granite", EXPANDED),
     ],
 )
 def test_vllm_agrees(surgery, tmp_path, family, step):

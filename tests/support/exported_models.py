@@ -16,16 +16,20 @@ FAMILIES = {
     "Llama": {"head_dim": 32, "rope_parameters": SCALED},
     "Mistral": {"head_dim": 64, "sliding_window": 200},
     "Qwen2": {},
+    "Granite": {"num_key_value_heads": 2},
     "SmolLM3": {},  # of two layers with fewer heads, the best tokens are pieces of characters
 }
 UNIFORM = {"op": "gqa", "kv_heads": 1, "method": "mean"}
 UNEQUAL = UNIFORM | {"kv_heads": [2, 1]}
+EXPANDED = {"op": "expand"}
 ALIKE = {"op": "prune_heads", "granularity": "kv_group", "per_layer": 2, "refit": False}
 PRUNED = {"op": "prune_heads", "granularity": "head", "heads": [[1, 3], []], "refit": False}
 
 
 def kv_heads_after(step: dict) -> int:
     """KV heads of both layers together after one of these operations."""
+    if step is EXPANDED:
+        return 8
     if step["op"] == "prune_heads":
         return 4 if step is ALIKE else 6
     return 3 if step is UNEQUAL else 2
