@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 
 from make_checkpoint import make_checkpoint
-from results import FOLDER
+from results import FOLDER, write
 
 SHARD = 1 << 30
 REST = 10  # seconds
@@ -223,13 +223,9 @@ def save(result: dict, path: Path, command: str) -> None:
         convert["rss"] and round(convert["rss"] / 2**20),
     ]
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"command": [], "rows": []}
-    saved = {
-        "command": [*(old for old in known["command"] if old != command), command],
-        "machine": f"{result['machine']['cpu']}, {result['machine']['cores']} threads",
-        "columns": COLUMNS,
-        "rows": [*(old for old in known["rows"] if old[:2] != row[:2]), row],
-    }
-    path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    commands = [*(old for old in known["command"] if old != command), command]
+    machine = f"{result['machine']['cpu']}, {result['machine']['cores']} threads"
+    write(path, commands, machine, COLUMNS, [*(old for old in known["rows"] if old[:2] != row[:2]), row])
 
 
 def setting(text: str) -> tuple[str, str]:

@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     found = table(read(options.folder), options.command, options.machine)
     path = results.FOLDER / f"compare-{options.name}.json"
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results.write(path, **found)
     print(path)
 
 

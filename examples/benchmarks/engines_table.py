@@ -14,6 +14,8 @@ import json
 import tempfile
 from pathlib import Path
 
+import results
+
 import surgery
 
 TYPES = {"llama.cpp": ("f32", "q8_0"), "vllm": ("as-saved",)}
@@ -62,8 +64,7 @@ def main() -> None:
         rows.append(row)
     if options.table:
         command = f"python examples/benchmarks/engines_table.py {' '.join(path.name for path in options.folders)}"
-        page = {"command": command, "machine": options.machine, "columns": columns, "rows": rows}
-        options.table.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+        results.write(options.table, command, options.machine, columns, rows)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,12 @@ def read(name: str) -> Results:
     return Results(name, tuple(commands), found["machine"], tuple(columns), tuple(map(tuple, found["rows"])))
 
 
+def write(path: Path, command: str | list[str], machine: str, columns: list[Any], rows: list[list[Any]]) -> None:
+    """Write a results file; the arguments are its keys, which are described at the top of this module."""
+    page = {"command": command, "machine": machine, "columns": columns, "rows": rows}
+    path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def names() -> list[str]:
     """The names of all results."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from measured import Measured
+from results import write
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
@@ -169,8 +170,7 @@ def main() -> None:
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
     if options.table:
         command = f"python examples/benchmarks/transformers_versions.py {' '.join(options.versions)} --out r.json"
-        page = {"command": command, "machine": options.machine, "columns": columns, "rows": lines}
-        options.table.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+        write(options.table, command, options.machine, columns, lines)
 
 
 if __name__ == "__main__":

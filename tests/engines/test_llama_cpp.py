@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,18 +116,23 @@ def out(unequal, tmp_path) -> Path:
     return Path(shutil.copytree(unequal, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.down_proj.weight"])
-def test_a_file_with_one_weight_scaled_by_a_hundredth_fails(surgery, out, tmp_path, monkeypatch, name):
+def write_other_weights(monkeypatch, tmp_path: Path, edit: Callable) -> None:
+    """Let the engine write a copy of the folder whose tensors `edit` has changed."""
     write = LlamaCpp.write
 
     def other_weights(engine, folder, anatomy, kind, file):
-        copy = Path(shutil.copytree(folder, tmp_path / "scaled"))
-        edit_tensors(copy, lambda tensors: tensors[name].mul_(1.01))
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        edit_tensors(copy, edit)
         facts = write(engine, copy, anatomy, kind, file)
         shutil.rmtree(copy)
         return facts
 
     monkeypatch.setattr(LlamaCpp, "write", other_weights)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_a_file_with_one_weight_scaled_by_a_hundredth_fails(surgery, out, tmp_path, monkeypatch, name):
+    write_other_weights(monkeypatch, tmp_path, lambda tensors: tensors[name].mul_(1.01))
     ran = surgery("export", out, "--for", "llama.cpp", "-o", "f.gguf")
     assert ran.code == 4, ran.out
     assert "llama.cpp does not compute what Transformers does: log-probabilities differ by" in ran.err
@@ -155,16 +161,12 @@ def test_a_small_type_is_reported_without_a_verdict(surgery, out, tmp_path):
 
 
 def test_a_small_type_with_other_weights_fails(surgery, out, tmp_path, monkeypatch):
-    write = LlamaCpp.write
+    def random(tensors):
+        for name, tensor in tensors.items():
+            if "layers" in name:
+                tensor.normal_(std=0.3)
 
-    def other_weights(engine, folder, anatomy, kind, file):
-        copy = Path(shutil.copytree(folder, tmp_path / "random"))
-        edit_tensors(copy, lambda tensors: [t.normal_(std=0.3) for name, t in tensors.items() if "layers" in name])
-        facts = write(engine, copy, anatomy, kind, file)
-        shutil.rmtree(copy)
-        return facts
-
-    monkeypatch.setattr(LlamaCpp, "write", other_weights)
+    write_other_weights(monkeypatch, tmp_path, random)
     ran = surgery("export", out, "--for", "llama.cpp", "--type", "q8_0", "-o", "f.gguf")
     assert ran.code == 4, ran.out
     assert "another best token at" in ran.err

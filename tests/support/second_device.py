@@ -182,9 +182,9 @@ def _run(func, args: tuple, kwargs: dict[str, Any]):
         _held(target).copy_(_held(source))
         return target
     if func is aten._conj.default:  # a lazy view, whose mark the wrapper would not have
-        return Second(aten.conj_physical(args[0].held))
+        return _wrapped(aten.conj_physical(args[0].held), {})
     if func is aten._neg_view.default:
-        return Second(aten.neg(args[0].held))
+        return _wrapped(aten.neg(args[0].held), {})
     device = kwargs.get("device")
     stays = device is None or torch.device(device).type == NAME
     if device is not None and stays:
