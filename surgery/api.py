@@ -35,6 +35,7 @@ from surgery.evaluation.evaluate import evaluate_needles as evaluate_needles
 from surgery.evaluation.run import refuse_unknown_items
 from surgery.io.safetensors import header_table
 from surgery.machine.device import made_on_cpu
+from surgery.machine.placement import placed
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
@@ -96,7 +97,7 @@ def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
     return {fit.entry.name: list(fit.problems) for fit in fits(anatomy)}
 
 
-@made_on_cpu()
+@placed
 def apply(
     recipe: AnyRecipe,
     model: AnyModel,
@@ -111,6 +112,8 @@ def apply(
     resume: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     **fields: Any,
@@ -132,6 +135,9 @@ def apply(
         resume: continue an earlier run that did not finish.
         overwrite: replace an existing output.
         allow_pickle: read .bin weights (with `weights_only=True`).
+        device, dtype: where and how a folder's model runs while it is measured and scored: "cpu", "cuda", "cuda:1",
+            "mps", and "float32", "bfloat16", "float16". "auto": a GPU where the model fits, and the dtype of the
+            weights. What is written has that dtype in any case. A loaded model stays where it is.
         progress: called with done, total and a label.
         on_plan: called with the plan before anything is done.
 
@@ -159,8 +165,15 @@ def apply(
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
 
 
-@made_on_cpu()
-def reproduce(out: str | Path, base: str | Path | None = None, *, progress: Progress | None = None) -> Reproduction:
+@placed
+def reproduce(
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Reproduction:
     """Run the recipe of a checkpoint again on its base, and compare the result with the checkpoint.
 
     The weights are compared by hash. Where they differ, as where another number of threads decides the last bits, the
@@ -169,6 +182,7 @@ def reproduce(out: str | Path, base: str | Path | None = None, *, progress: Prog
     Args:
         out: a folder or a Hub id with a surgery.json.
         base: the base; default: the recorded one, at its revision.
+        device, dtype: as for `apply`; other ones than the first time may give other last bits.
         progress: called with done, total and a label.
 
     Returns:
@@ -288,12 +302,14 @@ def heal(
     return cast("Report", pipeline.heal_to_folder(model, _base_on_disk(base), output, settings, typed, options))
 
 
-@made_on_cpu()
+@placed
 def check(
     folder: str | Path,
     base: str | Path | None = None,
     *,
     memory: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Check a saved checkpoint and record the result in its surgery.json and card.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from surgery.machine.placement import exact
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,7 +34,10 @@ class Products:
             self._widen()
 
     def _widen(self) -> None:
-        self._total = self._pending.double() if self._total is None else self._total.add_(self._pending)
+        if self._total is None:
+            self._total = exact(self._pending)
+        else:
+            self._total.add_(self._pending.to(self._total.device))
         self._pending, self._pending_count = None, 0
 
     @property
@@ -57,12 +62,12 @@ class Moments:
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows [r, n], each with its weight ω [r], default 1."""
-        wide = rows.double() if self.exact else rows
+        wide = exact(rows) if self.exact else rows
         scaled = wide if weights is None else wide * weights.to(wide).unsqueeze(-1)
         self.products.add(scaled.T, wide)
-        column = scaled.double().sum(0)
+        column = exact(scaled).sum(0)
         self.sum = column if self.sum is None else self.sum + column
-        self.weight += len(rows) if weights is None else float(weights.double().sum())
+        self.weight += len(rows) if weights is None else float(exact(weights).sum())
 
     @property
     def total(self) -> torch.Tensor:
@@ -98,12 +103,12 @@ class Regression:
 
     def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows z [t, n] and their targets r [t, D], each with its weight ω [t], default 1."""
-        wide = z.double() if self.exact else z
+        wide = exact(z) if self.exact else z
         scaled = (wide if weights is None else wide * weights.to(wide).unsqueeze(-1)).T
         self.moments.add(scaled, wide)
         self.cross.add(scaled, r.to(wide))
-        squares = r.double().square().sum(-1)
-        self.energy += float((squares if weights is None else squares * weights.double()).sum())
+        squares = exact(r).square().sum(-1)
+        self.energy += float((squares if weights is None else squares * exact(weights)).sum())
 
     @property
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,13 +140,13 @@ def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> T
     Returns:
         W [D, n], float64.
     """
-    moments, old = moments.double(), old.double()
+    moments, old = exact(moments), exact(old)
     weight = ridge * moments.diagonal().mean()
     if not weight:  # the heads' outputs are 0 on this text: nothing can be fitted
         return old
     system = moments.clone()
     system.diagonal().add_(weight)
-    target = (cross.double() + weight * old).T
+    target = (exact(cross) + weight * old).T
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:  # the ridge is so small that rounding makes the system indefinite
         return torch.linalg.solve(system, target).T

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from surgery.data.questions import Choice, encode, read_questions
 from surgery.errors import ModelMismatchError, RecipeMismatchError
 from surgery.io.loading import loaded
+from surgery.machine.placement import exact
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,9 @@ def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, rows=slice(No
 
 
 def _mean(logps: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    return logps.double().masked_fill(real == 0, 0.0).sum(1) / real.sum(1)
+    logps = exact(logps)
+    real = real.to(logps.device)
+    return logps.masked_fill(real == 0, 0.0).sum(1) / real.sum(1)
 
 
 def refuse_unfit(configs: dict, items: Sequence[Choice]) -> None:

@@ -22,6 +22,7 @@ from surgery.calibration.layerwise import decoder_layers
 from surgery.calibration.massive import MAGNITUDE, RATIO, relative_sizes
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SettingError, TextError, UnsupportedModelError
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -115,8 +116,9 @@ def received(hook: AttentionHook, module, query, key, **kwargs) -> tuple[torch.T
     for first in range(0, length, BLOCK):
         rows = torch.arange(first, min(first + BLOCK, length))
         weights = hook.weights(module, query, key, rows, **kwargs)[0]
-        own = weights[:, 0, 0].double() if own is None else own
-        total = total + weights.double().sum(1)
+        weights = exact(weights)
+        own = weights[:, 0, 0] if own is None else own
+        total = total + weights.sum(1)
     return total, own
 
 
@@ -263,15 +265,15 @@ class _Layer:
 
     def add(self, total, own, marked, value) -> None:
         """Add one text: results of `received` and `other_sinks`, and the values [KV heads, n, head_dim]."""
-        queries, heads = total.shape[1] - 1, len(total)
-        norms = value.double().norm(dim=-1)
+        queries, heads, marked = total.shape[1] - 1, len(total), marked.to(total.device)
+        norms = exact(value).norm(dim=-1)
         norms = norms / norms[:, 1:].median(dim=-1, keepdim=True).values
         own_norms, count = norms.repeat_interleave(heads // len(norms), dim=0), marked.sum(-1)
         figures = {
             "first": (total[:, 0] - own) / queries,
             "others": (total * marked).sum(-1) / queries,
             "learned": 1 - (total.sum(-1) - own) / queries,
-            "sinks": count.double(),
+            "sinks": exact(count),
             "first_value": norms[:, 0],
             "other_values": torch.where(count > 0, (own_norms * marked).sum(-1) / count.clamp(min=1), torch.nan),
         }
@@ -377,12 +379,10 @@ def survey_sinks(
         SurgeryError: the model or the text cannot be read or measured.
     """
     from surgery.io.hub import resolve
-    from surgery.io.loading import load_model, read_tokenizer
-    from surgery.machine.transformers_logging import quiet_transformers
+    from surgery.io.loading import load_for_run, read_tokenizer
 
     source, text = resolve(name), load_text(text, part="calibration")
-    with quiet_transformers():
-        model, tokenizer = load_model(source.path), read_tokenizer(source.path)
+    model, tokenizer = load_for_run(source.path), read_tokenizer(source.path)
     sequences = windows(text, tokenizer, fitting_length(model, length), samples)
     sinks = sink_map(model, sequences, tokenizer=tokenizer, rules=rules, progress=progress)
     bos = {"token": tokenizer.bos_token, "added": bool(begin_of_text(tokenizer))}

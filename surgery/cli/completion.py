@@ -126,6 +126,16 @@ def engines(incomplete: str) -> list[Offer]:
     ]
 
 
+def devices(incomplete: str) -> list[Offer]:
+    """The devices that a model may run on."""
+    return [("auto", "a GPU where the model fits, else the CPU"), ("cpu", ""), ("cuda", ""), ("mps", "")]
+
+
+def dtypes(incomplete: str) -> list[Offer]:
+    """The dtypes that a model may run in."""
+    return [("auto", "that of the weights"), ("float32", ""), ("bfloat16", ""), ("float16", "")]
+
+
 def serving_engines(incomplete: str) -> list[Offer]:
     """The engines of `surgery export --for`."""
     from surgery.engines import ENGINES

@@ -22,7 +22,7 @@ from surgery.cli import interrupt
 from surgery.cli import measure as measure_verbs
 from surgery.cli import pages as page_verbs
 from surgery.cli.help import Command, Group, context_settings
-from surgery.cli.options import emit
+from surgery.cli.options import emit, placed
 from surgery.errors import MachineError, SurgeryError, system_code
 from surgery.machine import command
 from surgery.machine.device import is_out_of_memory
@@ -72,7 +72,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+PLACED = ("inspect", "score", "apply", "check", "eval", "try", "reproduce", "compare", "sweep", "report")
+
 for verb, (run, line) in VERBS.items():
+    run = placed(run) if verb in PLACED else run
     app.command(verb, cls=Command, short_help=line, context_settings=context_settings())(run)
 
 

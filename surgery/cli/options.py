@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -62,6 +65,48 @@ Base = Annotated[str | None, _base("Compare with this model, the base it was mad
 Teacher = Annotated[
     str | None, _base("Train towards this model, the base it was made from; default: the recorded one.")
 ]
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Run models there: cpu, cuda, cuda:1, mps, or auto (a GPU where the model fits).",
+        autocompletion=completion.devices,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="Run models in this dtype: float32, bfloat16, float16, or auto (that of the weights).",
+        autocompletion=completion.dtypes,
+    ),
+]
+PLACEMENT = {"device": Device, "dtype": Dtype}
+
+
+def placed(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb with the options --device and --dtype, which hold for all models that it loads."""
+    from surgery.machine.placement import AUTO, placed_on
+
+    @functools.wraps(verb)
+    def run(*args: Any, device: str, dtype: str, **kwargs: Any) -> None:
+        with placed_on(device, dtype):
+            verb(*args, **kwargs)
+
+    own, hints = list(inspect.signature(verb).parameters.values()), get_type_hints(verb, include_extras=True)
+    typed = [parameter.replace(annotation=hints[parameter.name]) for parameter in own]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=AUTO, annotation=kind)
+        for name, kind in PLACEMENT.items()
+    ]
+    first = next(index for index, parameter in enumerate(typed) if parameter.name == "as_json")
+    typed = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in typed]
+    parameters = [*typed[:first], *more, *typed[first:]]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
 def emit(data: dict) -> None:

@@ -26,6 +26,7 @@ from surgery.io.output_folder import OutputFolder, output_path, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
+from surgery.machine.placement import measured_in_place
 from surgery.machine.progress import begin
 from surgery.operations.base import SURGICAL, ApplyContext
 from surgery.operations.rewrite import checked_record, rewrite_steps
@@ -202,10 +203,11 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
         tokenizer = None if plan.streams else read_tokenizer(base)
     except SurgeryError as error:  # raised later, and only if an operation needs the tokenizer
         tokenizer = error
-    records = [
-        checked_record(operation, operation.apply(model, context))
-        for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
-    ]
+    with measured_in_place(model):
+        records = [
+            checked_record(operation, operation.apply(model, context))
+            for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
+        ]
     begin(progress, "writing")
     _remove_weights(partial, ())
     with quiet_transformers():

@@ -34,6 +34,7 @@ from surgery.errors import ModelError, ModelMismatchError, SettingError
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.device import fast_in_bfloat16
+from surgery.machine.placement import has_float64
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE
 
@@ -208,7 +209,7 @@ def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Te
     One random number is drawn for each row. `multinomial` draws one for each token of the vocabulary, which took a
     fifth of a step's time.
     """
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    dtype = torch.float64 if has_float64(logits.device) else torch.float32
     cumulative = logits.to(dtype).softmax(-1).cumsum(-1)
     if not cumulative[:, -1].isfinite().all():
         raise ModelError(

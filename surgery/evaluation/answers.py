@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.calibration.scoring import last_logits
 from surgery.io.loading import loaded
+from surgery.machine.placement import exact
 
 if TYPE_CHECKING:
     import torch
@@ -124,4 +125,4 @@ def _nll(base: Any, prompt: Sequence[int], ids: Sequence[int]) -> float:
     step = base(input_ids=batch, use_cache=False, **last_logits(base, len(ids) + 1))
     logits: torch.Tensor = step.logits[0, -len(ids) - 1 : -1]
     targets = batch[0, len(prompt) :, None]
-    return -logits.double().log_softmax(-1).gather(1, targets).mean().item()
+    return -exact(logits).log_softmax(-1).gather(1, targets).mean().item()

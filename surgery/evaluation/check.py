@@ -22,6 +22,7 @@ from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import too_big
+from surgery.machine.placement import current, device_for
 from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
 from surgery.report.report import Report
@@ -95,7 +96,8 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
     reason = no_class(folder) or too_big(weights, memory)
     if not reason:
         begin(progress, FRESH)
-        return items + check_loading(folder, anatomy, base, own_code)
+        place = {"device": str(device_for(weights)), "dtype": current().dtype}
+        return items + check_loading(folder, anatomy, base, own_code, place)
     items.append(Item("loads with stock Transformers", NOT_RUN, reason))
     items.append(Item("generates", NOT_RUN, reason))
     if base is not None:
@@ -176,12 +178,19 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
     return Item("finite values", PASSED, f"{checked} tensors")
 
 
-def check_loading(folder: Path, anatomy: Anatomy, base: str | Path | None, own_code: bool = True) -> list[Item]:
+def check_loading(
+    folder: Path,
+    anatomy: Anatomy,
+    base: str | Path | None,
+    own_code: bool = True,
+    place: dict[str, str] | None = None,
+) -> list[Item]:
     """Load and generate in a fresh process with stock Transformers, and compare the logits with the base's.
 
     Args:
         own_code: whether the code in a surgical folder is this version's. Other code is not run: the folder is then
             loaded with the package only.
+        place: device and dtype of a job (`fresh_process`); default: the CPU and the dtype of the weights.
     """
     import torch
 
@@ -195,6 +204,7 @@ def check_loading(folder: Path, anatomy: Anatomy, base: str | Path | None, own_c
 
         def job(path, name: str, **options) -> dict:
             inputs = {"folder": str(path), "tokens": tokens, "generate": GENERATED}
+            inputs |= place or {}
             return inputs | options | {"logits": os.path.join(scratch, name)}
 
         with_package = job(folder, "package", package=PACKAGE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from surgery.config.arguments import no_model, refuse_no_function, refuse_no_text, refuse_no_tokenizer
 from surgery.errors import SurgeryError
-from surgery.machine.device import made_on_cpu
+from surgery.machine.placement import placed
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE, Report
 
@@ -35,6 +35,8 @@ def evaluate(
     probe: None = None,
     tokenizer: AnyTokenizer | None = None,
     report: Report | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     text: AnyText | None = None,
     windows: int | None = None,
@@ -49,10 +51,12 @@ def evaluate(
     probe: str | Probe,
     tokenizer: AnyTokenizer | None = None,
     report: Report | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result: ...
-@made_on_cpu()
+@placed
 def evaluate(
     model: AnyModel,
     base: AnyModel | None = None,
@@ -60,6 +64,8 @@ def evaluate(
     probe: str | Probe | None = None,
     tokenizer: AnyTokenizer | None = None,
     report: Report | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     text: AnyText | None = None,
     windows: int | None = None,
@@ -75,6 +81,8 @@ def evaluate(
             measures perplexity, KL to the base, top-1 agreement, KV bytes and load size.
         report: the report of the loaded model. The figures are added to it, and `surgery.save` writes them. Without a
             probe and settings, everything that its recipe asks for is measured.
+        device, dtype: where and how folders run: "cpu", "cuda", "cuda:1", "mps", and "float32", "bfloat16",
+            "float16". "auto": a GPU where the model fits, and the dtype of the weights.
         progress: called with done, total and a label.
         text: for the default probe: "builtin" or a text file.
         windows, length: for the default probe: number of windows that are scored (8), and tokens of each (512).
@@ -95,12 +103,15 @@ def evaluate(
     return _evaluate(model, base, probe, given, tokenizer, report, progress)
 
 
+@placed
 def evaluate_needles(
     model: AnyModel,
     base: AnyModel | None = None,
     *,
     tokenizer: AnyTokenizer | None = None,
     report: Report | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     text: AnyText | None = None,
     lengths: int | str | Sequence[int] | None = None,
@@ -128,7 +139,7 @@ def evaluate_needles(
     heads of the same layers off. It is restored afterwards.
 
     Args:
-        model, base, tokenizer, report, progress: as for `evaluate`.
+        model, base, tokenizer, report, device, dtype, progress: as for `evaluate`.
         text: the text around the secrets: "builtin" or a text file.
         lengths, length: tokens of the prompts: several lengths (512, 1024, 2048), or one.
         depths: positions in the text: their number, evenly spaced (5), or a list of shares (0 the beginning, 1 the
@@ -153,12 +164,15 @@ def evaluate_needles(
     return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))
 
 
+@placed
 def evaluate_choices(
     model: AnyModel,
     base: AnyModel | None = None,
     *,
     tokenizer: AnyTokenizer | None = None,
     report: Report | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     text: AnyText | None = None,
     labelled: str | Path | None = None,
@@ -169,7 +183,7 @@ def evaluate_choices(
     """Ask multiple-choice questions and count those that a model, and its base if given, answers right.
 
     Args:
-        model, base, tokenizer, report, progress: as for `evaluate`.
+        model, base, tokenizer, report, device, dtype, progress: as for `evaluate`.
         text: the text that questions are made from: "builtin" or a text file. Each asks which ending continues a
             passage.
         labelled: a JSONL file of questions (prompt, choices, answer) in place of a text.
@@ -180,7 +194,6 @@ def evaluate_choices(
     return cast("ChoiceResult", _evaluate(model, base, "choices", given, tokenizer, report, progress))
 
 
-@made_on_cpu()
 def _evaluate(
     model: AnyModel,
     base: AnyModel | None,

@@ -2,7 +2,8 @@
 
 The file is run (`python -P fresh_process.py`), never imported by the package. It reads a JSON list of jobs from stdin
 and writes one line of JSON for each job. A job is {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or
-null} with two optional keys:
+null} with optional keys:
+- "device" and "dtype" say where the model runs and in which dtype; default: the CPU, and that of the weights.
 - "trust": true loads a surgical checkpoint with trust_remote_code, which runs the code in its folder. It is set only
   if that code is this package's own, byte for byte.
 - "package": FOLDER imports the `surgery` in FOLDER, registers it, and loads with it. Without this key, the job fails
@@ -38,16 +39,17 @@ def load_in_this_process(job: dict) -> dict:
     elif config.model_type not in names and not job.get("trust"):
         return {"no_class": f"Transformers has no causal language model for model_type {model_type!r}"}
     options["use_safetensors"] = True  # never a pickle
-    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    model.eval()
-    tokens = torch.tensor(job["tokens"])
+    dtype = job.get("dtype", "auto")
+    model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    model.eval().to(job.get("device", "cpu"))
+    tokens = torch.tensor(job["tokens"]).to(model.device)
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
         generated = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=job["generate"], do_sample=False
         )
     if job.get("logits"):
-        torch.save(logits.float(), job["logits"])
+        torch.save(logits.float().cpu(), job["logits"])
     return {
         "class": type(model).__name__,
         "missing": sorted(info["missing_keys"]),

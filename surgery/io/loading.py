@@ -12,6 +12,7 @@ from surgery.errors import ModelError, SurgeryError, UnsupportedModelError, show
 from surgery.io.files import read_json, utf8
 from surgery.io.model_folder import read_config_json
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
+from surgery.machine import placement
 from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -25,10 +26,9 @@ STRICT = {"local_files_only": True, "trust_remote_code": False}
 
 @contextmanager
 def loaded(source: ModelSource, allow_pickle: bool = False) -> Iterator[Any]:
-    """Yield the model in eval mode; one that was loaded before gets its own mode back at the end."""
+    """Yield the model in eval mode, on the run's device; one that was loaded before keeps its device and mode."""
     if isinstance(source, str | Path):
-        with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
-            model = load_model(source, allow_pickle=allow_pickle)
+        model = load_for_run(source, allow_pickle=allow_pickle)
     else:
         model = source
     with eval_mode(model):
@@ -58,6 +58,17 @@ def eval_mode(model) -> Iterator[None]:
 
 
 _MODES, _in_eval_mode = Lock(), {}  # model -> how many use it, and its modules' modes
+
+
+def load_for_run(folder: str | Path, *, allow_pickle: bool = False) -> Any:
+    """Load a model as `load_model` does, on the device and in the dtype of this run (`machine.placement`).
+
+    Raises:
+        SurgeryError: as for `load_model`.
+        MachineError: the device that was named has no room for it.
+    """
+    with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
+        return placement.put(load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()))
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:

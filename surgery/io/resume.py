@@ -89,7 +89,7 @@ class LayerFiles:
 
         if self.folder is None:
             return
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path = self.path(index)
         unfinished = path.with_name(f".{path.name}")
         unfinished.write_bytes(save(contiguous, metadata={"record": json.dumps(record)}))

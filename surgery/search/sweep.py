@@ -24,6 +24,7 @@ from surgery.evaluation.comparison.run import Candidate, listed, measure_all
 from surgery.io.files import sha256
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity
+from surgery.machine.placement import placed
 from surgery.machine.progress import renamed
 from surgery.pipeline import apply_to_folder
 from surgery.version import __version__
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 
+@placed
 def sweep(
     recipe: str | Path | dict | Recipe,
     model: str | Path,
@@ -45,6 +47,8 @@ def sweep(
     text: str = "builtin",
     only: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Comparison:
     """Try every combination of the values of some settings. What is measured is what `surgery.compare` measures.
@@ -53,7 +57,7 @@ def sweep(
         recipe, model: as for `surgery.apply`; the model is also the base.
         settings: "key=value,value,..." texts; a setting with one value holds for every try.
         folder: holds the finished figures; the same call goes on from them.
-        text, only, leave_out, progress: as for `surgery.compare`.
+        text, only, leave_out, device, dtype, progress: as for `surgery.compare`.
 
     Raises:
         SurgeryError: no setting has two values; or a recipe is at fault or does not fit the model, before any is

@@ -1,8 +1,9 @@
-"""A loaded model is converted on the device where it lies: shown on a device that needs no GPU (`second_device`)."""
+"""Models are converted and measured on the run's device: shown on a device that needs no GPU (`second_device`)."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ NAMES = [
 WITHOUT_TEXT = {"gqa by means", "learned", "sparse_prefill"}  # nothing runs the model
 
 
-def measured(*arguments: str) -> dict:
+def measured(*arguments: str, **environment: str) -> dict:
     command = [sys.executable, "-P", str(SUPPORT / "on_second_device.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -43,6 +44,62 @@ def test_the_work_is_done_there(converted, name):
     found = converted[name]
     assert found["multiply_adds"] > 1e7
     assert found["share"] >= 0.95, found["on_cpu"]
+
+
+@pytest.fixture(scope="module")
+def of_verbs() -> dict:
+    """Operation, or "base" -> verb -> what `--device second` did, in one process."""
+    return measured("--verbs", *CONVERTED)
+
+
+CONVERTED = ["gqa", "duo_attention", "moh", "act", "sparse_prefill"]  # of each kind one: all ten would take minutes
+VERBS = ["apply", "eval", "needles", "choices"]
+CHECKED = ["gqa", "duo_attention"]
+OF_BASES = [
+    "score far-mass", "score gates", "score fisher", "score ablation", "score induction", "inspect --sinks", "try",
+    "lookup", "massive",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"),
+    [(name, verb) for name in CONVERTED for verb in VERBS]
+    + [(name, "check") for name in CHECKED]
+    + [("base", verb) for verb in OF_BASES],
+)
+def test_a_verb_works_there_and_finds_what_the_cpu_finds(of_verbs, name, verb):
+    found = of_verbs[name][verb]
+    assert found["difference"] <= 1e-5
+    if verb == "apply" and name in WITHOUT_TEXT:
+        assert not found["multiply_adds"]
+    else:
+        assert found["multiply_adds"] > 1e5
+        assert found["share"] >= 0.95, found["on_cpu"]
+
+
+def test_no_verb_is_left_out(of_verbs):
+    expected = {name: VERBS + ["check"] * (name in CHECKED) for name in CONVERTED} | {"base": OF_BASES}
+    assert {name: list(verbs) for name, verbs in of_verbs.items()} == expected
+
+
+NO_FLOAT64 = {"SECOND_DEVICE_NO_FLOAT64": "1"}
+
+
+def test_a_device_without_float64_gives_the_same_result():
+    """What needs float64 is then computed on the CPU; the rest stays there."""
+    found = measured("gqa", "moh", "prune_heads", "act", **NO_FLOAT64)
+    assert max(of_one["difference"] for of_one in found.values()) <= 1e-5
+    assert min(of_one["share"] for of_one in found.values()) > 0.5
+
+
+@pytest.mark.slow
+def test_no_verb_needs_float64_on_the_device():
+    found = measured("--verbs", "duo_attention", **NO_FLOAT64)
+    assert {name: list(verbs) for name, verbs in found.items()} == {
+        "duo_attention": [*VERBS, "check"],
+        "base": OF_BASES,
+    }
+    assert max(of_one["difference"] for verbs in found.values() for of_one in verbs.values()) <= 1e-5
 
 
 def test_work_on_the_cpu_is_seen():

@@ -1,15 +1,22 @@
-"""Convert tiny models on the CPU and on a second device: `python on_second_device.py [OPERATION...]`, JSON on stdout.
+"""Convert and measure tiny models on the CPU and on a second device: `python on_second_device.py [NAME...]`.
 
-For each operation: the largest difference of a weight to the one converted on the CPU, as a share of the weights'
-size; the devices on which weights lie; the share of the multiply-adds that ran on the second device, and those that
-did not, by operation; the most bytes alive there. With `--router-on-cpu` the regression of `moh` is computed on the
-CPU, which must be seen.
+Without an option: the conversion of a loaded model, JSON on stdout. For each operation: the largest difference of a
+weight to the one converted on the CPU, as a share of the weights' size; the devices on which weights lie; the share of
+the multiply-adds that ran on the second device, and those that did not, by operation; the most bytes alive there. With
+`--router-on-cpu` the regression of `moh` is computed on the CPU, which must be seen.
+
+With `--verbs`: `surgery apply --device second` of each operation, and the verbs that measure on its result; then what
+measures a base. The same figures, with the difference to those of the CPU. `--table` prints them as a table.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +27,14 @@ from second_device import NAME, Work
 
 # isort: split
 from families import build
+from safetensors.torch import load_file
 from tokenizers_of_bytes import byte_tokenizer
 
 import surgery
+from surgery.calibration.sinks import survey_sinks
+from surgery.evaluation.conversation import reply
+from surgery.machine.placement import placed_on
+from surgery.operations.duo_attention.scorers import METHODS, score_to_file
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -42,14 +54,38 @@ OPERATIONS = {
     "learned": {"op": "sink_calibration", "method": "learned", "logit": -2.0},
     "sparse_prefill": {"op": "sparse_prefill", "method": "streaming", "block": 16, "dense_below": 0},
 }
+CHECKED = ("gqa", "duo_attention")  # `check` starts processes, which takes seconds: a native and a surgical result
+HEADS = {"samples": 2, "length": 320, "sinks": 2, "window": 8}  # of `surgery score`
+
+
+def recipe_of(step: dict) -> dict:
+    return {"version": 1, "name": "made", "operations": [step], "evaluate": None}
 
 
 def converted(step: dict, device: str):
     """A tiny model with random weights on this device, converted in memory."""
     model = build("Llama", **SIZES).eval().to(device)
-    recipe = {"version": 1, "name": "made", "operations": [step], "evaluate": None}
-    surgery.apply(recipe, model, tokenizer=byte_tokenizer())
+    surgery.apply(recipe_of(step), model, tokenizer=byte_tokenizer())
     return model
+
+
+def difference(found: dict, expected: dict) -> float:
+    """The largest difference of two sets of weights, as a share of a weight's size."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name].cpu().double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-9))
+        for name, tensor in expected.items()
+    )
+
+
+def counted(work: Work) -> dict:
+    """What ran where."""
+    return {
+        "share": work.share,
+        "on_cpu": {name: count for name, count in work.cpu.most_common() if count},
+        "multiply_adds": sum(work.second.values()),
+        "peak_bytes": work.peak,
+    }
 
 
 def compared(step: dict) -> dict:
@@ -57,19 +93,150 @@ def compared(step: dict) -> dict:
     expected = converted(step, "cpu").state_dict()
     with Work() as work:
         found = converted(step, NAME).state_dict()
-    assert found.keys() == expected.keys()
-    difference = max(
-        float((found[name].cpu().double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-9))
-        for name, tensor in expected.items()
-    )
+    devices = sorted({tensor.device.type for tensor in found.values()})
+    return {"difference": difference(found, expected), "devices": devices} | counted(work)
+
+
+def applied(step: dict, base: Path, out: Path, device: str) -> dict:
+    """`surgery apply --device` into a folder; returns the weights that it wrote."""
+    surgery.apply(recipe_of(step), str(base), output=out, check=False, device=device)
+    return load_file(out / "model.safetensors")
+
+
+def numbers(data: object) -> list[float]:
+    """All numbers in plain data, in order."""
+    if isinstance(data, dict | list | tuple):
+        return [number for each in (data.values() if isinstance(data, dict) else data) for number in numbers(each)]
+    return [float(data)] if isinstance(data, int | float) else []
+
+
+def furthest(found: object, expected: object) -> float:
+    """The largest difference of two lots of numbers, as a share of the number where that is above 1."""
+    pairs = list(zip(numbers(found), numbers(expected), strict=True))
+    assert pairs, "there are no numbers to compare"
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
+
+
+def checked(out: Path, base: Path, device: str) -> dict:
+    """What `surgery check` found, without what its fresh process counted."""
+    report = surgery.check(out, base, device=device)
+    return {item["name"]: item["status"] == "passed" for item in report.data["check"]["items"]}
+
+
+def verbs_of(out: Path, base: Path) -> dict[str, Callable[[str], object]]:
+    """Verb -> a function that runs it on a device and returns what it found."""
+    needles, choices = {"length": 200, "depths": 2, "samples": 1}, {"items": 4, "context": 16}
     return {
-        "difference": difference,
-        "devices": sorted({tensor.device.type for tensor in found.values()}),
-        "share": work.share,
-        "on_cpu": {name: count for name, count in work.cpu.most_common() if count},
-        "multiply_adds": sum(work.second.values()),
-        "peak_bytes": work.peak,
+        "eval": lambda device: surgery.evaluate(out, base, windows=2, length=64, device=device).to_dict(),
+        "needles": lambda device: surgery.evaluate_needles(out, base, device=device, **needles).to_dict()["cases"],
+        "choices": lambda device: surgery.evaluate_choices(out, base, device=device, **choices).to_dict()["cases"],
+        "check": partial(checked, out, base),
     }
+
+
+def probes_of(model: Path, scratch: Path) -> dict[str, Callable[[str], object]]:
+    """What measures a model that was not converted, as in `verbs_of`."""
+
+    def scored(method: str, device: str) -> object:
+        with placed_on(device):
+            settings = HEADS | ({"steps": 3} if method == "gates" else {})
+            return score_to_file(str(model), scratch / f"{method}-{device}.json", method, **settings).scores
+
+    def sinks(device: str) -> object:
+        with placed_on(device):
+            found, _ = survey_sinks(str(model), samples=2, length=128)
+        return found.to_dict()
+
+    def tried(device: str) -> object:
+        with placed_on(device):
+            return [ord(letter) for letter in reply(model, "abc", most=8).text]
+
+    def probe(name: str, device: str, **settings) -> object:
+        return surgery.evaluate(model, probe=name, device=device, **settings).to_dict()["cases"]
+
+    return {
+        **{f"score {method}": partial(scored, method) for method in METHODS if method != "retrieval"},
+        "inspect --sinks": sinks,
+        "try": tried,
+        "lookup": partial(probe, "lookup"),
+        "massive": lambda device: surgery.evaluate(model, probe="massive", device=device).to_dict(),
+    }
+
+
+def on_both(run: Callable[[str], object]) -> dict:
+    """What a verb finds on the second device, beside the CPU. A fresh process of it counts into a file."""
+    expected = run("cpu")
+    counts = Path(os.environ["SECOND_DEVICE_COUNTS"])
+    counts.unlink(missing_ok=True)
+    with Work() as work:
+        found = run(NAME)
+    if counts.is_file():  # of the fresh process of `check`
+        for line in counts.read_text().splitlines():
+            inside = json.loads(line)
+            work.second["fresh process"] += inside["second"]
+            work.cpu["fresh process"] += inside["cpu"]
+            work.peak = max(work.peak, inside["peak"])
+    return {"difference": furthest(found, expected)} | counted(work)
+
+
+def verbs(names: list[str]) -> dict[str, dict]:
+    """Operation -> verb -> what it does on the second device, beside the CPU; "base" -> what measures a base."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        in_fresh_processes(root)
+        base = root / "base"
+        build("Llama", **SIZES).eval().save_pretrained(base)
+        byte_tokenizer().save_pretrained(base)
+        found = {}
+        for name in names:
+            slug = name.replace(" ", "-")
+            expected = applied(OPERATIONS[name], base, root / f"{slug}-cpu", "cpu")
+            with Work() as work:
+                weights = applied(OPERATIONS[name], base, root / slug, NAME)
+            found[name] = {"apply": {"difference": difference(weights, expected)} | counted(work)}
+            of_verbs = verbs_of(root / slug, base)
+            if name not in CHECKED:
+                del of_verbs["check"]
+            found[name] |= {verb: on_both(run) for verb, run in of_verbs.items()}
+        found["base"] = {verb: on_both(run) for verb, run in probes_of(base, root).items()}
+    return found
+
+
+def in_fresh_processes(folder: Path) -> None:
+    """Let every new Python process know the second device, and count its work into a file."""
+    os.environ["SECOND_DEVICE_COUNTS"] = str(folder / "counts.jsonl")
+    (folder / "sitecustomize.py").write_text(COUNTING.format(support=str(Path(__file__).parent)))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+COUNTING = """
+import atexit, json, os, sys
+sys.path.insert(0, {support!r})
+from second_device import Work
+work = Work()
+work.__enter__()
+
+
+def write():
+    work.__exit__(None, None, None)
+    total = dict(second=sum(work.second.values()), cpu=sum(work.cpu.values()), peak=work.peak)
+    with open(os.environ["SECOND_DEVICE_COUNTS"], "a") as file:
+        file.write(json.dumps(total) + "\\n")
+
+
+atexit.register(write)
+"""
+
+
+def table(found: dict[str, dict]) -> str:
+    """Operation x verb x share of the multiply-adds x peak bytes, as Markdown."""
+    titles = "on", "verb", "multiply-adds there", "peak bytes", "difference to the CPU"
+    lines = [f"| {' | '.join(titles)} |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, of_verbs in found.items():
+        for verb, row in of_verbs.items():
+            share = f"{row['share']:.2%}" if row["multiply_adds"] else "none to do"
+            lines.append(f"| {name} | {verb} | {share} | {row['peak_bytes']:,} | {row['difference']:.1e} |")
+    return "\n".join(lines)
 
 
 def put_router_on_cpu() -> None:
@@ -83,11 +250,16 @@ def put_router_on_cpu() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)  # `Work` counts this thread
-    asked = sys.argv[1:]
-    if "--router-on-cpu" in asked:
-        asked.remove("--router-on-cpu")
+    options = {each for each in sys.argv[1:] if each.startswith("--")}
+    names = [each for each in sys.argv[1:] if each not in options] or list(OPERATIONS)
+    if "--router-on-cpu" in options:
         put_router_on_cpu()
-    json.dump({name: compared(OPERATIONS[name]) for name in asked or OPERATIONS}, sys.stdout)
+    if "--table" in options:
+        print(table(verbs(names)))
+    elif "--verbs" in options:
+        json.dump(verbs(names), sys.stdout)
+    else:
+        json.dump({name: compared(OPERATIONS[name]) for name in names}, sys.stdout)
 
 
 if __name__ == "__main__":

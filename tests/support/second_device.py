@@ -6,6 +6,8 @@ Importing this file registers PyTorch's PrivateUse1 device in this process, for 
 An operation on a tensor of this device and one of the CPU is an error, as on a GPU. Only numbers (tensors without
 dimensions) and lists of indices may come from the CPU. `Work` counts what runs on which device.
 
+With the environment's SECOND_DEVICE_NO_FLOAT64 it has no float64, as Apple's GPUs.
+
 How it works: a tensor is a wrapper, which names the device, and keeps a CPU tensor. What PyTorch dispatches to the
 wrapper is computed with what it keeps. Tensors that PyTorch makes from nothing on this device have no wrapper yet, and
 reach the kernels that are registered below.
@@ -13,6 +15,7 @@ reach the kernels that are registered below.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
 from typing import Any
@@ -24,6 +27,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from torch.utils.flop_counter import flop_registry
 
 NAME = "second"
+LACKING = (torch.float64, torch.complex128) if os.environ.get("SECOND_DEVICE_NO_FLOAT64") else ()
 aten = torch.ops.aten
 FROM_CPU = {  # operations that may read a CPU tensor: copies, and indices
     aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default,
@@ -37,7 +41,7 @@ SOLVERS = {
     aten._linalg_svd.default: lambda a, *_: 9 * a.shape[-1] * a.shape[-2] * min(a.shape[-2:]) * a.shape[:-2].numel(),
     aten._linalg_solve_ex.default: lambda a, b, *_: a.shape[-1] ** 2 * (a.shape[-1] // 3 + b.shape[-1]),
     aten.linalg_solve_triangular.default: lambda a, b, **_: a.shape[-1] ** 2 * b.shape[-1] * a.shape[:-2].numel(),
-    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda q, k, v, *_: (
+    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda q, k, v, *_, **__: (
         q.shape[:2].numel() * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
     ),
 }
@@ -135,6 +139,8 @@ class Second(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor):
+        if held.dtype in LACKING:
+            raise TypeError("the second device has no float64")
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device=torch.device(NAME, 0), dispatch_sizes_strides_policy="sizes",

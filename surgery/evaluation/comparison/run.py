@@ -26,6 +26,7 @@ from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
 from surgery.machine.device import processor
+from surgery.machine.placement import placed
 from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
 from surgery.report.report import Report
 from surgery.version import __version__
@@ -56,6 +57,7 @@ class Candidate:
     report: Report | None = None
 
 
+@placed
 def compare(
     models: Sequence[str | Path],
     base: str | Path | None = None,
@@ -64,6 +66,8 @@ def compare(
     text: str | Path = "builtin",
     only: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure models beside the base that they were made from: the same prompts for all.
@@ -74,6 +78,7 @@ def compare(
         folder: holds the figures that are finished, and what the base scored. The same call goes on from them.
         text: "builtin" or a text file, for all measurements on text.
         only, leave_out: names of measurements (`surgery.evaluation.comparison.measures`).
+        device, dtype: as for `surgery.evaluate`.
         progress: called with done, total and a label.
 
     Returns:

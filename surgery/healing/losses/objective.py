@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from surgery.healing.losses.base import Chunk, LogitLoss, Loss, LossInputs
+from surgery.machine.placement import has_float64
 
 # Values in a chunk. On a CPU a chunk should stay in the cache between the passes over it. A GPU needs large kernels.
 CHUNK = {"cpu": 1 << 20}
@@ -49,7 +50,7 @@ class _Chunked(torch.autograd.Function):
         flat, counts = logits.detach().flatten(0, -2), inputs.kept.flatten().to(logits.device)
         wide = torch.promote_types(logits.dtype, torch.float32)
         gradient = torch.empty_like(flat) if wanted else None
-        sum_dtype = torch.float64 if flat.device.type != "mps" else wide
+        sum_dtype = torch.float64 if has_float64(flat.device) else wide
         sums = torch.zeros(len(losses), dtype=sum_dtype, device=flat.device)
         weighted_sums = torch.zeros_like(sums)
         step = max(1, CHUNK.get(flat.device.type, LARGE_CHUNK) // flat.shape[1])

@@ -50,7 +50,7 @@ def far_mass(
 
     def attention(module, query, key, value, mask, **kwargs):
         weights = hook.weights(module, query, key, sequence.rows, **kwargs)
-        totals[module.layer_idx] += mass_outside(weights, sequence.rows, sinks, window).double().cpu()
+        totals[module.layer_idx] += mass_outside(weights, sequence.rows, sinks, window).cpu().double()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with hook_attention(model, attention) as hook, torch.no_grad():

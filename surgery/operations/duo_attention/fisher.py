@@ -26,6 +26,7 @@ from surgery.calibration.head_scores import HeadScores, ranks, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, ended, recorded, recorded_calls, replayed
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.operations.base import Count, Length, Seed
 from surgery.operations.duo_attention.far_mass import mass_outside
@@ -106,7 +107,7 @@ class _BothOutputs:
                 reach = {"sinks": self.sinks, "window": self.window}
                 self.change = self.hook.streamed(module, query, key, value, mask, **reach, **kwargs) - self.full
                 weights = self.hook.weights(module, query, key, self.rows, **kwargs)
-                self.mass[layer] += mass_outside(weights, self.rows, self.sinks, self.window).double().cpu()
+                self.mass[layer] += mass_outside(weights, self.rows, self.sinks, self.window).cpu().double()
         return full
 
 
@@ -130,7 +131,7 @@ def output_changes(model, attention, ids: torch.Tensor, rows: torch.Tensor, targ
         out = blocks[layer](state, *args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
         gradient, of_heads = torch.autograd.grad(out, [state, attention.full], gradient)
-        terms = (of_heads.double() * attention.change.double())[0].flatten(1)
+        terms = (exact(of_heads) * exact(attention.change))[0].flatten(1)
         yield layer, terms.view(len(ids), hook.kv_heads[layer], -1).sum(-1).cpu()
 
 

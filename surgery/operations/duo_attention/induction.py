@@ -63,7 +63,7 @@ def induction(
     def attention(module, query, key, value, mask, **kwargs):
         weights = hook.weights(module, query, key, rows, **kwargs)
         masses = torch.stack(copy_mass(weights, rows, period, max(sinks, len(start))))
-        totals[module.layer_idx] += masses.double().cpu()
+        totals[module.layer_idx] += masses.cpu().double()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with hook_attention(model, attention) as hook, torch.no_grad():

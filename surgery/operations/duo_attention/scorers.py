@@ -267,9 +267,8 @@ def score_to_file(
     """
     from surgery.architecture.detect import check_block
     from surgery.io.hub import resolve
-    from surgery.io.loading import load_model, read_config, read_tokenizer
+    from surgery.io.loading import load_for_run, read_config, read_tokenizer
     from surgery.io.output_folder import parent_folder
-    from surgery.machine.transformers_logging import quiet_transformers
 
     output = Path(output)
     refuse_heads(method, settings.get("per") or "kv_heads")
@@ -294,8 +293,7 @@ def score_to_file(
     with parent_folder(output):
         if not resume:
             state.unlink(missing_ok=True)
-        with quiet_transformers():
-            loaded, tokenizer = load_model(source.path), read_tokenizer(source.path)
+        loaded, tokenizer = load_for_run(source.path), read_tokenizer(source.path)
         options = settings | ({"state": state} if resumable else {})
         scores = score(loaded, tokenizer, method, name=source.name, progress=progress, **options)
         scores.save(output)

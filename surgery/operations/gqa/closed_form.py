@@ -9,7 +9,6 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
 from surgery.data.calibration_text import calibration_sequences, calibration_source
-from surgery.errors import UnsupportedModelError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
@@ -44,9 +43,8 @@ def share_kv_heads(
         A record of each layer, by its path, and of the text.
 
     Raises:
-        SurgeryError: there is no tokenizer, the text is too short, weights are not finite, or the device is MPS.
+        SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
     """
-    _refuse_mps(model)
     before, after, (sequences, source) = context.before, context.change.after, _sequences(model, context, text)
     heads = Heads(model, before, orders)
 
@@ -91,15 +89,6 @@ def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> tupl
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     sequences = calibration_sequences(model, tokenizer, *text, context.folder, context.progress)
     return sequences, calibration_source(text[0], text[2])
-
-
-def _refuse_mps(model) -> None:
-    if model.device.type == "mps":
-        raise UnsupportedModelError(
-            "method: closed_form sums in float64, which MPS does not have",
-            where=type(model).__name__,
-            fix='model.to("cpu") for the conversion, or method: mean',
-        )
 
 
 def _write_mlps(model, weights: dict[str, torch.Tensor]) -> None:

@@ -21,6 +21,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from surgery.calibration.moments import Regression
+from surgery.machine.placement import exact
 from surgery.operations.gqa.layer_inputs import is_validation, share
 from surgery.operations.gqa.low_rank import fit_output
 
@@ -58,7 +59,7 @@ def count_rows(base: torch.Tensor, converted: torch.Tensor) -> torch.Tensor:
     Args:
         base, converted: hidden states after the layer, with the old projection [T, D].
     """
-    squares = (state.double().square().mean(-1) for state in (base, converted))
+    squares = (exact(state).square().mean(-1) for state in (base, converted))
     weights = 1 / torch.maximum(*squares).clamp(min=1e-30)
     weights[0] *= FIRST
     return weights
@@ -141,7 +142,7 @@ class MLPOutput:
         with self._capture() as captured:
             self.step(0)
         once, self.converted[0] = self.converted[0][0], before
-        change, written = (twice - once).double(), captured["written"].double()
+        change, written = exact(twice - once), exact(captured["written"])
         self.scale = float((change * written).sum() / written.square().sum().clamp(min=1e-30))
         return bool((change - self.scale * written).norm() <= MISS * change.norm()) and self.scale != 0
 

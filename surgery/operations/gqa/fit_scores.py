@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from surgery.machine.parallel import parallel_map
+from surgery.machine.placement import exact
 from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ class Rotation:
         swap[real + imag] = torch.tensor(imag + real, dtype=swap.dtype, device=cos.device)
         return cls(cos, sin, swap)
 
-    def to(self, dtype) -> Rotation:
-        """The same rotation in another dtype."""
-        return Rotation(self.cos.to(dtype), self.sin.to(dtype), self.swap)
+    def to(self, like: Tensor) -> Rotation:
+        """The same rotation in the dtype and on the device of a tensor."""
+        return Rotation(self.cos.to(like), self.sin.to(like), self.swap.to(like.device))
 
     def at(self, rows) -> Rotation:
         """The rotation at only these positions."""
@@ -203,7 +204,7 @@ class Problem:
             for chunk in self.objective.chunks[index]:
                 chunk_scores = self.objective.grouped(scores[:, chunk.sample_rows, : chunk.end].clone())
                 self.add(grads, self._weight_errors(chunk_scores, sample.weights, chunk), index, chunk)
-            return float((weighted * scores).double().sum() - means.double().square().sum())
+            return float(exact(weighted * scores).sum() - exact(means).square().sum())
 
         constant = sum(self.objective.map_samples(add))
         return self.gradient(grads).to(weight), constant
@@ -261,9 +262,9 @@ class QueryProblem(Problem):
         """The variance of keys under p [H, d], and Σ x xᵀ over queries [n, n]."""
 
         def variance(index: int, sample: ScoreSample) -> Tensor:
-            return (self._mean(sample, self.keys[index].square()) - self.means[index].square()).double().sum(1)
+            return exact(self._mean(sample, self.keys[index].square()) - self.means[index].square()).sum(1)
 
-        inputs = self.objective.query_inputs.double()
+        inputs = exact(self.objective.query_inputs)
         curvature = sum(self.objective.map_samples(variance)).cpu() / len(inputs)
         return self.mean_of_pairs(curvature, self.objective.query_rotation), inputs.T @ inputs
 
@@ -317,8 +318,8 @@ class KeyProblem(Problem):
         """The mean square of queries [groups, d], and Σ x xᵀ weighted by received attention [n, n]."""
         objective, curvature, moments = self.objective, 0.0, 0.0
         for sample, queries in zip(objective.samples, self.queries, strict=True):
-            curvature = curvature + objective.grouped(queries).double().square().sum(1)
-            moments = moments + ((sample.x.T * sample.weights.sum((0, 1))) @ sample.x).double()
+            curvature = curvature + exact(objective.grouped(queries)).square().sum(1)
+            moments = moments + exact((sample.x.T * sample.weights.sum((0, 1))) @ sample.x)
         heads = len(self.queries[0])
         return self.mean_of_pairs(
             curvature.cpu() / (len(objective.query_inputs) * heads // objective.groups), objective.key_rotation

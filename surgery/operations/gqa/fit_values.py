@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from surgery.machine.parallel import parallel_map
+from surgery.machine.placement import exact
 from surgery.operations.gqa.fit_scores import RowChunk, causal_chunks, project
 
 if TYPE_CHECKING:
@@ -80,18 +81,18 @@ class ValueProblem:
         import torch
 
         wanted = torch.cat([sample.wanted for sample in self.samples])
-        constant = float((wanted.double().square().sum(-1) * self.row_weights[:, 0].double()).sum())
+        constant = float((exact(wanted).square().sum(-1) * exact(self.row_weights[:, 0])).sum())
         return self._gradient(wanted @ self.columns, weight), constant
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
         """C [groups, d] and M [n, n] with H close to C ⊗ M."""
-        curvature = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
+        curvature = self.output.cpu().double().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
         rows = sum(len(sample.row_weights[::4]) for sample in self.samples)
 
         def read_moments(sample: ValueSample, *_) -> Tensor:  # every fourth row is enough for these moments
             read_inputs = (sample.weights[:, ::4] @ sample.x).flatten(0, 1)
             row_weights = sample.row_weights[::4].to(read_inputs).repeat(len(sample.weights))
-            return ((read_inputs.T * row_weights) @ read_inputs).double().cpu()
+            return ((read_inputs.T * row_weights) @ read_inputs).cpu().double()
 
         return curvature, sum(self._map_samples(read_moments)) * (len(self.row_weights) / rows)
 

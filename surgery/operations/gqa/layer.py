@@ -13,6 +13,7 @@ from surgery.calibration.attention_hook import AttentionHook, attention_weights
 from surgery.calibration.moments import Moments, Regression, with_ones
 from surgery.errors import UnsupportedModelError
 from surgery.machine.parallel import parallel_map
+from surgery.machine.placement import exact
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.cost import efforts
 from surgery.operations.gqa.fit_scores import Rotation, ScoreObjective, ScoreSample, project
@@ -122,8 +123,8 @@ class SharedLayer:
             return call.query, call.key[self.key_heads]
         x = self.inputs.x[index]
         return (
-            self.query_rotation.to(x.dtype)(project(with_bias(layer, "q"), x)),
-            self.key_rotation.to(x.dtype)(project(with_bias(layer, "k"), x)),
+            self.query_rotation.to(x)(project(with_bias(layer, "q"), x)),
+            self.key_rotation.to(x)(project(with_bias(layer, "k"), x)),
         )
 
     def _rotation(self, projection: str) -> Rotation:
@@ -140,8 +141,8 @@ class SharedLayer:
         cross = power = free_cross = free_power = 0.0
         pairs = []
         for call in self.inputs.base[:ROPE_SAMPLES]:
-            before = project(heads, with_ones(call.x, self.layer.q_bias is not None).double())
-            after = (call.query if projection == "q" else call.key).double()
+            before = project(heads, exact(with_ones(call.x, self.layer.q_bias is not None)))
+            after = exact(call.query if projection == "q" else call.key)
             z, rotated = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
             cross, power = cross + (rotated * z.conj()).sum(0), power + z.abs().square().sum(0)
             rest = before[..., anatomy.rotary :], after[..., anatomy.rotary :]
@@ -205,14 +206,14 @@ class SharedLayer:
     def _fit_scores(self, q, k, refit: list[str], record: dict):
         """Fit queries and keys in turn to the base's scores. Later fits take more steps, as they undo earlier ones."""
         settings, call = self.settings, self.inputs.base[0]
-        dtype = self.inputs.x[0].dtype
+        x = self.inputs.x[0]
         record["scores_lost"] = []
         samples = self.inputs.samples
         fits = settings.rounds * len(refit) + (len(refit) - 1)
         for step, effort in enumerate(efforts(fits)):
             if step and settings.reweight_keys:
                 samples = list(self._map_samples(partial(self._reweighted, q, k)))
-            rope = self.query_rotation.to(dtype), self.key_rotation.to(dtype)
+            rope = self.query_rotation.to(x), self.key_rotation.to(x)
             train, validation = (
                 ScoreObjective(subset, scale_of(call), *rope, len(k)) for subset in train_and_validation(samples)
             )
@@ -230,9 +231,9 @@ class SharedLayer:
     def _reweighted(self, q, k, index: int) -> ScoreSample:
         """A sample whose attention weights are the mean of the base's and those of these queries and keys."""
         sample, x = self.inputs.samples[index], self.inputs.x[index]
-        key, query = self.key_rotation.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
+        key, query = self.key_rotation.to(x)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
         queries = project(q, x[sample.rows])  # other rows are not read
-        query[:, sample.rows] = self.query_rotation.to(x.dtype).at(sample.rows)(queries)
+        query[:, sample.rows] = self.query_rotation.to(x).at(sample.rows)(queries)
         new = self._weights_of(query, key, index, sample.rows)
         mean = ((sample.weights + new) / 2).masked_fill(sample.weights == 0, 0.0)
         return replace(sample, weights=mean)
@@ -282,12 +283,13 @@ class SharedLayer:
         if weights is None:
             list(self._map_samples(partial(self.head_outputs, new)))  # they are kept
         for index, call in enumerate(self.inputs.base):
-            row_weights = _row_weights(self.inputs.rms[index])
             if weights is None:
                 rows, z = slice(1, None), self.head_outputs(new, index)[1:]
             else:
                 rows, z = self.inputs.samples[index].rows, self._mix_values(new, index, weights[index])
-            sums[is_validation(index, len(self.inputs.base))].add(z.flatten(1), call.output[rows], row_weights[rows])
+            sums[is_validation(index, len(self.inputs.base))].add(
+                z.flatten(1), call.output[rows], _row_weights(self.inputs.rms[index][rows])
+            )
         pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
         result = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_validation=weights is None)
         record["ridge"], energy = result.ridge, sums[1].energy
@@ -309,7 +311,7 @@ class SharedLayer:
                 for head in group:
                     errors = call.query[readers][:, sample.rows] @ call.key[head].T * scale - wanted[readers]
                     weighted = weights * errors
-                    lost = (weighted * errors).double().sum() - weighted.sum(-1).double().square().sum()
+                    lost = exact(weighted * errors).sum() - exact(weighted.sum(-1)).square().sum()
                     total[readers[0], head] = total.get((readers[0], head), 0.0) + float(lost)
         self.key_heads = []
         for group in self.groups:
@@ -322,4 +324,4 @@ class SharedLayer:
 
 def _row_weights(rms: torch.Tensor) -> torch.Tensor:
     """ω of rows: it makes errors relative to the hidden states to which they are added."""
-    return 1 / rms.double().square().clamp(min=1e-30)
+    return 1 / exact(rms).square().clamp(min=1e-30)

@@ -23,6 +23,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from surgery.machine.placement import exact
 from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def fit_output(
     """
     from surgery.calibration.moments import refit_output
 
-    old, (cross, moments), (cross_validation, moments_validation) = old.double(), _wide(train), _wide(validation)
+    old, (cross, moments), (cross_validation, moments_validation) = exact(old), _wide(train), _wide(validation)
 
     def loss(weight: Tensor) -> float:
         return float((weight @ moments_validation * weight).sum() - 2 * (weight * cross_validation).sum())
@@ -220,4 +221,4 @@ def fit_output(
 
 
 def _wide(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return pair[0].double(), pair[1].double()
+    return exact(pair[0]), exact(pair[1])

@@ -23,6 +23,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
 from surgery.errors import ModelError
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_gates import Gate
 
@@ -44,7 +45,7 @@ class RegressionSums:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add tokens: x [n, D], y [n, outputs]."""
-        x, y = torch.nn.functional.pad(x.double(), (0, 1), value=1.0), y.double()
+        x, y = torch.nn.functional.pad(exact(x), (0, 1), value=1.0), exact(y)
         self.xx.addmm_(x.T, x)
         self.xy.addmm_(x.T, y)
         self.yy += y.square().sum(0)
@@ -108,8 +109,8 @@ def worth(heads: torch.Tensor, output: torch.Tensor, groups: tuple[int, ...], sc
         chance: for "damage", the probability that another unit is off, too.
     """
     size = output.shape[-1]
-    wide, widths = heads.double(), [group * size for group in groups]
-    gram = output.double().flatten(1)
+    wide, widths = exact(heads), [group * size for group in groups]
+    gram = exact(output).flatten(1)
     gram = gram.T @ gram
     dots = [outputs.sum(-1) for outputs in ((wide @ gram) * wide).split(widths, dim=-1)]
     energies, begin = [], 0
@@ -210,7 +211,7 @@ def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Regr
         for index, heads in enumerate(run.heads(layer.index)):
             x, y = inputs.pop().flatten(0, -2), worth(heads, output, gate.groups, score, chance)
             if not moments:
-                moments = [RegressionSums(x.shape[-1], gate.units, x.device) for _ in range(2)]
+                moments = [RegressionSums(x.shape[-1], gate.units, y.device) for _ in range(2)]
             moments[index % 4 == 3].add(x, y)
     finally:
         hook.remove()

@@ -127,7 +127,7 @@ def gradient_table(
                 loss = model(input_ids=sequence[None].to(model.device), use_cache=False).logits
                 gradients = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
         for total, gradient in zip(sums, gradients, strict=True):
-            total += gradient.abs().double().cpu()
+            total += gradient.abs().cpu().double()
         if progress:
             progress(index + 1, len(sequences), "measuring heads")
     for total, heads in zip(sums, silent, strict=True):

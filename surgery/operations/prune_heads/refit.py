@@ -16,6 +16,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
 from surgery.calibration.moments import Moments, refit_output
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.operations.prune_heads.select import lost_share
 
@@ -82,7 +83,7 @@ def moments_of(rows) -> Moments:
 def _refit_layer(model, layer, removed_heads: list[int], run: Layerwise, ridge: float) -> Refitted:
     module = model.get_submodule(layer.path)
     tensors = {name: module.get_parameter(name) for name in layer.tensor_names}
-    full = unpack(layer, tensors).o.detach().double().flatten(1)  # [D, H d]
+    full = exact(unpack(layer, tensors).o.detach()).flatten(1)  # [D, H d]
     kept_heads = [head for head in range(layer.heads) if head not in removed_heads]
     moments = moments_of(run.heads(layer.index))
     channels = torch.tensor([head * layer.head_dim + i for head in kept_heads for i in range(layer.head_dim)])

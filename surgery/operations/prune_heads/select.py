@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import groups_of
+from surgery.machine.placement import exact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,13 +118,13 @@ def magnitudes(layer: AttentionLayer) -> list[float]:
     """
     import torch
 
-    values, norms = layer.v.double(), [0.0] * layer.anatomy.heads
+    values, norms = exact(layer.v), [0.0] * layer.anatomy.heads
     if layer.v_bias is not None:
-        values = torch.cat([values, layer.v_bias.double().unsqueeze(-1)], dim=-1)
+        values = torch.cat([values, exact(layer.v_bias).unsqueeze(-1)], dim=-1)
     for kv_head, queries in enumerate(groups_of(layer.anatomy)):
         gram = values[kv_head] @ values[kv_head].T  # ||O V||² = tr(OᵀO V Vᵀ), [d, d] instead of [D, D]
         for head in queries:
-            o = layer.o[:, head].double()
+            o = exact(layer.o[:, head])
             norms[head] = float(((o.T @ o) * gram).sum().clamp(min=0).sqrt())
     return norms
 

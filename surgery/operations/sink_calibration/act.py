@@ -25,6 +25,7 @@ import torch
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.sinks import other_sinks, received
 from surgery.io.resume import SavedFigures
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.operations.sink_calibration.zero_tuning import LABELLED, Trial, frozen, gradients, parameters_of
 from surgery.runtime.modeling_surgery import attach, attention_modules
@@ -91,8 +92,8 @@ def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, pr
     moments: dict[int, torch.Tensor] = {}
 
     def learn(layer: int, value, total, marked, judged) -> None:
-        x = probe_features(value[0, :, judged].double())  # [KV heads, judged, features]
-        y = marked[:, judged].double().reshape(len(x), -1, x.shape[1])
+        x = probe_features(exact(value[0, :, judged]))  # [KV heads, judged, features]
+        y = exact(marked[:, judged]).reshape(len(x), -1, x.shape[1])
         grams[layer] = grams.get(layer, 0) + x.mT @ x
         moments[layer] = moments.get(layer, 0) + y @ x
 
@@ -106,7 +107,9 @@ def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, pr
     scores_and_marks: dict[int, list] = {layer: [] for layer in probes}
 
     def record_scores(layer: int, value, total, marked, judged) -> None:
-        scores_and_marks[layer].append((probe_scores(value, probes[layer])[0, :, judged], marked[:, judged]))
+        scores_and_marks[layer].append(
+            (probe_scores(value, probes[layer])[0, :, judged].to(marked.device), marked[:, judged])
+        )
 
     _each_call(model, probes, samples, alpha, record_scores, progress, "setting thresholds")
     with torch.no_grad():
@@ -138,10 +141,10 @@ def agreement(model, probes: dict[int, torch.Tensor], samples, alpha: float, pro
     sums = torch.zeros(2, 3, dtype=torch.float64)
 
     def count(layer: int, value, total, marked, judged) -> None:
-        predicted = probe_scores(value, probes[layer])[0, :, judged] > 0
+        predicted = (probe_scores(value, probes[layer])[0, :, judged] > 0).to(marked.device)
         marked, total = marked[:, judged], total[:, judged]
         for column, chosen in enumerate((predicted & marked, predicted, marked)):
-            sums[:, column] += torch.stack([chosen.sum().double(), total[chosen].sum().double()]).cpu()
+            sums[:, column] += torch.stack([chosen.sum().cpu(), total[chosen].sum().cpu()])
 
     _each_call(model, probes, samples, alpha, count, progress, "judging probes")
     record = {}

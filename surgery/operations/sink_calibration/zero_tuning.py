@@ -17,6 +17,7 @@ import torch
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.gradients import with_gradients
 from surgery.io.resume import SavedFigures
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
@@ -59,7 +60,7 @@ def first_tokens(model, samples: torch.Tensor, reach: list[int], progress=None) 
         rows = slice(reach[layer], hook.windows[layer])  # no query after the base's own window sees it
         first = scores(query[:, :, rows], key[:, :, :1], scale, softcap, torch.float32)
         measured = key[0, :, 0], value[0, :, 0], first.mean(dim=(0, 2, 3))
-        sums[layer] = [old + new.double() for old, new in zip(sums[layer], measured, strict=True)]
+        sums[layer] = [old + exact(new) for old, new in zip(sums[layer], measured, strict=True)]
         return surgery_attention(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
 
     sums = [[0.0, 0.0, 0.0] for _ in reach]

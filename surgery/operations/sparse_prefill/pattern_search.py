@@ -19,6 +19,7 @@ from surgery.calibration.attention_hook import hook_attention
 from surgery.data.calibration_text import calibration_sequences
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SettingError
+from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_estimators import settings_problems
@@ -121,7 +122,7 @@ def search_patterns(
             weights = hook.weights(module, query, key, positions, **kwargs)
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             measured = measure(query, key, weights, positions, scale, block, among)
-            totals[layer] = totals.get(layer, 0) + torch.stack(measured).double().cpu() / samples
+            totals[layer] = totals.get(layer, 0) + torch.stack(measured).cpu() / samples
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with hook_attention(model, attention) as hook, torch.no_grad():
@@ -166,8 +167,8 @@ def measure(query, key, weights, positions, scale: float, block: int, among: lis
         kept = kept.repeat_interleave(heads // kept.shape[1], dim=1)
         kept_of_rows = kept[:, :, positions.to(kept.device) // block]
         recovered.append((in_blocks * kept_of_rows).sum(-1).mean((0, 2)))
-        cost.append(kept.sum((2, 3)).double().mean(0) / (blocks * (blocks + 1) / 2))
-    return torch.stack(recovered).double(), torch.stack(cost)
+        cost.append(exact(kept.sum((2, 3))).mean(0) / (blocks * (blocks + 1) / 2))
+    return exact(torch.stack(recovered)), torch.stack(cost)
 
 
 def best(recovered: torch.Tensor, cost: torch.Tensor, density: float) -> list[int]:

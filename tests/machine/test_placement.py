@@ -1,0 +1,159 @@
+"""Which device a run takes, and what it refuses: on GPUs that are made up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.errors import MachineError, SettingError
+from surgery.machine import placement
+from surgery.machine.placement import GIB, Placement, current, device_for, measured_in_place, placed, placed_on, put
+
+CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, with so many GiB free; their names are known, and nothing runs on them."""
+
+    def of(*free: float | None) -> None:
+        room = {device: None if one is None else int(one * GIB) for device, one in zip(CUDA, free, strict=False)}
+        monkeypatch.setattr(placement, "accelerators", lambda: list(room))
+        monkeypatch.setattr(placement, "free_on", room.__getitem__)
+
+    return of
+
+
+def test_without_a_gpu_it_is_the_cpu():
+    assert device_for(GIB).type == "cpu"
+    assert placement.accelerators() == []
+
+
+def test_auto_takes_the_gpu_with_most_room(gpus):
+    gpus(2, 8)
+    assert device_for(GIB) == CUDA[1]
+    assert device_for(6 * GIB) == CUDA[1], "1.3 times 6 GiB fit"
+    assert device_for(7 * GIB).type == "cpu"
+    assert device_for(5 * GIB, beside=2 * GIB).type == "cpu"
+
+
+def test_a_named_device_is_taken(gpus):
+    gpus(2, 8)
+    with placed_on("cuda:0"):
+        assert device_for(GIB) == CUDA[0]
+    with placed_on("cuda"):
+        assert device_for(GIB) == CUDA[1]
+    with placed_on("cpu"):
+        assert device_for(GIB).type == "cpu"
+
+
+def test_a_full_device_is_refused_and_the_other_one_named(gpus):
+    gpus(2, 8)
+    with placed_on("cuda:0"), pytest.raises(MachineError) as refused:
+        device_for(3 * GIB)
+    assert "the model needs about 3.9 GiB, 2.0 GiB are free" in str(refused.value)
+    assert "cuda:0: 2.0 GiB free, cuda:1: 8.0 GiB free" in str(refused.value)
+    assert refused.value.fix == "--device cuda:1"
+    assert refused.value.code == "out-of-memory"
+    with placed_on("cuda"), pytest.raises(MachineError) as refused:
+        device_for(30 * GIB)
+    assert "8.0 GiB are free" in str(refused.value)
+    assert "--device cpu" in refused.value.fix
+
+
+def test_a_device_whose_room_is_unknown_is_taken(gpus):
+    gpus(None)
+    assert device_for(GIB) == CUDA[0]
+
+
+def test_what_is_not_there_is_refused():
+    with pytest.raises(SettingError, match="unknown device 'gpu'"), placed_on("gpu"):
+        pass
+    with pytest.raises(MachineError, match="PyTorch sees no such device: cuda:3"), placed_on("cuda:3"):
+        pass
+    with pytest.raises(SettingError, match="unknown dtype 'int8'"), placed_on("cpu", "int8"):
+        pass
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(placement, "_computes", lambda device, dtype: dtype != "bfloat16")
+    with pytest.raises(MachineError, match="cpu does not compute in bfloat16"), placed_on("cpu", "bfloat16"):
+        pass
+
+
+def test_an_inner_function_keeps_the_placement_unless_it_names_one():
+    @placed
+    def inner(*, device: str = "auto", dtype: str = "auto") -> Placement:
+        return current()
+
+    @placed
+    def outer(*, device: str = "auto", dtype: str = "auto", **named: str) -> Placement:
+        return inner(**named)
+
+    assert outer() == Placement()
+    assert outer(device="cpu", dtype="float64") == Placement("cpu", "float64")
+    assert inner(dtype="float32") == Placement("auto", "float32")
+    with placed_on("cpu", "bfloat16"):
+        assert inner() == Placement("cpu", "bfloat16")
+        assert inner(dtype="float32") == Placement("cpu", "float32")
+    assert current() == Placement()
+
+
+def test_a_failed_function_leaves_no_placement():
+    @placed
+    def fails(*, device: str = "auto", dtype: str = "auto") -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        fails(device="cpu")
+    assert current() == Placement()
+
+
+def test_out_of_memory_while_a_model_moves_is_told(gpus):
+    gpus(8)
+    model = torch.nn.Linear(2, 2)
+
+    def full(device):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+
+    model.to = full
+    with pytest.raises(MachineError, match="out of memory on cuda:0: CUDA out of memory"):
+        put(model)
+
+
+def test_weights_come_back_in_their_own_dtype_and_the_unchanged_ones_bit_for_bit():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with placed_on("cpu", "bfloat16"), measured_in_place(model):
+        assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+        assert model[2].running_mean.dtype == torch.float32, "buffers stay as they are"
+        model[0].weight.data.mul_(2)
+        model[1] = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+        model.extra = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))  # an operation chose this dtype
+    after = model.state_dict()
+    assert after["0.weight"].equal((2 * before["0.weight"].bfloat16()).float())
+    assert after["0.bias"].equal(before["0.bias"])
+    assert not before["0.bias"].bfloat16().float().equal(before["0.bias"]), "bfloat16 alone would have rounded it"
+    assert after["1.weight"].dtype == torch.float32
+    assert after["1.weight"].shape == (3, 5)
+    assert after["extra"].dtype == torch.float64
+
+
+def test_apply_in_bfloat16_writes_float32_and_keeps_what_it_does_not_change(model, tmp_path):
+    base = {name: tensor.float() + 1e-4 for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(base, model / "model.safetensors", metadata={"format": "pt"})
+    settings = {"calibration_samples": 4, "calibration_length": 64, "check": False, "evaluate": False}
+    written = {}
+    for dtype in ("auto", "bfloat16"):
+        surgery.apply("moh", model, output=tmp_path / dtype, dtype=dtype, **settings)
+        written[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+    wide, narrow = written.values()
+    assert {name: tensor.dtype for name, tensor in narrow.items()} == {name: each.dtype for name, each in wide.items()}
+    assert all(narrow[name].equal(tensor) for name, tensor in base.items())
+    assert set(narrow) > set(base)
+    name = next(name for name in narrow if name.endswith("surgery_router"))
+    error = (narrow[name] - wide[name]).norm() / wide[name].norm()
+    assert 0 < error < 0.2, "it was measured in bfloat16"
