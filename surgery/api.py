@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
 from surgery.config.arguments import (
+    base_on_disk,
     no_model,
     refuse_folder_settings,
     refuse_no_base,
@@ -129,17 +130,12 @@ def apply(
         output: the folder to make; required for a name or folder, refused for a loaded model.
         tokenizer: the tokenizer of a loaded model; operations that measure the model need it.
         engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where possible).
-            `engine`, `resume`, `overwrite` and `allow_pickle` apply to conversion into a folder only; a loaded model
-            refuses them.
+            A loaded model refuses `engine`, `resume`, `overwrite` and `allow_pickle`.
         check, evaluate, gate: check the result, score it, judge it by the recipe's limits; a skipped gate is recorded.
-        resume: continue an earlier run that did not finish.
-        overwrite: replace an existing output.
+        resume, overwrite: continue an earlier run that did not finish; replace an existing output.
         allow_pickle: read .bin weights (with `weights_only=True`).
-        device, dtype: where and how a folder's model runs while it is measured and scored: "cpu", "cuda", "cuda:1",
-            "mps", and "float32", "bfloat16", "float16". "auto": a GPU where the model fits, and the dtype of the
-            weights. What is written has that dtype in any case. A loaded model stays where it is.
-        progress: called with done, total and a label.
-        on_plan: called with the plan before anything is done.
+        device, dtype: where and how a folder's model is measured: "cpu", "cuda:1", "mps"; "float32", "bfloat16".
+        progress, on_plan: called with done, total and a label; called with the plan before anything is done.
 
     Returns:
         The report. `report.gate` is the result of the recipe's gate, `report.passed` that of the check. Where a recipe
@@ -275,8 +271,7 @@ def heal(
         check, evaluate, gate: as for `apply`.
         resume: continue from the last complete checkpoint of an unfinished run; settings, data and models must match.
         overwrite: replace `output`, and restart an unfinished run. Text that the base wrote for that run is reused.
-        progress: as for `apply`.
-        on_plan: called with the `HealPlan` before anything is trained.
+        progress, on_plan: as for `apply`; `on_plan` gets a `HealPlan`.
 
     Returns:
         The report. Where several processes train, all but the first return None.
@@ -299,7 +294,7 @@ def heal(
         refuse_folder_settings("healed", output=output, resume=resume, overwrite=overwrite)
         refuse_no_model(model)
         return heal_model(model, base, settings, typed, tokenizer, options)
-    return cast("Report", pipeline.heal_to_folder(model, _base_on_disk(base), output, settings, typed, options))
+    return cast("Report", pipeline.heal_to_folder(model, base_on_disk(base), output, settings, typed, options))
 
 
 @placed
@@ -323,6 +318,7 @@ def check(
         The report; its `passed` and `checks` hold the result.
     """
     from surgery.evaluation.check import check_report
+    from surgery.io.hub import folder_of
 
     refuse_no_path("folder", folder, needed=True)
     refuse_no_path("base", base)
@@ -335,7 +331,7 @@ def check(
         if not (Path(folder) / REPORT).is_file():
             raise
         raise CheckError(error.what, where=error.where, exists=error.exists, fix=error.fix) from None  # damaged record
-    check_report(report, None if base is None else _folder(base), memory=memory, progress=progress)
+    check_report(report, None if base is None else folder_of(base), memory=memory, progress=progress)
     report.save()
     return report
 
@@ -350,10 +346,11 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         SurgeryError: there is no such model, or it cannot be loaded.
     """
+    from surgery.io.hub import folder_of
     from surgery.io.loading import load_model
 
     refuse_no_path("folder", folder, needed=True)
-    return load_model(_folder(folder), **kwargs)
+    return load_model(folder_of(folder), **kwargs)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -448,19 +445,3 @@ def push(
     refuse_no_path("folder", folder, needed=True)
     refuse_no_text("repo", repo)
     return send(folder, repo, public=public, dry_run=dry_run, message=message, revision=revision)
-
-
-def _base_on_disk(base: AnyModel | None) -> str | Path | None:
-    if base is None or isinstance(base, str | Path):
-        return base
-    raise SurgeryError(
-        f"base is a loaded {type(base).__name__}, and healing a folder needs its base on disk",
-        fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
-    )
-
-
-def _folder(model: str | Path) -> Path:
-    """The folder of a model that is given as a folder, a name or a Hub id."""
-    from surgery.io.hub import resolve
-
-    return resolve(str(model)).path

@@ -273,7 +273,7 @@ def test_settings_of_a_probe_are_written_out():
 
     from surgery.evaluation.probes import find
 
-    common = {"model", "base", "tokenizer", "report", "progress"}
+    common = {"model", "base", "tokenizer", "report", "device", "dtype", "progress"}
     for function, name in ((surgery.evaluate_needles, "needles"), (surgery.evaluate_choices, "choices")):
         assert signature(function).parameters.keys() - common == find(name).model_fields.keys()
     own = signature(surgery.evaluate).parameters.keys() - common

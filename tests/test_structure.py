@@ -52,7 +52,7 @@ DECIDED = {
     "io": "card_text demo_model earlier_keys files hub hub_errors identity key_values loading manifest model_folder "
     "output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
-    "machine": "command device parallel placement progress speed transformers_logging",
+    "machine": "command device offload parallel placement progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",
     "operations/duo_attention": "operation scorers",
     "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
@@ -75,6 +75,7 @@ MANY = {
     "evaluation": "evaluate evaluate_choices evaluate_needles",
     "data": "calibration make_needles passkeys",
     "evaluation/benchmark": "bench",
+    "evaluation/comparison": "compare",
     "search": "sweep",
     "healing": "of store",
     "operations/duo_attention": "ablation far_mass fisher gates induction retrieval",

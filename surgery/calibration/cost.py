@@ -18,3 +18,11 @@ def forward_flops(anatomy: Anatomy, tokens: float, length: int) -> float:
     """
     attention = sum(4 * layer.heads * layer.head_dim * length for layer in anatomy.layers)
     return tokens * (2 * anatomy.parameters + attention)
+
+
+def activation_bytes(anatomy: Anatomy, length: int) -> int:
+    """Bytes of one layer's activations in float32 for one text, with the attention of all pairs of its tokens."""
+    layer, config = anatomy.layers[0], anatomy.config.get_text_config()
+    hidden = getattr(config, "hidden_size", None) or 1
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return 4 * length * (8 * hidden + 3 * inner + 3 * layer.heads * length)

@@ -72,7 +72,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-PLACED = ("inspect", "score", "apply", "check", "eval", "try", "reproduce", "compare", "sweep", "report")
+PLACED = ("inspect", "score", "plan", "apply", "check", "eval", "try", "reproduce", "compare", "sweep", "report")
 
 for verb, (run, line) in VERBS.items():
     run = placed(run) if verb in PLACED else run

@@ -96,3 +96,13 @@ def texts(overrides: Any) -> tuple[str, ...]:
     if wrong := [each for each in values if not isinstance(each, str)]:
         raise SurgeryError(f"{described(wrong[0])} is not a text", fix='write overrides=["key=value"]', **where)
     return values
+
+
+def base_on_disk(base: Any) -> str | Path | None:
+    """A base that is named; an error for a loaded one, which the healing of a folder cannot use."""
+    if base is None or isinstance(base, str | Path):
+        return base
+    raise SurgeryError(
+        f"base is a loaded {type(base).__name__}, and healing a folder needs its base on disk",
+        fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
+    )

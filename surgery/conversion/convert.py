@@ -14,6 +14,7 @@ from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.edit import own_config, snapshot
 from surgery.architecture.surgery_block import export, layer_entries
 from surgery.config.options import RunOptions
+from surgery.conversion.estimate import measuring_bytes, needs_whole
 from surgery.conversion.plan import Plan, Step, make_plan, planned_change, problems_after, problems_of
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
@@ -203,7 +204,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
         tokenizer = None if plan.streams else read_tokenizer(base)
     except SurgeryError as error:  # raised later, and only if an operation needs the tokenizer
         tokenizer = error
-    with measured_in_place(model):
+    with measured_in_place(model, whole=needs_whole(plan), beside=measuring_bytes(plan)):
         records = [
             checked_record(operation, operation.apply(model, context))
             for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)

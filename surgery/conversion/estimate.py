@@ -18,6 +18,10 @@ from surgery.architecture.layer import BYTES
 from surgery.calibration.cost import forward_flops
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import FILES, FRESH
+from surgery.io.safetensors import TORCH_NAMES, stored_bytes
+from surgery.machine.device import LOAD_OVERHEAD
+from surgery.machine.offload import ModelSizes
+from surgery.machine.placement import AUTO, CPU, DTYPES, current, place_for
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
 
@@ -51,12 +55,14 @@ class Estimate:
         output_bytes: bytes of the result's weights.
         disk_bytes: most bytes that the run needs on the disk at once.
         threads: number of PyTorch's threads that `seconds` assumes; None where nothing is computed with a model.
+        device: the GPU that measures and scores; None: the CPU does.
     """
 
     stages: tuple[StageEstimate, ...]
     output_bytes: int
     disk_bytes: int
     threads: int | None
+    device: DeviceUse | None = None
 
     @property
     def seconds(self) -> float:
@@ -89,8 +95,64 @@ class Estimate:
             "memory_bytes": self.memory_bytes,
             "seconds": round(self.seconds, 1),
             "threads": self.threads,
+            "device": None if self.device is None else vars(self.device),
             "parts": {group: {"seconds": round(s, 1), "memory_bytes": int(m)} for group, (s, m) in groups},
         }
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """What a conversion takes of a GPU.
+
+    Attributes:
+        device: its name in PyTorch.
+        streamed: whether the model's layers are there one at a time, since the model is larger.
+        memory_bytes: bytes of the model that are there, with activations, and of the measurement.
+    """
+
+    device: str
+    streamed: bool
+    memory_bytes: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> DeviceUse | None:
+        """The GPU of this run, if the model is measured on one.
+
+        Raises:
+            MachineError: the device that was named has no room for the model.
+        """
+        if plan.streams:
+            return None
+        sizes = _sizes(plan)
+        place = place_for(sizes.whole, None if needs_whole(plan) else sizes.streamed, measuring_bytes(plan))
+        if place.device.type == CPU:
+            return None
+        size = sizes.streamed if place.streamed else sizes.whole
+        return cls(str(place.device), place.streamed, int(LOAD_OVERHEAD * size) + measuring_bytes(plan))
+
+
+def needs_whole(plan: Plan) -> bool:
+    """Whether a step of the plan measures with gradients through all layers."""
+    return any(step.operation.whole_model for step in plan.steps)
+
+
+def measuring_bytes(plan: Plan) -> int:
+    """Bytes that the plan's measurements need in addition to the model."""
+    measured = [each for step in plan.steps for each in step.change.measurements]
+    return int(
+        max((each.memory if each.memory_on_gpu is None else each.memory_on_gpu for each in measured), default=0)
+    )
+
+
+def _sizes(plan: Plan) -> ModelSizes:
+    """The sizes of the model in memory, in the dtype of this run."""
+    dtype, anatomy = current().dtype, plan.before
+    width = None if dtype == AUTO else DTYPES[dtype]
+    of_tensors = {
+        name: prod(shape) * width if width and kind in TORCH_NAMES else stored_bytes(kind, shape)
+        for name, (kind, shape) in anatomy.tensors.items()
+    }
+    return ModelSizes.of_tensors(of_tensors, [layer.path.rpartition(".")[0] for layer in anatomy.layers])
 
 
 def estimate(plan: Plan, check: bool = True, evaluate: bool = True) -> Estimate:
@@ -106,7 +168,7 @@ def estimate(plan: Plan, check: bool = True, evaluate: bool = True) -> Estimate:
         disk += plan.output_bytes + heal.disk_bytes + heal.teacher_bytes
     left_out = {group for group, asked in (("check", check), ("score", evaluate)) if not asked}
     work = _Stages(plan, left_out)
-    return Estimate(tuple(work.all()), plan.output_bytes, disk, work.threads)
+    return Estimate(tuple(work.all()), plan.output_bytes, disk, work.threads, work.device)
 
 
 class _Stages:
@@ -115,6 +177,7 @@ class _Stages:
     def __init__(self, plan: Plan, left_out: Collection[str] = ()):
         self.plan, self.anatomy, self.weights, self.left_out = plan, plan.before, plan.output_bytes, left_out
         self.threads: int | None = None
+        self.device = DeviceUse.of(plan)
         config = plan.before.config.get_text_config()
         self.vocabulary = getattr(config, "vocab_size", None) or 0
         asked = () if "score" in left_out else self._asked()  # a probe may read the tokenizer, which imports PyTorch
@@ -127,10 +190,11 @@ class _Stages:
         """Floating-point operations per second."""
         import torch
 
-        self.threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads() if self.device is None else None
         config = self.anatomy.config.get_text_config()
         hidden = getattr(config, "hidden_size", None) or 1
-        return flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
+        device = CPU if self.device is None else self.device.device
+        return flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden, device)
 
     def all(self) -> Iterator[StageEstimate]:
         """All stages, in the order of `pipeline.py`."""

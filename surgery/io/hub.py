@@ -95,6 +95,11 @@ class ResolvedModel:
     headers: dict[str, dict] | None = None
 
 
+def folder_of(model: str | Path) -> Path:
+    """The folder of a model that is given as a folder, a name or a Hub id."""
+    return resolve(str(model)).path
+
+
 def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> ResolvedModel:
     """Find a model. An existing folder wins, then the demo model's name, then the Hub.
 

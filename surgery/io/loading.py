@@ -60,15 +60,18 @@ def eval_mode(model) -> Iterator[None]:
 _MODES, _in_eval_mode = Lock(), {}  # model -> how many use it, and its modules' modes
 
 
-def load_for_run(folder: str | Path, *, allow_pickle: bool = False) -> Any:
+def load_for_run(folder: str | Path, *, allow_pickle: bool = False, whole: bool = False) -> Any:
     """Load a model as `load_model` does, on the device and in the dtype of this run (`machine.placement`).
+
+    Args:
+        whole: as for `placement.put`.
 
     Raises:
         SurgeryError: as for `load_model`.
         MachineError: the device that was named has no room for it.
     """
     with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
-        return placement.put(load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()))
+        return placement.put(load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()), whole=whole)
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:

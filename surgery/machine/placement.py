@@ -4,8 +4,8 @@ A public function sets the placement for its length (`placed`), and whatever loa
 (`run_dtype`, `put`). So an option of the command line reaches all models of a run. A model that a script has loaded
 stays where it is.
 
-"auto" takes the GPU with the most free memory if the model fits there, and the CPU otherwise. A device that is named
-must have room for the model.
+"auto" takes the GPU with the most free memory, and the CPU if no GPU has enough. A model that is larger than the GPU
+is streamed: its layers go there one at a time (`machine.offload`). A device that is named must have room for that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO, CPU = "auto", "cpu"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # name -> bytes of a number
 GIB = 2**30
 
 Arguments = ParamSpec("Arguments")
@@ -37,7 +37,7 @@ class Placement:
 
     Attributes:
         device: "auto", or a device of PyTorch: "cpu", "cuda", "cuda:1", "mps".
-        dtype: "auto" (that of the stored weights), or one of `DTYPES`.
+        dtype: "auto" (that of the stored weights), or a name in `DTYPES`.
     """
 
     device: str = AUTO
@@ -96,42 +96,54 @@ def run_dtype() -> Any:
     return getattr(torch, name)
 
 
-def put(model: Any, *, beside: int = 0) -> Any:
-    """Move a model that was just loaded to the device of this run.
+def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
+    """Move a model that was just loaded to the device of this run; layer by layer if it does not fit as a whole.
 
     Args:
+        whole: its layers may not be streamed, since gradients will flow through all of them.
         beside: bytes that the run needs there in addition to the model and its activations.
 
     Raises:
         MachineError: it does not fit on the device that was named.
     """
-    weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-    device = device_for(weights, beside)
-    if device.type == CPU:
+    from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers
+
+    sizes = ModelSizes.of(model)
+    place = place_for(sizes.whole, None if whole or not sizes.layers else sizes.streamed, beside)
+    if place.device.type == CPU:
         return model
     try:
-        return model.to(device)
+        if place.streamed:
+            vars(model)[STREAMED] = StreamedLayers(model, place.device)
+            return model
+        return model.to(place.device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise _full(device, str(error).splitlines()[0]) from error
+        raise _full(place.device, str(error).splitlines()[0]) from error
 
 
 @contextmanager
-def measured_in_place(model: Any) -> Iterator[None]:
+def measured_in_place(model: Any, *, whole: bool = False, beside: int = 0) -> Iterator[None]:
     """A block that measures and edits a model on the device and in the dtype of this run.
 
     Afterwards the model is on the CPU, in its own dtype. Weights that the block left as they were have their own bits
     again, also if the run's dtype is narrower.
+
+    Args:
+        whole, beside: as for `put`.
     """
+    from surgery.machine.offload import end_streaming
+
     dtype, before = run_dtype(), {}
     if dtype != AUTO:  # buffers, such as the frequencies of RoPE, stay as exact as they are
         before = {name: each.data for name, each in model.named_parameters() if each.is_floating_point()}
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     try:
-        yield put(model)
+        yield put(model, whole=whole, beside=beside)
     finally:
+        end_streaming(model)
         model.to(CPU)
         if before:
             _restore(model, before, dtype)
@@ -148,28 +160,60 @@ def _restore(model: Any, before: dict[str, torch.Tensor], dtype: torch.dtype) ->
             parameter.data = parameter.data.to(usual if old is None else old.dtype)
 
 
-def device_for(weights: int, beside: int = 0) -> torch.device:
-    """The device of this run for a model of so many bytes; `beside` and errors as for `put`."""
+@dataclass(frozen=True)
+class Place:
+    """Where a model runs.
+
+    Attributes:
+        device: the device.
+        streamed: its layers lie in main memory, and one at a time is on the device (`machine.offload`).
+    """
+
+    device: torch.device
+    streamed: bool = False
+
+
+def device_for(weights: int) -> torch.device:
+    """The device of this run for a model of so many bytes, which is there as a whole; raises as `place_for`."""
+    return place_for(weights).device
+
+
+def place_for(whole: int, streamed: int | None = None, beside: int = 0) -> Place:
+    """Where a model runs: on the device of this run as a whole if it fits, else streamed, else on the CPU.
+
+    Args:
+        whole: bytes of the model.
+        streamed: bytes of it on the device if its layers are streamed; None if they cannot be.
+        beside: bytes that the run needs there in addition.
+
+    Raises:
+        MachineError: it does not fit on the device that was named.
+    """
     import torch
 
-    asked, need = current().device, int(LOAD_OVERHEAD * weights) + beside
+    asked = current().device
     if asked == CPU:
-        return torch.device(CPU)
+        return Place(torch.device(CPU))
     free = {device: free_on(device) for device in accelerators()}
-    fitting = [device for device, room in free.items() if room is None or room >= need]
+    mine = list(free) if asked == AUTO else _of_kind(torch.device(asked), free)
+    for size, by_layers in ((whole, False), (streamed, True)):
+        if size is not None and (fitting := _fitting(free, need := int(LOAD_OVERHEAD * size) + beside, mine)):
+            return Place(fitting[0], by_layers)
     if asked == AUTO:
-        return max(fitting, key=lambda device: free[device] or 0, default=torch.device(CPU))
-    named = torch.device(asked)
-    same = _of_kind(named, free)
-    if found := [device for device in same if device in fitting]:
-        return max(found, key=lambda device: free[device] or 0)
-    room = max(free[device] or 0 for device in same)
-    raise _full(
-        same[0] if len(same) == 1 else named,
-        f"the model needs about {need / GIB:.1f} GiB, {room / GIB:.1f} GiB are free",
-        [f"{device}: {(free[device] or 0) / GIB:.1f} GiB free" for device in free],
-        next((str(device) for device in fitting), ""),
-    )
+        return Place(torch.device(CPU))
+    needs = int(LOAD_OVERHEAD * whole) + beside
+    words = f"the model needs about {needs / GIB:.1f} GiB"
+    if streamed is not None:
+        words += f", or {need / GIB:.1f} GiB layer by layer"
+    what = f"{words}, and {max(free[device] or 0 for device in mine) / GIB:.1f} GiB are free"
+    exists = [f"{device}: {(free[device] or 0) / GIB:.1f} GiB free" for device in free]
+    raise _full(mine[0] if len(mine) == 1 else asked, what, exists, next(map(str, _fitting(free, needs, free)), ""))
+
+
+def _fitting(free: dict[torch.device, int | None], need: int, among: Iterable[torch.device]) -> list[torch.device]:
+    """The devices with so many bytes free, or an unknown number; the one with most comes first."""
+    fitting = [device for device in among if free[device] is None or free[device] >= need]
+    return sorted(fitting, key=lambda device: -(free[device] or 0))
 
 
 def _of_kind(named: torch.device, devices: Iterable[torch.device]) -> list[torch.device]:
@@ -177,7 +221,7 @@ def _of_kind(named: torch.device, devices: Iterable[torch.device]) -> list[torch
     return [device for device in devices if device.type == named.type and named.index in (None, device.index)]
 
 
-def _full(device: torch.device, what: str, exists: list[str] | None = None, other: str = "") -> MachineError:
+def _full(device: torch.device | str, what: str, exists: list[str] | None = None, other: str = "") -> MachineError:
     fix = f"--device {other}" if other else "--device cpu, or --dtype bfloat16"
     return MachineError(
         f"out of memory on {device}: {what}",

@@ -24,11 +24,16 @@ STREAMED = 1 << 24  # size of a weight that is too large for a CPU's cache
 
 
 @functools.lru_cache
-def flops_per_second(hidden: int, inner: int) -> float:
-    """Floating-point operations per second that a model of these widths reaches in float32, on PyTorch's threads."""
+def flops_per_second(hidden: int, inner: int, device: str = "cpu") -> float:
+    """Floating-point operations per second that a model of these widths reaches in float32.
+
+    On the CPU that is on PyTorch's threads.
+    """
     import torch
 
-    left, right = torch.ones(ROWS, hidden), torch.ones(hidden, inner)
+    left, right = torch.ones(ROWS, hidden, device=device), torch.ones(hidden, inner, device=device)
+    if torch.device(device).type != "cpu":
+        return EFFICIENCY * 2 * ROWS * hidden * inner / _quickest_there(lambda: left @ right)
     one = 2 * ROWS * hidden * inner / _quickest(lambda: left @ right)
     return EFFICIENCY * one * torch.get_num_threads() ** (GAIN_NARROW if hidden < NARROW else GAIN_WIDE)
 
@@ -41,6 +46,18 @@ def bytes_per_second() -> float:
     side = int(STREAMED**0.5)
     weight, state = torch.ones(side, side), torch.ones(side)
     return EFFICIENCY * 4 * side * side / _quickest(lambda: weight @ state)
+
+
+def _quickest_there(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of several calls on a GPU, by the wall clock."""
+    best, began = float("inf"), time.monotonic()
+    for _ in range(TIMES):
+        before = time.perf_counter()
+        work()[0, 0].item()  # waits for the GPU
+        best = min(best, time.perf_counter() - before)
+        if time.monotonic() - began > SECONDS:
+            break
+    return max(best, 1e-6)
 
 
 def _quickest(work: Callable[[], Any]) -> float:

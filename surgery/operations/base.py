@@ -19,6 +19,7 @@ classes: see `variants.py`.
     carries_terms              optional            terms of earlier operations that stay valid after its weight change
     rewritten_projections      optional            projections that `rewrite` reads and changes; the others are copied
     limitations, streams       optional            overridden where they depend on the settings
+    whole_model                optional            whether measuring needs gradients through all layers
     unchanged_within           optional            length up to which a sequence gives the base's outputs
     milder                     optional            a setting that changes less, for a result that lost too much
     purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
@@ -66,12 +67,14 @@ class Measurement:
         flops: floating-point operations, in float32 (one in float64 counts as two).
         memory: bytes in addition to the model.
         seconds: used instead of `flops` where the stage has a time limit, or where only its time is known.
+        memory_on_gpu: bytes on a GPU in addition to the model; None: as many as `memory`.
     """
 
     stage: str
     flops: float
     memory: float = 0.0
     seconds: float = 0.0
+    memory_on_gpu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,11 @@ class Operation(BaseModel):
     @property
     def streams(self) -> bool:
         """Whether the new weights follow from the old ones alone, layer by layer (`WeightRewrite.rewrite`)."""
+        return False
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether it measures with gradients through all layers, which must then be in the memory of one device."""
         return False
 
     @property

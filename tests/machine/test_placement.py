@@ -9,7 +9,18 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import MachineError, SettingError
 from surgery.machine import placement
-from surgery.machine.placement import GIB, Placement, current, device_for, measured_in_place, placed, placed_on, put
+from surgery.machine.placement import (
+    GIB,
+    Place,
+    Placement,
+    current,
+    device_for,
+    measured_in_place,
+    place_for,
+    placed,
+    placed_on,
+    put,
+)
 
 CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]
 
@@ -36,7 +47,18 @@ def test_auto_takes_the_gpu_with_most_room(gpus):
     assert device_for(GIB) == CUDA[1]
     assert device_for(6 * GIB) == CUDA[1], "1.3 times 6 GiB fit"
     assert device_for(7 * GIB).type == "cpu"
-    assert device_for(5 * GIB, beside=2 * GIB).type == "cpu"
+    assert place_for(5 * GIB, beside=2 * GIB) == Place(torch.device("cpu"))
+
+
+def test_what_does_not_fit_is_streamed(gpus):
+    gpus(2, 8)
+    assert place_for(30 * GIB, 5 * GIB) == Place(CUDA[1], streamed=True)
+    assert place_for(5 * GIB, 1 * GIB) == Place(CUDA[1])
+    assert place_for(30 * GIB, 7 * GIB) == Place(torch.device("cpu"))
+    with placed_on("cuda:0"):
+        assert place_for(30 * GIB, GIB) == Place(CUDA[0], streamed=True)
+        with pytest.raises(MachineError, match=r"or 3\.9 GiB layer by layer"):
+            place_for(30 * GIB, 3 * GIB)
 
 
 def test_a_named_device_is_taken(gpus):
@@ -53,7 +75,7 @@ def test_a_full_device_is_refused_and_the_other_one_named(gpus):
     gpus(2, 8)
     with placed_on("cuda:0"), pytest.raises(MachineError) as refused:
         device_for(3 * GIB)
-    assert "the model needs about 3.9 GiB, 2.0 GiB are free" in str(refused.value)
+    assert "the model needs about 3.9 GiB, and 2.0 GiB are free" in str(refused.value)
     assert "cuda:0: 2.0 GiB free, cuda:1: 8.0 GiB free" in str(refused.value)
     assert refused.value.fix == "--device cuda:1"
     assert refused.value.code == "out-of-memory"

@@ -82,6 +82,17 @@ def test_no_verb_is_left_out(of_verbs):
     assert {name: list(verbs) for name, verbs in of_verbs.items()} == expected
 
 
+def test_a_model_that_is_too_large_is_streamed():
+    """Its layers are on the device one at a time, and the weights are the same to the bit."""
+    found = measured("--streamed", "gqa", "moh", "mae")
+    for of_one in found.values():
+        assert of_one["difference"] == 0
+        assert of_one["share"] >= 0.95, of_one["on_cpu"]
+        assert of_one["whole_peak"] > of_one["model"]
+        assert of_one["peak_bytes"] <= of_one["planned"]
+    assert found["moh"]["peak_bytes"] < found["moh"]["model"] / 3
+
+
 NO_FLOAT64 = {"SECOND_DEVICE_NO_FLOAT64": "1"}
 
 

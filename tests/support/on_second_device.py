@@ -7,6 +7,9 @@ the multiply-adds that ran on the second device, and those that did not, by oper
 
 With `--verbs`: `surgery apply --device second` of each operation, and the verbs that measure on its result; then what
 measures a base. The same figures, with the difference to those of the CPU. `--table` prints them as a table.
+
+With `--streamed`: the same conversions on a device with a tenth less memory than the model needs, beside the device
+that has enough; and the bytes that `surgery plan` says.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from tokenizers_of_bytes import byte_tokenizer
 import surgery
 from surgery.calibration.sinks import survey_sinks
 from surgery.evaluation.conversation import reply
+from surgery.machine.device import LOAD_OVERHEAD
+from surgery.machine.offload import ModelSizes
 from surgery.machine.placement import placed_on
 from surgery.operations.duo_attention.scorers import METHODS, score_to_file
 
@@ -163,6 +168,32 @@ def probes_of(model: Path, scratch: Path) -> dict[str, Callable[[str], object]]:
     }
 
 
+LARGER = SIZES | {"num_hidden_layers": 24, "intermediate_size": 192}
+
+
+def streamed(names: list[str]) -> dict[str, dict]:
+    """Operation -> what it does on a device that is too small for the model."""
+    model, found = build("Llama", **LARGER).eval(), {}
+    parts = ModelSizes.of(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        base = root / "base"
+        model.save_pretrained(base)
+        byte_tokenizer().save_pretrained(base)
+        for name in names:
+            step, slug = OPERATIONS[name], name.replace(" ", "-")
+            with Work() as whole:
+                expected = applied(step, base, root / f"{slug}-whole", NAME)
+            with Work(memory=int(0.9 * LOAD_OVERHEAD * parts.whole)) as work:
+                weights = applied(step, base, root / slug, NAME)
+            with Work(memory=work.memory), placed_on(NAME):
+                planned = surgery.plan(recipe_of(step), str(base)).estimate.device
+            assert (planned.device, planned.streamed) == (f"{NAME}:0", True)
+            sizes = {"model": parts.whole, "whole_peak": whole.peak, "planned": planned.memory_bytes}
+            found[name] = {"difference": difference(weights, expected)} | counted(work) | sizes
+    return found
+
+
 def on_both(run: Callable[[str], object]) -> dict:
     """What a verb finds on the second device, beside the CPU. A fresh process of it counts into a file."""
     expected = run("cpu")
@@ -254,7 +285,9 @@ def main() -> None:
     names = [each for each in sys.argv[1:] if each not in options] or list(OPERATIONS)
     if "--router-on-cpu" in options:
         put_router_on_cpu()
-    if "--table" in options:
+    if "--streamed" in options:
+        json.dump(streamed(names), sys.stdout)
+    elif "--table" in options:
         print(table(verbs(names)))
     elif "--verbs" in options:
         json.dump(verbs(names), sys.stdout)

@@ -6,7 +6,8 @@ Importing this file registers PyTorch's PrivateUse1 device in this process, for 
 An operation on a tensor of this device and one of the CPU is an error, as on a GPU. Only numbers (tensors without
 dimensions) and lists of indices may come from the CPU. `Work` counts what runs on which device.
 
-With the environment's SECOND_DEVICE_NO_FLOAT64 it has no float64, as Apple's GPUs.
+With the environment's SECOND_DEVICE_NO_FLOAT64 it has no float64, as Apple's GPUs. With
+`Work(memory=...)` more is an error, as on a GPU.
 
 How it works: a tensor is a wrapper, which names the device, and keeps a CPU tensor. What PyTorch dispatches to the
 wrapper is computed with what it keeps. Tensors that PyTorch makes from nothing on this device have no wrapper yet, and
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 NAME = "second"
 LACKING = (torch.float64, torch.complex128) if os.environ.get("SECOND_DEVICE_NO_FLOAT64") else ()
+UNLIMITED = 1 << 40
 aten = torch.ops.aten
 FROM_CPU = {  # operations that may read a CPU tensor: copies, and indices
     aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default,
@@ -67,12 +69,20 @@ class _Backend:
     def manual_seed_all(self, seed: int) -> None:
         """Generators of this device are the CPU's."""
 
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        """Bytes that are free, and those of the whole memory."""
+        work = Work._counting
+        return (work.memory - work.alive, work.memory) if work else (UNLIMITED, UNLIMITED)
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
 
 class Work(TorchDispatchMode):
     """Counts multiply-adds by device: `with Work() as work: ...`, then `work.share` and `work.on_cpu`.
+
+    Args:
+        memory: bytes of the second device.
 
     Attributes:
         second, cpu: operation -> multiply-adds.
@@ -81,8 +91,9 @@ class Work(TorchDispatchMode):
 
     _counting: Work | None = None
 
-    def __init__(self):
+    def __init__(self, memory: int = UNLIMITED):
         super().__init__()
+        self.memory = memory
         self.second: Counter[str] = Counter()
         self.cpu: Counter[str] = Counter()
         self.alive = self.peak = 0
@@ -112,6 +123,8 @@ class Work(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if getattr(storage, "counted", None) is None and (size := storage.nbytes()):
             storage.counted = True
+            if self.alive + size > self.memory:
+                raise RuntimeError(f"the second device is out of memory: {self.alive:,} bytes are used, {size:,} more")
             self.alive += size
             self.peak = max(self.peak, self.alive)
             weakref.finalize(storage, self._died, size)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.calibration.cost import GRADIENT, forward_flops
+from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from surgery.errors import RecipeMismatchError, SurgeryError
 from surgery.operations.base import (
@@ -176,6 +176,10 @@ class DuoAttention(Operation):
             measurements=self._measurements(anatomy) if measured and self._needs_scores else (),
         )
 
+    @property
+    def whole_model(self) -> bool:
+        return self.scores in METHODS and METHODS[self.scores].gradients
+
     def _settings(self) -> dict[str, Any]:
         """The settings of the scorer that are not None."""
         own = {"samples": self.calibration_samples, "length": self.calibration_length}
@@ -192,7 +196,8 @@ class DuoAttention(Operation):
             return (Measurement("training gates", one * (full + GRADIENT * settings["steps"])),)
         # An ablation runs two texts from each head's layer on, which is half of a forward pass on average.
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
-        return (Measurement("measuring heads", one * samples * forwards),)
+        on_gpu = max(activation_bytes(anatomy, length) for length in lengths)
+        return (Measurement("measuring heads", one * samples * forwards, memory_on_gpu=on_gpu),)
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         total, count = self._able(before), sum(map(len, record["streaming"]))

@@ -49,6 +49,7 @@ class Scorer:
         summary: one line on what it measures.
         kv_only: why it has no number for each query head; "" if it has.
         threshold: the score above which a head counts as one that needs the far past; None: the method has none.
+        gradients: whether it needs gradients through all layers.
     """
 
     module: str
@@ -56,6 +57,7 @@ class Scorer:
     summary: str
     kv_only: str = ""
     threshold: float | None = None
+    gradients: bool = False
 
     def load(self):
         """The scorer's function; imports its module."""
@@ -79,12 +81,14 @@ METHODS = {
         "gates",
         "a gate for each KV head, optimised on passkeys (DuoAttention)",
         kv_only="it trains one gate for all query heads of a KV head",
+        gradients=True,
     ),
     "fisher": Scorer(
         "fisher",
         "fisher",
         "KL that streaming costs on text, by the Fisher information, and far-mass",
         kv_only="it estimates what is lost when all query heads of a KV head stream together",
+        gradients=True,
     ),
     "ablation": Scorer(
         "ablation",
@@ -293,7 +297,8 @@ def score_to_file(
     with parent_folder(output):
         if not resume:
             state.unlink(missing_ok=True)
-        loaded, tokenizer = load_for_run(source.path), read_tokenizer(source.path)
+        loaded = load_for_run(source.path, whole=method_named(method).gradients)
+        tokenizer = read_tokenizer(source.path)
         options = settings | ({"state": state} if resumable else {})
         scores = score(loaded, tokenizer, method, name=source.name, progress=progress, **options)
         scores.save(output)

@@ -75,13 +75,15 @@ class Calibration:
 
     def measurements(self, anatomy: Anatomy, merged: int) -> tuple[Measurement, ...]:
         """The stages with `merged` merged layers: the model writes text, layers are tried alone, layers are merged."""
-        memory = self.memory(anatomy, merged)
+        memory, on_gpu = self.memory(anatomy, merged), self.memory(anatomy, merged, gpu=True)
         flops = {
             "calibration text": 3 * anatomy.parameters * self.written,
             "trying layers alone": self._trial_flops(anatomy),
             "merging layers": self.flops(anatomy, merged),
         }
-        return tuple(Measurement(stage, count, memory) for stage, count in flops.items() if count)
+        return tuple(
+            Measurement(stage, count, memory, memory_on_gpu=on_gpu) for stage, count in flops.items() if count
+        )
 
     def _trial_flops(self, anatomy: Anatomy) -> float:
         """The trial of single layers: all text goes through the base, and the tried texts run from every layer on."""
@@ -105,8 +107,10 @@ class Calibration:
         solves = refitted_mlps * RIDGES * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
         return per_token * self.tokens + solves
 
-    def memory(self, anatomy: Anatomy, merged: int) -> float:
-        """Bytes in addition to the model, on a CPU, to merge `merged` layers.
+    def memory(self, anatomy: Anatomy, merged: int, gpu: bool = False) -> float:
+        """Bytes in addition to the model to merge `merged` layers, on a CPU or on a GPU.
+
+        On a GPU one layer is fitted at a time, and one text; the new weights are in main memory.
 
         In float32:
         - for all tokens, the hidden states twice, and the MLP's state and input;
@@ -128,11 +132,11 @@ class Calibration:
         layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
         width, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         a_layer = 3 * hidden + 2 * width + keys + 3 * layer.heads * self.length / self.stride
-        threads = os.cpu_count() or 1
+        threads = 1 if gpu else os.cpu_count() or 1
         layers_at_once = max(1, min(layers_at_a_time(anatomy), threads, merged)) if self.ahead else 1
         a_token = (2 + layers_at_once) * hidden + inner + layers_at_once * a_layer
         attention, projection = 2 * hidden * (width + keys), hidden * inner * self.mlp
-        new_weights = merged * (attention * (1 + self.copied + bool(self.tried)) + projection)
+        new_weights = 0 if gpu else merged * (attention * (1 + self.copied + bool(self.tried)) + projection)
         widest = inner if self.mlp else width
         solver = 8 * (5 * widest**2 + 8 * widest * hidden)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
@@ -150,7 +154,7 @@ class Calibration:
         if not self.written:
             return total
         # Running text and conversations take turns. Neither begins more rows than running text alone would.
-        rows, fast = samples_to_begin(self.written // self.length), fast_in_bfloat16()
+        rows, fast = samples_to_begin(self.written // self.length), not gpu and fast_in_bfloat16()
         writing = rows * (anatomy.kv_bytes_at(self.length) + 3 * 8 * vocabulary)
         if fast and BYTES.get(anatomy.dtype, 2) > 2:
             writing += 2 * anatomy.parameters

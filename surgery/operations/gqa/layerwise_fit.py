@@ -27,6 +27,7 @@ from surgery.architecture.weights import AttentionLayer, pack, unpack
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import Layerwise, StopForward
 from surgery.calibration.moments import with_ones
+from surgery.machine.offload import bring
 from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_map
 from surgery.machine.progress import begin
 from surgery.operations.gqa.cost import layers_at_a_time
@@ -318,6 +319,7 @@ class PairedStates:
     def layer(self, layer_index: int) -> Iterator[None]:
         """Hold the layer's weights in float32 while it is measured: the fits need more than half precision."""
         block = self.run.blocks[layer_index]
+        bring(self.model, block)
         before = [(parameter, parameter.dtype) for parameter in [*block.parameters(), *block.buffers()]]
         try:
             for parameter, dtype in before:

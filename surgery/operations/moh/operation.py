@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.calibration.cost import forward_flops
+from surgery.calibration.cost import activation_bytes, forward_flops
 from surgery.calibration.head_scores import unsupported
 from surgery.errors import RecipeMismatchError
 from surgery.operations.base import (
@@ -120,8 +120,11 @@ class Gated(Operation):
         """Cost of sending the text through each layer of the base, its heads one by one, and the gated layer."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
-        states = 2 * 4 * self.calibration_samples * length * anatomy.config.get_text_config().hidden_size
-        return (Measurement("fitting routers", flops, states),)
+        hidden = anatomy.config.get_text_config().hidden_size
+        states = 2 * 4 * self.calibration_samples * length * hidden
+        sums = 4 * 8 * (hidden + 1) ** 2  # of two parts of the text, their total, and what solves it; in float64
+        on_gpu = states + sums + activation_bytes(anatomy, length)
+        return (Measurement("fitting routers", flops, states, memory_on_gpu=on_gpu),)
 
     def _install_gates(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: ApplyContext) -> dict:
         """Measure, put the gates into the model and set their parameters; returns a record."""

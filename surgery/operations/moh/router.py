@@ -110,7 +110,7 @@ def worth(heads: torch.Tensor, output: torch.Tensor, groups: tuple[int, ...], sc
     """
     size = output.shape[-1]
     wide, widths = exact(heads), [group * size for group in groups]
-    gram = exact(output).flatten(1)
+    gram = exact(output).to(wide.device).flatten(1)
     gram = gram.T @ gram
     dots = [outputs.sum(-1) for outputs in ((wide @ gram) * wide).split(widths, dim=-1)]
     energies, begin = [], 0

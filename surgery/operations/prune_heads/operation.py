@@ -94,6 +94,10 @@ class PruneHeads(Operation):
         alike = self.granularity == "kv_group" and self.per_layer is not None and not self.protect_layers
         return NATIVE if alike else SURGICAL
 
+    @property
+    def whole_model(self) -> bool:
+        return self.heads is None and self.scores == "gradient"
+
     def limitations(self) -> tuple[str, ...]:
         return tuple(compress(self.LIMITATIONS, (True, self._judges(), self.refit)))
 

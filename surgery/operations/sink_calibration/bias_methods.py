@@ -118,6 +118,10 @@ class ZeroTuning(Reweighting):
     def measures(self) -> bool:
         return self.gamma is None
 
+    @property
+    def whole_model(self) -> bool:
+        return self.measures and self.groups == "heads"  # which are sorted by a gradient
+
     def contradictions(self) -> Iterator[str]:
         if self.gamma is not None and {"grid", "groups", "objective"} & self.changed_fields():
             yield "grid, groups and objective are for a gamma that is searched: drop them, or gamma"
@@ -224,6 +228,10 @@ class Act(Reweighting):
     @property
     def measures(self) -> bool:
         return self.beta != 1
+
+    @property
+    def whole_model(self) -> bool:
+        return self.measures and self.trials == "slope"
 
     def limitations(self) -> tuple[str, ...]:
         return super().limitations() + (self.OF_A_PROMPT if self.measures and self.find == "map" else ())

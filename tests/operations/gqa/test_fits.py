@@ -318,7 +318,7 @@ def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(projectio
         for sample in samples
     ]
     results, start = [], q if projection == "q" else k
-    for samples_given, rotation_given in ((samples, rotation), (narrow, rotation.to(torch.float32))):
+    for samples_given, rotation_given in ((samples, rotation), (narrow, rotation.to(torch.empty(0)))):
         objective = ScoreObjective(samples_given, 0.5, rotation_given, rotation_given, 2)
         problem = objective.query_problem(k) if projection == "q" else objective.key_problem(q)
         goal, constant = problem.target(start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +11,8 @@ from families import TINY, randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.choose_layers import LayerLosses
-from surgery.operations.gqa.closed_form import share_kv_heads
 from surgery.operations.gqa.cost import Calibration, efforts
 from surgery.operations.gqa.layer import SharedLayer
 from surgery.operations.gqa.layer_inputs import FitSettings
@@ -169,12 +166,6 @@ def test_a_text_takes_a_cache_of_one_batch(monkeypatch):
     written = [Calibration(2, 512, 3, mlp=False, written=count * 512).memory(anatomy, 1) for count in (20, 46, 1000)]
     assert written[1] == written[2] == pytest.approx(64 * (512 * 2**19 + 3 * 8 * 1000))
     assert written[0] == pytest.approx(28 * (512 * 2**19 + 3 * 8 * 1000))
-
-
-def test_mps_is_refused_before_a_text_is_written():
-    model = SimpleNamespace(device=torch.device("mps"))
-    with pytest.raises(SurgeryError, match="float64, which MPS does not have"):
-        share_kv_heads(model, None, ("self", 8, 2), FitSettings())
 
 
 @pytest.mark.parametrize(("fits", "wanted"), [(0, []), (1, [1.0]), (3, [0.25, 0.75, 1.25]), (2, [0.25, 1.25])])
