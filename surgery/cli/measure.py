@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from surgery.cli import completion, interrupt
-from surgery.cli.options import Base, Json, ModelName, OutName, Quiet, emit
+from surgery.cli.options import Base, Device, Json, ModelName, OutName, Quiet, emit
 from surgery.errors import CheckError, SurgeryError
+from surgery.machine.placement import AUTO
 from surgery.operations.duo_attention.scorers import METHODS
 
 SYNTHETIC, CALIBRATE = "Random weights (with --synthetic)", "Sparse prefill (with --calibrate)"
@@ -58,7 +59,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Repeat this many times; the models take turns.")] = 3,
     decode: Annotated[int, typer.Option(min=1, help="Time this many tokens after each prompt.")] = 16,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Run on this device: cpu or cuda.")] = "cpu",
+    device: Device = AUTO,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the ratios against length into this file.")
     ] = None,

@@ -81,7 +81,7 @@ def search_dense_below(
     candidates: tuple[int, ...] | None = None,
     rounds: int = 5,
     text: str = "builtin",
-    device: str = "cpu",
+    device: str = "auto",
     progress=None,
 ) -> DenseBelowSearch:
     """Find the `dense_below` of a checkpoint with sparse prefill on this machine.
@@ -92,7 +92,7 @@ def search_dense_below(
             `CANDIDATES`.
         rounds: repetitions of every timing.
         text: as for `load_text`; "builtin" is the calibration part of the built-in text.
-        device: "cpu" or "cuda".
+        device: as for `surgery.evaluate`.
         progress: called as progress(candidates done, candidates, "timing").
 
     Raises:

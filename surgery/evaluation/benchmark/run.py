@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MachineError, SettingError
 from surgery.evaluation.benchmark.models import (
@@ -27,7 +27,11 @@ from surgery.evaluation.benchmark.models import (
 )
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
 from surgery.machine.device import PeakMemory, is_out_of_memory
+from surgery.machine.placement import AUTO, current, device_for, placed_on
 from surgery.machine.progress import begin
+
+if TYPE_CHECKING:
+    import torch
 
 # The keys of a layer's entry in the `surgery` block that give its shape. With these alone, all its heads attend fully.
 SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")
@@ -90,7 +94,7 @@ def bench(
     synthetic: bool = False,
     layers: int | None = None,
     ratio: float | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Benchmark:
     """Time a checkpoint against its base on text (random tokens if the weights are random), batch 1.
@@ -107,7 +111,7 @@ def bench(
         synthetic: random weights, and as many positions as the lengths need.
         layers: number of layers of a synthetic model; if it is less than the base's, they are taken evenly spaced.
         ratio: share of streaming KV heads of a synthetic model, chosen at random, in place of `out`'s split.
-        device: "cpu" or "cuda".
+        device: as for `surgery.evaluate`.
         progress: called as progress(tokens done, tokens in all, "timing").
 
     Raises:
@@ -220,24 +224,15 @@ def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
         raise SettingError("layers and ratio are of random models", where="bench", fix="add --synthetic")
 
 
-def device_of(name: str):
-    """The torch device of this name.
+def device_of(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU if there is one.
 
     Raises:
-        SurgeryError: it is neither "cpu" nor "cuda".
-        MachineError: PyTorch sees no such GPU.
+        SurgeryError: it is not the name of a device.
+        MachineError: PyTorch sees no such device.
     """
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise SettingError(f"unknown device {name!r}", where="--device", exists="cpu, cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"PyTorch sees no such device: {name}", where="--device", fix="--device cpu")
-    return device
+    with placed_on(current().device if name == AUTO else name):
+        return device_for(0)
 
 
 @contextmanager
@@ -274,10 +269,10 @@ def _read_weights(model) -> None:
 
 def wait(device) -> None:
     """Wait until the device has finished, because calls to a GPU return earlier."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         import torch
 
-        torch.cuda.synchronize(device)
+        torch.accelerator.synchronize(device)
 
 
 def machine_name(device) -> str:
