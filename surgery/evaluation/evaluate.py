@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from surgery.config.arguments import no_model, refuse_no_function, refuse_no_text, refuse_no_tokenizer
 from surgery.errors import SurgeryError
-from surgery.machine.placement import placed
+from surgery.machine.placement import AUTO, current, placed
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE, Report
 
@@ -217,7 +217,9 @@ def _evaluate(
     if report is not None:
         return evaluate_in_memory(report, out, beside, chosen, **options)
     result = (chosen or _usual()).measure(out, beside, **options)
-    if base is not None and isinstance(out, Path):
+    if isinstance(out, Path) and (dtype := current().dtype) != AUTO:
+        result.notes.append(f"measured in {dtype}" + ", so not added to the card" * (base is not None))
+    elif base is not None and isinstance(out, Path):
         _record(out, base, chosen or _usual(), result)
     return result
 

@@ -11,6 +11,7 @@ from surgery.errors import SettingError, SurgeryError
 from surgery.evaluation.probes.base import UNASKED, Probe, Progress
 from surgery.evaluation.probes.settings import requested_probes, unknown_items
 from surgery.evaluation.result import without_cases
+from surgery.machine.placement import AUTO, current
 from surgery.report.lineage import recipe_probe, same_settings
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def _measure_all(
     main, *others = sorted(asked, key=lambda probe: not probe.main)
     options = {"tokenizer": tokenizer, "progress": progress}
     result = cast("Evaluation", main.measure(out, base, allow_pickle=allow_pickle, **options))
+    if isinstance(out, str | Path) and (dtype := current().dtype) != AUTO:
+        result.notes.append(f"measured in {dtype}")
     if result.status == "done":
         result.probes = {probe.name: _measure(probe, out, base, **options) for probe in others}
     return result

@@ -179,3 +179,28 @@ def test_apply_in_bfloat16_writes_float32_and_keeps_what_it_does_not_change(mode
     name = next(name for name in narrow if name.endswith("surgery_router"))
     error = (narrow[name] - wide[name]).norm() / wide[name].norm()
     assert 0 < error < 0.2, "it was measured in bfloat16"
+
+
+def test_a_score_in_another_dtype_says_so_and_is_not_added_to_the_card(model, tmp_path):
+    out = tmp_path / "out"
+    surgery.apply("duo-attention", model, output=out, overrides=["scores=induction"], check=False, evaluate=False)
+    asked = {"windows": 1, "length": 32}
+    narrow = surgery.evaluate(out, model, dtype="float64", **asked)
+    assert narrow.notes[-1] == "measured in float64, so not added to the card"
+    assert surgery.Report.of(out).data["evaluation"] is None
+    usual = surgery.evaluate(out, model, **asked)
+    assert not any("measured in" in note for note in usual.notes)
+    assert narrow.out.cross_entropy != usual.out.cross_entropy
+    assert narrow.out.cross_entropy == pytest.approx(usual.out.cross_entropy, rel=0.05)
+    assert surgery.evaluate(model, dtype="float64", **asked).notes[-1] == "measured in float64"
+
+
+def test_figures_of_another_dtype_are_not_mixed_in_a_comparison(model, tmp_path):
+    for name in ("a", "b"):
+        surgery.apply(
+            "gqa", model, output=tmp_path / name, overrides=["method=mean", "kv_heads=1"], check=False, evaluate=False
+        )
+    models, asked = [tmp_path / "a", tmp_path / "b"], {"folder": tmp_path / "found", "only": ["cache"]}
+    surgery.compare(models, model, **asked)
+    with pytest.raises(SettingError, match="another base"):
+        surgery.compare(models, model, dtype="float64", **asked)

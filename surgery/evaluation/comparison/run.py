@@ -26,7 +26,7 @@ from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
 from surgery.machine.device import processor
-from surgery.machine.placement import placed
+from surgery.machine.placement import AUTO, current, placed
 from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
 from surgery.report.report import Report
 from surgery.version import __version__
@@ -175,7 +175,8 @@ def measure_all(
 ) -> Comparison:
     """Measure every candidate beside the base; figures that are finished are read from `folder`."""
     digest = load_text(text, part="held-out").sha256
-    identity = {"base": _identity_of(base), "text": digest}
+    dtype = current().dtype
+    identity = {"base": _identity_of(base) + f" {dtype}" * (dtype != AUTO), "text": digest}
     file = _file(folder)
     kept = _kept(file, identity)
     write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
@@ -268,7 +269,8 @@ def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | 
 
 def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
     """The record in surgery.json of a measurement with the same settings, base and text; None if there is none."""
-    data = candidate.report.data if candidate.report else {}
+    own_dtype = current().dtype == AUTO  # as its figures were measured
+    data = candidate.report.data if candidate.report and own_dtype else {}
     evaluation = data.get("evaluation")
     if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data["base"], base):
         return None  # of a second surgery, the scores are beside the model that it began from
