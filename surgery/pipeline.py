@@ -35,12 +35,13 @@ from surgery.io.hub import resolve
 from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
+from surgery.machine.placement import AUTO, current, placed_on
 from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
 from surgery.report.page import Answers, render_page
-from surgery.report.report import Report
+from surgery.report.report import MEASURED_IN, Report
 from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
 
@@ -151,7 +152,9 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
         try:
             torch.set_num_threads(max(1, recorded_threads))  # they may decide the last bits
             quiet = replace(options, check=False, evaluate=False, gate=False)
-            made = apply_to_folder(recipe, source, again, quiet)
+            asked = current()
+            with placed_on(asked.device, record.get(MEASURED_IN, AUTO) if asked.dtype == AUTO else asked.dtype):
+                made = apply_to_folder(recipe, source, again, quiet)
         except TextError as error:
             fix = "run the command in the folder that has this file: surgery.json knows its name alone"
             raise TextError(error.what, where=error.where, fix=fix) from error

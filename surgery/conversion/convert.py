@@ -27,11 +27,11 @@ from surgery.io.output_folder import OutputFolder, output_path, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
-from surgery.machine.placement import measured_in_place
+from surgery.machine.placement import AUTO, current, measured_in_place
 from surgery.machine.progress import begin
 from surgery.operations.base import SURGICAL, ApplyContext
 from surgery.operations.rewrite import checked_record, rewrite_steps
-from surgery.report.report import Report, history_of, new_report
+from surgery.report.report import MEASURED_IN, Report, history_of, new_report
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Recipe
@@ -101,7 +101,8 @@ def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions 
 def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
     plan, checkpoint, base = work.plan, work.checkpoint, work.source.path
     streaming, fingerprint = uses_streaming_engine(plan, options.engine), checkpoint.fingerprint()
-    plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
+    dtype = AUTO if streaming else current().dtype  # in which it is measured: no run goes on from one of another
+    plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded") + ("" if dtype == AUTO else dtype))
     out = OutputFolder(output, base, plan_hash, resume=options.resume, overwrite=options.overwrite)
     if options.resume and not options.overwrite and out.is_same_conversion():  # it was stopped during check or scores
         return Report.of(out.out)
@@ -122,6 +123,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
             records=records,
         )
         data |= {"plan_hash": plan_hash, "files": files, "left_behind": left_behind, "history": history_of(base)}
+        data |= {} if dtype == AUTO else {MEASURED_IN: dtype}
         for state in partial.glob(f"*{SUFFIX}"):  # state of measurements; the records hold their results now
             state.unlink()
         Report(data, partial).save(list_files=True)

@@ -104,10 +104,19 @@ def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
         beside: bytes that the run needs there in addition to the model and its activations.
 
     Raises:
+        SurgeryError: a device was named, and the model is quantised.
         MachineError: it does not fit on the device that was named.
     """
     from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers
 
+    if getattr(model, "is_quantized", False):  # its kernels decide where it runs
+        if current().device in (AUTO, str(model.device)):
+            return model
+        raise SettingError(
+            f"this model is quantised, and stays where Transformers put it: {model.device}",
+            where=f"--device {current().device}",
+            fix="leave --device out, or name the model before its quantisation",
+        )
     sizes = ModelSizes.of(model)
     place = place_for(sizes.whole, None if whole or not sizes.layers else sizes.streamed, beside)
     if place.device.type == CPU:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
 FORMAT, FILE = 1, "surgery.json"
+MEASURED_IN = "measured_in"  # key of the dtype in which the model was measured, if not in that of its weights
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 # Keys that every surgery.json must have, with the type of each value.
 REQUIRED = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,6 +147,14 @@ def test_out_of_memory_while_a_model_moves_is_told(gpus):
         put(model)
 
 
+def test_a_quantised_model_stays_where_it_is(gpus):
+    gpus(8)
+    model = SimpleNamespace(is_quantized=True, device=torch.device("cpu"))
+    assert put(model) is model
+    with placed_on("cuda:0"), pytest.raises(SettingError, match="this model is quantised, and stays where"):
+        put(model)
+
+
 def test_weights_come_back_in_their_own_dtype_and_the_unchanged_ones_bit_for_bit():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5))
@@ -179,6 +189,10 @@ def test_apply_in_bfloat16_writes_float32_and_keeps_what_it_does_not_change(mode
     name = next(name for name in narrow if name.endswith("surgery_router"))
     error = (narrow[name] - wide[name]).norm() / wide[name].norm()
     assert 0 < error < 0.2, "it was measured in bfloat16"
+    assert surgery.Report.of(tmp_path / "auto").data.get("measured_in") is None
+    assert surgery.Report.of(tmp_path / "bfloat16").data["measured_in"] == "bfloat16"
+    assert surgery.reproduce(tmp_path / "bfloat16", model).same_bits
+    assert not surgery.reproduce(tmp_path / "bfloat16", model, dtype="float32").same_bits
 
 
 def test_a_score_in_another_dtype_says_so_and_is_not_added_to_the_card(model, tmp_path):
