@@ -35,13 +35,13 @@ from surgery.io.hub import resolve
 from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
-from surgery.machine.placement import AUTO, current, placed_on
+from surgery.machine.placement import AUTO, Placement, current, placed_on
 from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
 from surgery.report.page import Answers, render_page
-from surgery.report.report import MEASURED_IN, Report
+from surgery.report.report import Report, measured_dtype
 from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
 
@@ -121,6 +121,9 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
     from surgery.calibration.gradients import with_gradients
 
     class_before, base = type(model).__name__, None
+    if current() != Placement():
+        what = "device and dtype are for a name or folder, and this is a loaded model, which stays where it is"
+        raise SurgeryError(what, fix="move it before: model.to(...)", code="invalid-argument")
     if recipe.heal is not None:
         base = preflight_in_memory(recipe.heal, _judged_by(recipe, model), model, tokenizer)
     with with_gradients():  # a weight that is made in a script's inference mode could never train
@@ -141,6 +144,7 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
     report = Report.of(folder)
     record, threads = report.data, torch.get_num_threads()
     recorded_threads = record.get("threads") if type(record.get("threads")) is int else threads
+    dtype = measured_dtype(record) if current().dtype == AUTO else current().dtype
     source, recipe = _recorded_base(record, base, out), recipes.load(record["recipe"])
     if not record["files"]:
         raise RecordError("surgery.json lists no weights to compare with", where=out, fix="surgery check")
@@ -152,8 +156,7 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
         try:
             torch.set_num_threads(max(1, recorded_threads))  # they may decide the last bits
             quiet = replace(options, check=False, evaluate=False, gate=False)
-            asked = current()
-            with placed_on(asked.device, record.get(MEASURED_IN, AUTO) if asked.dtype == AUTO else asked.dtype):
+            with placed_on(current().device, dtype):
                 made = apply_to_folder(recipe, source, again, quiet)
         except TextError as error:
             fix = "run the command in the folder that has this file: surgery.json knows its name alone"
@@ -169,7 +172,8 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
         then = reproduction.main_figures(record["evaluation"])
         if then and recipe.evaluate is not None:
             try:
-                scored_again = recipe.evaluate.main.measure(again, resolve(source).path, progress=options.progress)
+                with placed_on(current().device, dtype):
+                    scored_again = recipe.evaluate.main.measure(again, resolve(source).path, progress=options.progress)
                 now = reproduction.main_figures(scored_again.to_dict())
             except TextError as error:
                 found.notes.append(f"the loss was not compared: {error.where}: {error.what}")

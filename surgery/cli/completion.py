@@ -133,7 +133,7 @@ def devices(incomplete: str) -> list[Offer]:
 
 def dtypes(incomplete: str) -> list[Offer]:
     """The dtypes that a model may run in."""
-    return [("auto", "that of the weights"), ("float32", ""), ("bfloat16", ""), ("float16", "")]
+    return [("auto", "that of the weights"), ("float32", ""), ("bfloat16", ""), ("float16", ""), ("float64", "")]
 
 
 def serving_engines(incomplete: str) -> list[Offer]:

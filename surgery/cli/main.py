@@ -72,6 +72,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+# Verbs that take --device and --dtype. Training goes where the Trainer goes, and engines prove on the CPU.
 PLACED = ("inspect", "score", "plan", "apply", "check", "eval", "try", "reproduce", "compare", "sweep", "report")
 
 for verb, (run, line) in VERBS.items():
@@ -131,7 +132,7 @@ def _translate(error: Exception) -> SurgeryError:
         return MachineError("no folder for temporary files can be written", fix="set TMPDIR to one that can")
     if is_out_of_memory(error):
         words = (str(error) or "no more to be had").splitlines()[0]
-        fix = "close other programs, or measure less: fewer or shorter samples and windows"
+        fix = "close other programs, or measure less: fewer or shorter samples and windows; of a GPU, --device cpu"
         return MachineError("out of memory", exists=words, fix=fix, code="out-of-memory")
     traceback.print_exc()
     bug = SurgeryError("this is a bug in surgery; please report the lines above", code="internal-error")

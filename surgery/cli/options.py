@@ -79,7 +79,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="DTYPE",
-        help="Run models in this dtype: float32, bfloat16, float16, or auto (that of the weights).",
+        help="Run models in this dtype: float32, bfloat16, float16, float64, or auto (that of the weights).",
         autocompletion=completion.dtypes,
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -101,14 +101,14 @@ def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions 
 def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
     plan, checkpoint, base = work.plan, work.checkpoint, work.source.path
     streaming, fingerprint = uses_streaming_engine(plan, options.engine), checkpoint.fingerprint()
-    dtype = AUTO if streaming else current().dtype  # in which it is measured: no run goes on from one of another
+    dtype = AUTO if plan.streams else current().dtype  # in which it is measured: no run goes on from one of another
     plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded") + ("" if dtype == AUTO else dtype))
     out = OutputFolder(output, base, plan_hash, resume=options.resume, overwrite=options.overwrite)
     if options.resume and not options.overwrite and out.is_same_conversion():  # it was stopped during check or scores
         return Report.of(out.out)
     with out.opened(plan.output_bytes) as partial:
         write = _convert_streamed if streaming else _convert_loaded
-        files, records = write(plan, checkpoint, base, partial, out, options.progress)
+        files, records, measured_in = write(plan, checkpoint, base, partial, out, options.progress)
         read = {shard.file for shard in checkpoint.shards} | ({WEIGHT_INDEX} if checkpoint.index else set())
         left_behind = carry_files(base, partial, read)
         if plan.base_notes:
@@ -123,7 +123,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
             records=records,
         )
         data |= {"plan_hash": plan_hash, "files": files, "left_behind": left_behind, "history": history_of(base)}
-        data |= {} if dtype == AUTO else {MEASURED_IN: dtype}
+        data |= {MEASURED_IN: measured_in} if measured_in else {}
         for state in partial.glob(f"*{SUFFIX}"):  # state of measurements; the records hold their results now
             state.unlink()
         Report(data, partial).save(list_files=True)
@@ -183,7 +183,7 @@ def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: P
     files = convert_shards(checkpoint, plan, stream, partial, out.done, finished, progress)
     _remove_weights(partial, files)
     _write_config(base, partial, plan)
-    return files, stream.records
+    return files, stream.records, {}
 
 
 def _remove_weights(partial: Path, but: Container[str]) -> None:
@@ -206,7 +206,8 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
         tokenizer = None if plan.streams else read_tokenizer(base)
     except SurgeryError as error:  # raised later, and only if an operation needs the tokenizer
         tokenizer = error
-    with measured_in_place(model, whole=needs_whole(plan), beside=measuring_bytes(plan)):
+    measured = measured_in_place(model, whole=needs_whole(plan), beside=measuring_bytes(plan))
+    with nullcontext({}) if plan.streams else measured as measured_in:
         records = [
             checked_record(operation, operation.apply(model, context))
             for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
@@ -215,7 +216,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     _remove_weights(partial, ())
     with quiet_transformers():
         model.save_pretrained(partial)
-    return weight_files(partial), records
+    return weight_files(partial), records, measured_in
 
 
 class _Context(ApplyContext):

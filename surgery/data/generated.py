@@ -34,6 +34,7 @@ from surgery.errors import ModelError, ModelMismatchError, SettingError
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.device import fast_in_bfloat16
+from surgery.machine.offload import STREAMED
 from surgery.machine.placement import has_float64
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE
@@ -72,6 +73,7 @@ def sample(
     settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin}
     settings |= {"revision": REVISION, "dtype": str(next(writer.parameters()).dtype)}
     settings |= {"model": fingerprint(model)} if folder else {}
+    settings |= {} if device.type == "cpu" else {"device": device.type}  # whose rounding may choose other tokens
     files = LayerFiles(folder, SELF_TEXT, settings)
     documents: list[list[int]] = []
     index, tokens_done = 0, 0
@@ -85,11 +87,12 @@ def sample(
     while tokens_done < tokens:
         stored = files.load(index)
         if stored is None:
-            generator = torch.Generator(device).manual_seed(_seed(heal.seed, index))
+            generator = torch.Generator().manual_seed(_seed(heal.seed, index))
             remaining = math.ceil((tokens - tokens_done) * len(documents) / tokens_done) if documents else batch
             count = min(batch, remaining)
             speakers = Speakers(begin, count, device)
-            rows, lengths = _write(writer, begin.draw(count, generator), length, speakers, generator, written)
+            first = begin.draw(count, generator).to(device)
+            rows, lengths = _write(writer, first, length, speakers, generator, written)
             if folder:
                 with machine_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,8 @@ def fast_writer(model):
         be used with it.
     """
     if hasattr(model, "make_cache") or Anatomy.of(model).runtime_problem() or hasattr(model, "hf_device_map"):
+        return model
+    if STREAMED in vars(model):  # its layers can be at one place only
         return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     if model.device.type == "cpu" and fast_in_bfloat16():  # buffers stay: RoPE's frequencies must be exact
@@ -217,7 +222,7 @@ def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Te
             where="text of the base",
             fix="name a text (calibration_text=FILE, heal.data=FILE); float16 may overflow: load in float32",
         )
-    threshold = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=dtype)
+    threshold = torch.rand(len(logits), 1, generator=generator, dtype=dtype).to(logits.device)
     return torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 
 
@@ -257,12 +262,11 @@ class Begin:
 
     def draw(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """The first tokens of a batch of samples, long [batch, n]."""
-        device = generator.device
-        prefix = torch.tensor(self.prefix, dtype=torch.long, device=device).expand(batch, -1)
+        prefix = torch.tensor(self.prefix, dtype=torch.long).expand(batch, -1)
         if not self.words:
             return prefix
-        words = torch.tensor(self.words, device=device)
-        indices = torch.randint(len(words), (batch, 1), generator=generator, device=device)
+        words = torch.tensor(self.words)
+        indices = torch.randint(len(words), (batch, 1), generator=generator)
         return torch.cat([prefix, words[indices]], dim=1)
 
 

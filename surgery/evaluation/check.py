@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
+from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.check_code import FOREIGN, check_runtime_code
 from surgery.evaluation.check_layers import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
 from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
-from surgery.machine.device import too_big
+from surgery.machine.device import NO_MEMORY, too_big
 from surgery.machine.placement import current, device_for
 from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
@@ -96,13 +96,21 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
     reason = no_class(folder) or too_big(weights, memory)
     if not reason:
         begin(progress, FRESH)
-        place = {"device": str(device_for(weights)), "dtype": current().dtype}
-        return items + check_loading(folder, anatomy, base, own_code, place)
+        return items + check_loading(folder, anatomy, base, own_code, _place(weights))
     items.append(Item("loads with stock Transformers", NOT_RUN, reason))
     items.append(Item("generates", NOT_RUN, reason))
     if base is not None:
         items.append(Item("logits against base", NOT_RUN, reason))
     return [*items, Item("layers one by one", *run_layers(folder, anatomy, checkpoint))]
+
+
+def _place(weights: int) -> dict[str, str]:
+    """Device and dtype of a job (`fresh_process`); the CPU where a model of so many bytes does not fit as a whole."""
+    try:
+        device = str(device_for(weights))
+    except MachineError:
+        device = "cpu"
+    return {"device": device, "dtype": current().dtype}
 
 
 def passed(items: list[Item]) -> bool:
@@ -254,6 +262,8 @@ def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> lis
 def _loading_items(result: dict, name: str) -> list[Item]:
     if "no_class" in result:
         return [Item(name, NOT_RUN, result["no_class"]), Item("generates", NOT_RUN, result["no_class"])]
+    if any(words in result.get("error", "") for words in NO_MEMORY):
+        return [Item(name, NOT_RUN, result["error"]), Item("generates", NOT_RUN, "it did not load")]
     if "error" in result:
         return [Item(name, FAILED, result["error"]), Item("generates", NOT_RUN, "it did not load")]
     faults = {kind: result[kind] for kind in ("missing", "unexpected", "mismatched") if result[kind]}

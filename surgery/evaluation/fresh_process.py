@@ -41,7 +41,9 @@ def load_in_this_process(job: dict) -> dict:
     options["use_safetensors"] = True  # never a pickle
     dtype = job.get("dtype", "auto")
     model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-    model.eval().to(job.get("device", "cpu"))
+    model.eval()
+    if not getattr(model, "is_quantized", False):
+        model.to(job.get("device", "cpu"))
     tokens = torch.tensor(job["tokens"]).to(model.device)
     with torch.no_grad():
         logits = model(input_ids=tokens).logits

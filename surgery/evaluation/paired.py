@@ -133,7 +133,8 @@ def run_base_then_model(
     Raises:
         SurgeryError: a folder has no safetensors, or the base gives NaN.
     """
-    if reason := _does_not_fit(result, sources, probe):
+    needs = {label: _bytes_needed(result, label, source, probe) for label, source in sources.items()}
+    if reason := next(filter(None, (too_big(weights, extra=more) for weights, more in needs.values())), ""):
         result.status, result.reason = "not run", reason
         return
     cases, passes = len(result.cases), {label: 1 + probe.count_changes(label) for label in sources}
@@ -147,7 +148,7 @@ def run_base_then_model(
 
         tick(0)
         result.running = label
-        with loaded(source) as model:
+        with loaded(source, beside=needs[label][1]) as model:
             result.outcomes[label] = probe.run(model, result, tick)
             _report_broken(result, label, probe)
             for index, (name, change) in enumerate(probe.changes(label, model, result).items(), start=1):
@@ -161,18 +162,14 @@ def run_base_then_model(
         before += cases * passes[label]
 
 
-def _does_not_fit(result: CaseResult, sources: dict[str, ModelSource], probe: Runs) -> str:
-    """Why a model does not fit in memory, or ""; notes on the models' sizes go to the result."""
-    needs = []
-    for label, source in sources.items():
-        size = footprint(source, label, result.notes)
-        on_disk = isinstance(source, str | Path)
-        if on_disk:
-            refuse_pickle(Path(source))
-        more = probe.extra_bytes(result.cases, size.kv_bytes_unfilled)
-        more += probe.logits_at_once(result, size.positions) * size.logit_bytes
-        needs.append((size.load_bytes if on_disk else 0, more))
-    return next(filter(None, (too_big(weights, extra=more) for weights, more in needs)), "")
+def _bytes_needed(result: CaseResult, label: str, source: ModelSource, probe: Runs) -> tuple[int, int]:
+    """Bytes to load a model (0 if it is loaded), and bytes in addition; notes on its size go to the result."""
+    size, on_disk = footprint(source, label, result.notes), isinstance(source, str | Path)
+    if on_disk:
+        refuse_pickle(Path(source))
+    more = probe.extra_bytes(result.cases, size.kv_bytes_unfilled)
+    more += probe.logits_at_once(result, size.positions) * size.logit_bytes
+    return size.load_bytes if on_disk else 0, more
 
 
 def _report_broken(result: CaseResult, label: str, probe: Runs) -> None:

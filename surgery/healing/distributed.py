@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import SettingError
 from surgery.io.output_folder import OutputFolder
+from surgery.machine.placement import CPU, current
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +138,7 @@ def on_cpu() -> bool:
     """
     import torch
 
-    return not torch.accelerator.is_available()
+    return current().device == CPU or not torch.accelerator.is_available()
 
 
 def processes():

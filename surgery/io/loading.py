@@ -25,14 +25,18 @@ STRICT = {"local_files_only": True, "trust_remote_code": False}
 
 
 @contextmanager
-def loaded(source: ModelSource, allow_pickle: bool = False) -> Iterator[Any]:
+def loaded(source: ModelSource, allow_pickle: bool = False, *, beside: int = 0) -> Iterator[Any]:
     """Yield the model in eval mode, on the run's device; one that was loaded before keeps its device and mode."""
     if isinstance(source, str | Path):
-        model = load_for_run(source, allow_pickle=allow_pickle)
+        model = load_for_run(source, allow_pickle=allow_pickle, beside=beside)
     else:
         model = source
     with eval_mode(model):
         yield model
+    if model is not source:
+        device = model.device
+        del model  # the caller's name may still hold it
+        placement.give_back(device)
 
 
 @contextmanager
@@ -60,18 +64,20 @@ def eval_mode(model) -> Iterator[None]:
 _MODES, _in_eval_mode = Lock(), {}  # model -> how many use it, and its modules' modes
 
 
-def load_for_run(folder: str | Path, *, allow_pickle: bool = False, whole: bool = False) -> Any:
+def load_for_run(folder: str | Path, *, allow_pickle: bool = False, whole: bool = False, beside: int = 0) -> Any:
     """Load a model as `load_model` does, on the device and in the dtype of this run (`machine.placement`).
 
     Args:
-        whole: as for `placement.put`.
+        whole, beside: as for `placement.put`.
 
     Raises:
         SurgeryError: as for `load_model`.
         MachineError: the device that was named has no room for it.
     """
     with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
-        return placement.put(load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()), whole=whole)
+        return placement.put(
+            load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()), whole=whole, beside=beside
+        )
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:

@@ -11,6 +11,7 @@ is streamed: its layers go there one at a time (`machine.offload`). A device tha
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -60,8 +61,9 @@ def placed_on(device: str = AUTO, dtype: str = AUTO) -> Iterator[None]:
         SurgeryError: there is no such device or dtype.
         MachineError: this machine has no such device, or the device cannot compute in this dtype.
     """
-    _refuse(str(device), dtype)
-    before = _asked.set(Placement(str(device), dtype))
+    device, dtype = str(device), str(dtype).removeprefix("torch.")
+    _refuse(device, dtype)
+    before = _asked.set(Placement(CPU if device.partition(":")[0] == CPU else device, dtype))
     try:
         yield
     finally:
@@ -107,10 +109,12 @@ def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
         SurgeryError: a device was named, and the model is quantised.
         MachineError: it does not fit on the device that was named.
     """
+    import torch
+
     from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers
 
     if getattr(model, "is_quantized", False):  # its kernels decide where it runs
-        if current().device in (AUTO, str(model.device)):
+        if current().device == AUTO or _of_kind(torch.device(current().device), [model.device]):
             return model
         raise SettingError(
             f"this model is quantised, and stays where Transformers put it: {model.device}",
@@ -133,11 +137,11 @@ def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
 
 
 @contextmanager
-def measured_in_place(model: Any, *, whole: bool = False, beside: int = 0) -> Iterator[None]:
+def measured_in_place(model: Any, *, whole: bool = False, beside: int = 0) -> Iterator[dict[str, str]]:
     """A block that measures and edits a model on the device and in the dtype of this run.
 
     Afterwards the model is on the CPU, in its own dtype. Weights that the block left as they were have their own bits
-    again, also if the run's dtype is narrower.
+    again, also if the run's dtype is narrower. The block gets what is not as on the CPU: "device", "dtype".
 
     Args:
         whole, beside: as for `put`.
@@ -150,12 +154,21 @@ def measured_in_place(model: Any, *, whole: bool = False, beside: int = 0) -> It
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     try:
-        yield put(model, whole=whole, beside=beside)
+        put(model, whole=whole, beside=beside)
+        kind = _device_of(model).type
+        yield ({} if kind == CPU else {"device": kind}) | ({} if dtype == AUTO else {"dtype": current().dtype})
     finally:
+        device = _device_of(model)
         end_streaming(model)
         model.to(CPU)
+        give_back(device)
         if before:
             _restore(model, before, dtype)
+
+
+def _device_of(model: Any) -> torch.device:
+    """The device of a model; of a streamed one, that of what is not a layer."""
+    return next(model.parameters()).device
 
 
 def _restore(model: Any, before: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -203,19 +216,23 @@ def place_for(whole: int, streamed: int | None = None, beside: int = 0) -> Place
     asked = current().device
     if asked == CPU:
         return Place(torch.device(CPU))
-    free = {device: free_on(device) for device in accelerators()}
-    mine = list(free) if asked == AUTO else _of_kind(torch.device(asked), free)
+    there = accelerators()
+    mine = there if asked == AUTO else _of_kind(torch.device(asked), there)
+    if (dtype := current().dtype) != AUTO and asked == AUTO:
+        mine = [device for device in mine if _computes(str(device), dtype)]
+    free = {device: free_on(device) for device in mine}  # another GPU may be so full that asking it fails
     for size, by_layers in ((whole, False), (streamed, True)):
         if size is not None and (fitting := _fitting(free, need := int(LOAD_OVERHEAD * size) + beside, mine)):
             return Place(fitting[0], by_layers)
     if asked == AUTO:
         return Place(torch.device(CPU))
     needs = int(LOAD_OVERHEAD * whole) + beside
-    words = f"the model needs about {needs / GIB:.1f} GiB"
+    words = f"the model needs about {_size(needs)}"
     if streamed is not None:
-        words += f", or {need / GIB:.1f} GiB layer by layer"
-    what = f"{words}, and {max(free[device] or 0 for device in mine) / GIB:.1f} GiB are free"
-    exists = [f"{device}: {(free[device] or 0) / GIB:.1f} GiB free" for device in free]
+        words += f", or {_size(need)} layer by layer"
+    what = f"{words}, and {_size(max(free[device] or 0 for device in mine))} are free"
+    free |= {device: free_on(device) for device in there if device not in free}
+    exists = [f"{device}: {_size(free[device] or 0)} free" for device in free]
     raise _full(mine[0] if len(mine) == 1 else asked, what, exists, next(map(str, _fitting(free, needs, free)), ""))
 
 
@@ -231,7 +248,8 @@ def _of_kind(named: torch.device, devices: Iterable[torch.device]) -> list[torch
 
 
 def _full(device: torch.device | str, what: str, exists: list[str] | None = None, other: str = "") -> MachineError:
-    fix = f"--device {other}" if other else "--device cpu, or --dtype bfloat16"
+    narrower = ", or --dtype bfloat16" if current().dtype in ("float32", "float64") else ""
+    fix = f"--device {other}" if other else f"--device cpu{narrower}"
     return MachineError(
         f"out of memory on {device}: {what}",
         where="--device",
@@ -239,6 +257,10 @@ def _full(device: torch.device | str, what: str, exists: list[str] | None = None
         fix=fix,
         code="out-of-memory",
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def accelerators() -> list[torch.device]:
@@ -252,13 +274,30 @@ def accelerators() -> list[torch.device]:
 
 
 def free_on(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU; None where PyTorch cannot say."""
+    """Bytes that are free on a GPU, those included that this process keeps unused; None where PyTorch cannot say."""
     import torch
 
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return None if ask is None else ask(device)[0]
+    module = torch.get_device_module(device)
+    if (ask := getattr(module, "mem_get_info", None)) is None:
+        return None
+    try:
+        kept = module.memory_reserved(device) - module.memory_allocated(device) if device.type == "cuda" else 0
+        return ask(device)[0] + kept
+    except RuntimeError as error:  # a full GPU has no room for the process that asks
+        if not is_out_of_memory(error):
+            raise
+        return 0
+
+
+def give_back(device: torch.device) -> None:
+    """Let other processes have the memory of a GPU that this one no longer uses."""
+    import torch
+
+    if device.type != CPU and (empty := getattr(torch.get_device_module(device), "empty_cache", None)):
+        gc.collect()
+        empty()
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -268,7 +307,7 @@ def exact(tensor: torch.Tensor) -> torch.Tensor:
 
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64; Apple's GPUs do not."""
-    return device.type == CPU or _computes(str(device), "float64")
+    return device.type in (CPU, "cuda") or _computes(str(device), "float64")
 
 
 @functools.lru_cache
@@ -279,7 +318,9 @@ def _computes(device: str, dtype: str) -> bool:
     try:
         one = torch.ones(2, 2, dtype=getattr(torch, dtype), device=device)
         return bool((one @ one).float().cpu().eq(2).all())
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):  # says nothing about the dtype
+            raise _full(torch.device(device), str(error).splitlines()[0]) from error
         return False
 
 

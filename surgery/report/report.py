@@ -28,6 +28,7 @@ from surgery.io.files import (
 from surgery.io.hub_errors import folders
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.io.printing import Block, Printed
+from surgery.machine.placement import AUTO
 from surgery.operations import third_party
 from surgery.operations.base import SURGICAL
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
 FORMAT, FILE = 1, "surgery.json"
-MEASURED_IN = "measured_in"  # key of the dtype in which the model was measured, if not in that of its weights
+MEASURED_IN = "measured_in"  # key of device and dtype in which the model was measured, if not the CPU and its own
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 # Keys that every surgery.json must have, with the type of each value.
 REQUIRED = {
@@ -392,6 +393,12 @@ def new_report(
         "gate": {"status": "not run", "limits": plan.recipe.evaluate.limits if plan.recipe.evaluate else {}},
         "history": [],
     }
+
+
+def measured_dtype(data: dict) -> str:
+    """The dtype in which the model of a record was measured; "auto": that of its weights."""
+    measured_in = data.get(MEASURED_IN)
+    return str(measured_in.get("dtype", AUTO)) if isinstance(measured_in, dict) else AUTO
 
 
 def history_of(base: Path) -> list[dict]:

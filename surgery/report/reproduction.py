@@ -13,6 +13,7 @@ from surgery.io.files import sha256
 from surgery.io.loading import read_config
 from surgery.io.printing import Block, Printed, Table, count
 from surgery.io.safetensors import TORCH_NAMES, Checkpoint
+from surgery.report.report import MEASURED_IN
 
 ROUNDING = 1e-3  # relative distance of a tensor up to which the last bits explain it
 NEAR = 0.005  # relative difference of a loss up to which it is the same figure
@@ -145,7 +146,8 @@ def differing_machine(record: dict, again: dict) -> dict[str, tuple[Any, Any]]:
     """What differs between the machines of two records and may decide the last bits of weights."""
     facts = {name: (record.get("versions") or {}).get(name) for name in ("surgery", "torch", "transformers")}
     now = {name: (again.get("versions") or {}).get(name) for name in facts}
-    facts["threads"], now["threads"] = record.get("threads"), again.get("threads")
+    for name in ("threads", MEASURED_IN):
+        facts[name], now[name] = record.get(name), again.get(name)
     return {name: (then, now[name]) for name, then in facts.items() if then != now[name]}
 
 

@@ -190,7 +190,7 @@ def test_apply_in_bfloat16_writes_float32_and_keeps_what_it_does_not_change(mode
     error = (narrow[name] - wide[name]).norm() / wide[name].norm()
     assert 0 < error < 0.2, "it was measured in bfloat16"
     assert surgery.Report.of(tmp_path / "auto").data.get("measured_in") is None
-    assert surgery.Report.of(tmp_path / "bfloat16").data["measured_in"] == "bfloat16"
+    assert surgery.Report.of(tmp_path / "bfloat16").data["measured_in"] == {"dtype": "bfloat16"}
     assert surgery.reproduce(tmp_path / "bfloat16", model).same_bits
     assert not surgery.reproduce(tmp_path / "bfloat16", model, dtype="float32").same_bits
 

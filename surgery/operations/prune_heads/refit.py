@@ -16,6 +16,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
 from surgery.calibration.moments import Moments, refit_output
+from surgery.machine.offload import bring
 from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.operations.prune_heads.select import lost_share
@@ -81,6 +82,7 @@ def moments_of(rows) -> Moments:
 
 
 def _refit_layer(model, layer, removed_heads: list[int], run: Layerwise, ridge: float) -> Refitted:
+    bring(model, run.blocks[layer.index])
     module = model.get_submodule(layer.path)
     tensors = {name: module.get_parameter(name) for name in layer.tensor_names}
     full = exact(unpack(layer, tensors).o.detach()).flatten(1)  # [D, H d]
