@@ -82,17 +82,21 @@ def test_no_verb_is_left_out(of_verbs):
     assert {name: list(verbs) for name, verbs in of_verbs.items()} == expected
 
 
-def test_a_model_that_is_too_large_is_streamed():
+@pytest.mark.parametrize(
+    "names", [("moh", "prune_heads by magnitude"), pytest.param(("gqa",), marks=pytest.mark.slow)]
+)
+def test_a_model_that_is_too_large_is_streamed(names):
     """Its layers are on the device one at a time, and the weights are the same to the bit."""
-    found = measured("--streamed", "gqa", "moh", "prune_heads by magnitude")
+    found = measured("--streamed", *names)
     for of_one in found.values():
         assert of_one["passed"]
         assert of_one["difference"] == 0
         assert of_one["share"] >= 0.95, of_one["on_cpu"]
         assert of_one["whole_peak"] > of_one["model"]
-    for name in ("gqa", "moh"):
-        assert found[name]["peak_bytes"] <= found[name]["planned"]
-    assert found["moh"]["peak_bytes"] < found["moh"]["model"] / 3
+        if of_one is not found.get("prune_heads by magnitude"):  # whose plan says no memory of a measurement
+            assert of_one["peak_bytes"] <= of_one["planned"]
+    if "moh" in found:
+        assert found["moh"]["peak_bytes"] < found["moh"]["model"] / 3
 
 
 NO_FLOAT64 = {"SECOND_DEVICE_NO_FLOAT64": "1"}

@@ -273,6 +273,7 @@ def score_to_file(
     from surgery.io.hub import resolve
     from surgery.io.loading import load_for_run, read_config, read_tokenizer
     from surgery.io.output_folder import parent_folder
+    from surgery.machine.placement import AUTO, current
 
     output = Path(output)
     refuse_heads(method, settings.get("per") or "kv_heads")
@@ -301,6 +302,8 @@ def score_to_file(
         tokenizer = read_tokenizer(source.path)
         options = settings | ({"state": state} if resumable else {})
         scores = score(loaded, tokenizer, method, name=source.name, progress=progress, **options)
+        if (dtype := current().dtype) != AUTO:
+            scores.origin["dtype"] = dtype
         scores.save(output)
         state.unlink(missing_ok=True)
     return scores
