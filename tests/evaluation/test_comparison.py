@@ -79,7 +79,7 @@ def test_the_base_runs_once(made, model, text, monkeypatch):
 
     loaded, scored = [], []
     of_cases, of_windows = paired.loaded, perplexity.score_model
-    monkeypatch.setattr(paired, "loaded", lambda source, *rest: (loaded.append(source), of_cases(source, *rest))[1])
+    monkeypatch.setattr(paired, "loaded", lambda source, **rest: (loaded.append(source), of_cases(source, **rest))[1])
     monkeypatch.setattr(
         perplexity, "score_model", lambda source, *rest: (scored.append(source), of_windows(source, *rest))[1]
     )
@@ -346,7 +346,7 @@ def test_a_folder_of_another_comparison(made, model, text, surgery):
     package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
     ran = surgery("compare", *models, "--base", model, "-o", "c", "--only", "loss-512")
     assert ran.code == 2
-    assert "another base or on another text" in ran.err
+    assert "another base, on another text or in another dtype" in ran.err
     (made / "c/compare.json").write_text("{")
     ran = surgery("compare", *models, "--base", model, "-o", "c", "--only", "loss-512", "--text", text)
     assert ran.code == 2

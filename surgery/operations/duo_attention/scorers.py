@@ -38,6 +38,7 @@ from surgery.errors import (
     wanted,
 )
 from surgery.io.key_values import read_key_values
+from surgery.machine.placement import AUTO, current
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ def score(
     options |= {"per": per} if "per" in settings_of(method) else {}
     scores = function(model, tokenizer, progress=progress, **options)
     refuse_not_finite([scores.scores], method)
+    dtype = {} if current().dtype == AUTO else {"dtype": current().dtype}
     model_origin = model_identity(Anatomy.of(model), name or model_name(model.config))
-    return replace(scores, origin={"model": model_origin} | scores.origin)
+    return replace(scores, origin={"model": model_origin} | dtype | scores.origin)
 
 
 def refuse_heads(method: str, per: str) -> None:
@@ -273,7 +275,6 @@ def score_to_file(
     from surgery.io.hub import resolve
     from surgery.io.loading import load_for_run, read_config, read_tokenizer
     from surgery.io.output_folder import parent_folder
-    from surgery.machine.placement import AUTO, current
 
     output = Path(output)
     refuse_heads(method, settings.get("per") or "kv_heads")
@@ -302,8 +303,6 @@ def score_to_file(
         tokenizer = read_tokenizer(source.path)
         options = settings | ({"state": state} if resumable else {})
         scores = score(loaded, tokenizer, method, name=source.name, progress=progress, **options)
-        if (dtype := current().dtype) != AUTO:
-            scores.origin["dtype"] = dtype
         scores.save(output)
         state.unlink(missing_ok=True)
     return scores
