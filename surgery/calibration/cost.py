@@ -20,9 +20,14 @@ def forward_flops(anatomy: Anatomy, tokens: float, length: int) -> float:
     return tokens * (2 * anatomy.parameters + attention)
 
 
+def widths(anatomy: Anatomy) -> tuple[int, int]:
+    """Number of channels of the hidden states, and of an MLP's hidden layer."""
+    config = anatomy.config.get_text_config()
+    hidden = getattr(config, "hidden_size", None) or 1
+    return hidden, getattr(config, "intermediate_size", None) or 4 * hidden
+
+
 def activation_bytes(anatomy: Anatomy, length: int) -> int:
     """Bytes of one layer's activations in float32 for one text, with the attention of all pairs of its tokens."""
-    layer, config = anatomy.layers[0], anatomy.config.get_text_config()
-    hidden = getattr(config, "hidden_size", None) or 1
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
     return 4 * length * (8 * hidden + 3 * inner + 3 * layer.heads * length)

@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
-from surgery.calibration.cost import forward_flops
+from surgery.calibration.cost import forward_flops, widths
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import FILES, FRESH
 from surgery.io.safetensors import TORCH_NAMES, stored_bytes
@@ -191,10 +191,7 @@ class _Stages:
         import torch
 
         self.threads = torch.get_num_threads() if self.device is None else None
-        config = self.anatomy.config.get_text_config()
-        hidden = getattr(config, "hidden_size", None) or 1
-        device = CPU if self.device is None else self.device.device
-        return flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden, device)
+        return flops_per_second(*widths(self.anatomy), CPU if self.device is None else self.device.device)
 
     def all(self) -> Iterator[StageEstimate]:
         """All stages, in the order of `pipeline.py`."""

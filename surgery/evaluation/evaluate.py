@@ -278,9 +278,9 @@ def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
 def _source(model: Any, name: str = "model") -> Any:
     """The folder of a model given by name; a loaded model or None is returned unchanged."""
     if isinstance(model, str | Path):
-        from surgery.io.hub import resolve
+        from surgery.io.hub import folder_of
 
-        return resolve(str(model)).path
+        return folder_of(model)
     if model is not None and not hasattr(model, "config"):
         raise no_model(model, name)
     return model

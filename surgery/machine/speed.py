@@ -50,29 +50,28 @@ def bytes_per_second() -> float:
 
 def _quickest_there(work: Callable[[], Any]) -> float:
     """Seconds of the fastest of several calls on a GPU, by the wall clock."""
-    best, began = float("inf"), time.monotonic()
-    for _ in range(TIMES):
-        before = time.perf_counter()
-        work()[0, 0].item()  # waits for the GPU
-        best = min(best, time.perf_counter() - before)
-        if time.monotonic() - began > SECONDS:
-            break
-    return max(best, 1e-6)
+    return _fastest(lambda: work()[0, 0].item(), time.perf_counter)  # reading a number waits for the GPU
 
 
 def _quickest(work: Callable[[], Any]) -> float:
     """Seconds of the fastest of several calls, on one thread."""
     import torch
 
-    threads, best, began = torch.get_num_threads(), float("inf"), time.monotonic()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(TIMES):
-            before = time.thread_time()
-            work()
-            best = min(best, time.thread_time() - before)
-            if time.monotonic() - began > SECONDS:
-                break
+        return _fastest(work, time.thread_time)
     finally:
         torch.set_num_threads(threads)
+
+
+def _fastest(work: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Seconds of the fastest of several calls, by a clock."""
+    best, began = float("inf"), time.monotonic()
+    for _ in range(TIMES):
+        before = clock()
+        work()
+        best = min(best, clock() - before)
+        if time.monotonic() - began > SECONDS:
+            break
     return max(best, 1e-6)
