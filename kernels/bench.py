@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .block_sparse_prefill import BlockList, block_sparse_prefill
 from .estimators import antidiagonal_mass, block_means, pooled_mass
 from .gathered_heads import gathered_heads
-from .split_decode import Ring, head_table, split_decode
+from .split_decode import HeadTable, Ring, split_decode
 from .streaming_prefill import streaming_prefill
 from .surgery_triton import executor, failed
 
@@ -91,14 +91,14 @@ def decode(length: int, dtype: torch.dtype):
     near = [torch.randn(1, half, SINKS + WINDOW, SIZE, device="cuda", dtype=dtype) for _ in range(2)]
     dense = milliseconds(lambda: sdpa(query, *full, enable_gqa=True), 31)
     ring = Ring(*near, length, SINKS)
-    table = head_table([group] * KV_HEADS, list(range(half)), "cuda")
+    table = HeadTable([group] * KV_HEADS, list(range(half, KV_HEADS)), list(range(half)), "cuda")
     kept = tuple(part[:, half:] for part in full)
     yield (
         "split_decode, half of the heads on a ring",
         milliseconds(lambda: split_decode(query, kept, ring, table), 31),
         dense,
     )
-    whole = head_table([group] * KV_HEADS, [], "cuda")
+    whole = HeadTable([group] * KV_HEADS, list(range(KV_HEADS)), [], "cuda")
     yield "split_decode, all heads full", milliseconds(lambda: split_decode(query, full, None, whole), 31), dense
 
 

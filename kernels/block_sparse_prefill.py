@@ -71,9 +71,8 @@ def supports(query, block: int) -> str | None:
 
 
 def block_sparse_prefill(
-    query, key, value, blocks: BlockList, scale=None, *, pad=None, softcap=None, bias=None, out=None, lse=None,
-    fallback=None,
-):  # fmt: skip
+    query, key, value, blocks: BlockList, scale=None, *, pad=None, softcap=None, out=None, lse=None, fallback=None
+):
     """Causal attention of every query to the keys of the blocks that its query block keeps.
 
     Args:
@@ -83,7 +82,6 @@ def block_sparse_prefill(
         scale: factor on q.k, head_dim ** -0.5 by default.
         pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
-        bias: [batch or 1, heads or 1, N], added to the scores of a key after the soft-cap.
         out, lse: tensors for the results, with any strides; None: new tensors.
         fallback: computes the results if the kernel cannot run; default: `reference`, which multiplies all keys.
 
@@ -100,26 +98,18 @@ def block_sparse_prefill(
         raise ValueError(f"{NAME}: {n} queries for {length} keys: the queries are the last of the tokens")
     if blocks.heads not in (heads, kv_heads) or len(blocks.offsets) != batch * blocks.heads * blocks.rows + 1:
         raise ValueError(f"{NAME}: the lists are of {blocks.heads} heads, there are {kv_heads} KV heads and {heads}")
-    if bias is not None:
-        bias = bias.expand(batch, bias.shape[1], length)
-        if bias.shape[1] not in (1, heads):
-            raise ValueError(f"{NAME}: a bias is of 1 or {heads} heads, not {bias.shape[1]}")
     scale = size**-0.5 if scale is None else scale
 
-    fallback = fallback or partial(reference, query, key, value, blocks, scale, pad=pad, softcap=softcap, bias=bias)
-
-    def by_pytorch():
-        return put(fallback(), out, lse)
-
+    fallback = fallback or partial(reference, query, key, value, blocks, scale, pad=pad, softcap=softcap)
     if said_once(NAME, supports(query, blocks.block), query.device):
-        return by_pytorch()
+        return put(fallback(), out, lse)
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
     name, block = target(query.device), blocks.block
     group = heads // kv_heads
     pack = group if blocks.heads == kv_heads else 1
-    rows, keys, warps, stages = _tile(size, query.dtype, name, pack == 1 or (bias is not None and bias.shape[1] > 1))
+    rows, keys, warps, stages = tiles(size, query.dtype, name)
     rows, keys = min(rows, padded_size(block * pack)), min(keys, block & -block)  # a tile's keys divide the block
     parts, shift = -(-block * pack // rows), -(-length // block)
     spanned = (length - 1) // block - (length - n) // block if pad is None else (n - 1) // block + 1
@@ -128,29 +118,25 @@ def block_sparse_prefill(
     def launch():
         with on_device(query):
             _attend[((spanned + 1) * parts, blocks.heads, batch)](
-                query, key, value, out, lse, blocks.offsets, blocks.ids, pad, bias,
+                query, key, value, out, lse, blocks.offsets, blocks.ids, pad,
                 *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(),
-                *((0, 0, 0) if bias is None else bias.stride()),
                 n, length, blocks.heads, blocks.rows, parts, shift, factor, cap,
                 GROUP=group, PACK=pack, D=size, BLOCK=block, BM=rows, BN=keys, BD=padded_size(size),
-                CAPPED=softcap is not None, PADDED=pad is not None, BIAS=0 if bias is None else bias.shape[1],
-                UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
+                CAPPED=softcap is not None, PADDED=pad is not None, UPCAST=upcast(query.dtype),
+                PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
     kind = f"{query.dtype} {size} {block} {pack} {softcap is not None} {pad is not None}"
-    if not started(NAME, query.device, launch, kind):
-        return by_pytorch()
-    return out, lse
+    return (out, lse) if started(NAME, query.device, launch, kind) else put(fallback(), out, lse)
 
 
 @jit
 def _attend(
-    Q, K, V, OUT, LSE, OFFSETS, IDS, PAD, BIASES,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, l_b, l_h, l_n, b_b, b_h, b_n,
+    Q, K, V, OUT, LSE, OFFSETS, IDS, PAD,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, l_b, l_h, l_n,
     n, length, lists, list_rows, parts, shift, factor, cap,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, CAPPED: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BD: tl.constexpr, CAPPED: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries have the longest lists: they start first
     which, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -194,13 +180,6 @@ def _attend(
         k = load_tile(k_at + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
         v = load_tile(v_at + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
         scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
-        if BIAS == 1:
-            more = tl.load(BIASES + batch * b_b + (slot + near) * b_n, mask=inside, other=0.0)
-            scores += more.to(tl.float32)[None, :] * 1.4426950408889634
-        elif BIAS > 1:
-            b_at = BIASES + batch * b_b + head[:, None] * b_h + (slot + near)[None, :] * b_n
-            more = tl.load(b_at, mask=inside[None, :] & live[:, None], other=0.0)
-            scores += more.to(tl.float32) * 1.4426950408889634
         seen = (low + near)[None, :] <= position[:, None]
         top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
 
@@ -210,38 +189,36 @@ def _attend(
     tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
 
 
-def _tile(head_dim: int, dtype: torch.dtype, name: str, single: bool) -> tuple | None:
-    """The tile of this kernel. `single`: each query head has its own list or bias, which takes more registers."""
-    tile = tiles(head_dim, dtype, name)
-    if tile and single and name.startswith("sm_") and dtype != torch.float32 and padded_size(head_dim) == 128:
-        tile = (64, *tile[1:])
-    return tile
+def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}.
 
-
-def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
-    if (tile := _tile(head_dim, dtype, name, False)) is None:
+    `group`: query heads of a KV head.
+    """
+    if (tile := tiles(head_dim, dtype, name)) is None:
         return {}
     rows, keys, warps, stages = tile
-    single = {"BM": _tile(head_dim, dtype, name, True)[0]}
     types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32", "OFFSETS": "*i64", "IDS": "*i32"}
     fixed = {"D": head_dim, "BLOCK": 128, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
     fixed["PRECISION"] = precision(dtype, name)
-    plain = {"GROUP": 3, "PACK": 3, "CAPPED": False, "PADDED": False, "BIAS": 0, "PAD": None, "BIASES": None}
-    full = {"GROUP": 3, "PACK": 3, "CAPPED": True, "PADDED": True, "BIAS": 1}
-    small = {"BLOCK": 64, "BM": min(single["BM"], 64), "BN": min(keys, 64)}
+    plain = {"GROUP": group, "PACK": group, "CAPPED": False, "PADDED": False, "PAD": None}
+    full = {"GROUP": group, "PACK": group, "CAPPED": True, "PADDED": True}
+    small = {"BLOCK": 64, "BM": min(rows, 64), "BN": min(keys, 64)}
     options = {"num_warps": warps, "num_stages": stages}
-    both = types | {"PAD": "*i64", "BIASES": "*fp32"}
     return {
         "plain": (_attend, types, fixed | plain, options),
-        "a list per head": (_attend, types, fixed | plain | single | {"PACK": 1}, options),
+        "a list per head": (_attend, types, fixed | plain | {"PACK": 1}, options),
         "a list per head, blocks of 64": (_attend, types, fixed | plain | {"PACK": 1} | small, options),
-        "pad, soft-cap, bias": (_attend, both, fixed | full, options),
-        "pad, soft-cap, bias per head": (_attend, both, fixed | full | single | {"BIAS": 3}, options),
+        "pad, soft-cap": (_attend, types | {"PAD": "*i64"}, fixed | full, options),
+        "pad, soft-cap, a list per head": (
+            _attend,
+            types | {"PAD": "*i64"},
+            fixed | full | {"PACK": 1},
+            options,
+        ),
     }
 
 
-def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=None, bias=None):
+def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=None):
     """The same in plain PyTorch, query block by query block. float64 stays float64, and gradients are supported.
 
     Returns:
@@ -264,8 +241,6 @@ def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=
         for at, place in enumerate(places.split(_pieces(first, n - hidden, block))):
             rows = query[row, :, place - first + hidden].to(wide)
             scores = capped(rows @ keys.mT * scale, softcap)
-            if bias is not None:
-                scores = scores + bias[row, :, None, skipped:].to(wide)
             position = torch.arange(keys.shape[1], device=query.device)
             seen = position <= place[:, None]
             if at < blocks.rows:

@@ -7,10 +7,13 @@ There is no padding, the queries are the last n of the N tokens, and block bound
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .surgery_triton import (  # isort: skip
-    LOG2E, jit, load_tile, on_device, padded_size, precision, said_once, target, tiles, tl, unsupported, upcast,
+    LOG2E, jit, load_tile, on_device, padded_size, precision, said_once, started, target, tiles, tl, unsupported,
+    upcast,
 )  # fmt: skip
 
 NAME = "estimators"
@@ -57,30 +60,35 @@ def _spills(name: str) -> bool:
     return name.startswith("sm_")
 
 
-def block_means(key, block: int):
+def block_means(key, block: int, fallback=None):
     """Mean of the keys of each block.
 
     Args:
         key: [batch, KV heads, N, head_dim].
+        fallback: computes the result if the kernel cannot run, here and below; default: the reference.
 
     Returns:
         float32 [batch, KV heads, blocks, head_dim]; the last block may have fewer keys.
     """
     batch, heads, length, size = key.shape
-    if said_once(NAME, unsupported(key.device, key.dtype, size), key.device):
-        return block_means_reference(key, block)
+    fallback = fallback or partial(block_means_reference, key, block)
+    if said_once(NAME, supports(key), key.device):
+        return fallback()
     columns = -(-length // block)
     means = torch.empty(batch, heads, columns, size, dtype=torch.float32, device=key.device)
-    if means.numel():
+
+    def launch():
         with on_device(key):
             _means[(columns, heads, batch)](
                 key, means, *key.stride(), *means.stride(), length, block, D=size, BN=16, BD=padded_size(size),
                 num_warps=4,
             )  # fmt: skip
-    return means
+
+    written = means.numel() == 0 or started(NAME, key.device, launch, f"means {key.dtype} {size}")
+    return means if written else fallback()
 
 
-def pooled_mass(query, means, bias, scale: float, block: int, length: int, queries: str = "each"):
+def pooled_mass(query, means, bias, scale: float, block: int, length: int, queries: str = "each", fallback=None):
     """The attention of query blocks to key blocks, if every key of a block were the block's mean key.
 
     With the scores s_iJ = scale * q_i.mean_J + bias_J over the blocks J <= I of query i's own block I:
@@ -105,8 +113,9 @@ def pooled_mass(query, means, bias, scale: float, block: int, length: int, queri
     if queries not in ("each", "all") or columns != -(-length // block) or bias.shape[-1] != columns:
         raise ValueError(f"{NAME}: queries is each or all, and means and bias are of the {-(-length // block)} blocks")
     bias = bias.expand(batch, kv_heads, columns).float()
+    fallback = fallback or partial(pooled_reference, query, means, bias, scale, block, length, queries)
     if said_once(NAME, supports(query), query.device):
-        return pooled_reference(query, means, bias, scale, block, length, queries)
+        return fallback()
     start = length - n
     rows = columns - start // block
     mass = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=query.device)
@@ -118,15 +127,20 @@ def pooled_mass(query, means, bias, scale: float, block: int, length: int, queri
     given = (*query.stride(), *means.stride(), *bias.stride(), n, start, columns, block, scale * LOG2E)
     fixed = {"GROUP": heads // kv_heads, "D": size, "BM": tile_rows, "BN": tile_columns, "BD": padded_size(size)}
     fixed |= {"PRECISION": precision(torch.float32, name), "num_warps": warps, "num_stages": stages}
-    with on_device(query):
-        if each:
-            _pooled_lse[(-(-n // tile_rows), heads, batch)](query, means, bias, lse, *given, **fixed)
-        grid = (rows * -(-columns // tile_columns), heads, batch)
-        _pooled_sum[grid](query, means, bias, lse, mass, *given, -(-block // tile_rows), EACH=each, **fixed)
+
+    def launch():
+        with on_device(query):
+            if each:
+                _pooled_lse[(-(-n // tile_rows), heads, batch)](query, means, bias, lse, *given, **fixed)
+            grid = (rows * -(-columns // tile_columns), heads, batch)
+            _pooled_sum[grid](query, means, bias, lse, mass, *given, -(-block // tile_rows), EACH=each, **fixed)
+
+    if not started(NAME, query.device, launch, f"pooled {queries} {query.dtype} {size}"):
+        return fallback()
     return mass if each else mass.softmax(-1)
 
 
-def antidiagonal_mass(query, key, scale: float, block: int, stride: int):
+def antidiagonal_mass(query, key, scale: float, block: int, stride: int, fallback=None):
     """Shares of key blocks by the antidiagonals of stride x stride tiles, summed over the query groups of a block.
 
     Query group I (tokens I * stride to I * stride + stride - 1) scores key group J by the mean of scale * q.k over
@@ -148,8 +162,9 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int):
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
     if block % stride:
         raise ValueError(f"{NAME}: the stride must divide the block: {block} is no multiple of {stride}")
+    fallback = fallback or partial(antidiagonal_reference, query, key, scale, block, stride)
     if said_once(NAME, supports(query, block, stride), query.device) or stride == 1:
-        return antidiagonal_reference(query, key, scale, block, stride)
+        return fallback()
     columns, start = -(-length // block), length - n
     rows = columns - start // block
     mass = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=query.device)
@@ -157,14 +172,18 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int):
         return mass
     name = target(query.device)
     keys, warps, stages = _crossed_tile(size, query.dtype, name)
-    with on_device(query):
-        _antidiagonal[(rows, heads, batch)](
-            query, key, mass, *query.stride(), *key.stride(), *mass.stride(), length, start, columns, scale * LOG2E,
-            GROUP=heads // kv_heads, D=size, STRIDE=stride, SIDE=block // stride, BM=max(16, block // stride), BN=keys,
-            BD=padded_size(size), UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return mass
+
+    def launch():
+        with on_device(query):
+            _antidiagonal[(rows, heads, batch)](
+                query, key, mass, *query.stride(), *key.stride(), *mass.stride(), length, start, columns,
+                scale * LOG2E, GROUP=heads // kv_heads, D=size, STRIDE=stride, SIDE=block // stride,
+                BM=max(16, block // stride), BN=keys, BD=padded_size(size), UPCAST=upcast(query.dtype),
+                PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+    written = started(NAME, query.device, launch, f"antidiagonal {block} {stride} {query.dtype} {size}")
+    return mass if written else fallback()
 
 
 def _pooled_tile(head_dim: int, name: str) -> tuple[int, int, int, int] | None:
@@ -344,12 +363,15 @@ def _antidiagonal(
         tl.store(m_at, shares, mask=column < columns)
 
 
-def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}.
+
+    `group`: query heads of a KV head.
+    """
     size = padded_size(head_dim)
     if size > 128:
         return {}
-    fixed = {"GROUP": 3, "D": head_dim, "BD": size}
+    fixed = {"GROUP": group, "D": head_dim, "BD": size}
     rows, columns, warps, stages = _pooled_tile(head_dim, name)
     pooled = fixed | {"BM": rows, "BN": columns, "PRECISION": precision(torch.float32, name)}
     types, options = (

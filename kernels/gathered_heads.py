@@ -7,16 +7,16 @@ of its last row. Rows that are off cost nothing, and their output is 0.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .surgery_triton import (  # isort: skip
-    TILES, capped, check, factors, jit, load_tile, of_prefill, on_device, outputs, padded_size, precision, put,
-    said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    capped, check, factors, jit, load_tile, of_prefill, on_device, outputs, padded_size, precision, put,
+    said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "gathered_heads"
-# Scattered rows take more registers than neighbouring rows.
-OWN_TILES = TILES | {("cuda", "half", 128): (128, 32, 8, 3)}
 
 
 def supports(query) -> str | None:
@@ -24,7 +24,7 @@ def supports(query) -> str | None:
     return unsupported(query.device, query.dtype, query.shape[3])
 
 
-def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None, out=None, lse=None):
+def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None, out=None, lse=None, fallback=None):
     """Causal attention of some rows of the queries to all keys.
 
     Args:
@@ -35,6 +35,7 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
         pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         out, lse: tensors for the results, with any strides; None: new tensors.
+        fallback: computes the results if the kernel cannot run; default: `reference`.
 
     Returns:
         The output, with the shape of the query and not yet multiplied by the gate, and the natural log-sum-exp of the
@@ -48,29 +49,34 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
     if on.shape != (batch, n, heads) or on.dtype != torch.bool or n > length:
         raise ValueError(f"{NAME}: on is bool [batch, n, heads] = {[batch, n, heads]}, of the last n of the tokens")
     scale = size**-0.5 if scale is None else scale
+    fallback = fallback or partial(reference, query, key, value, on, scale, pad=pad, softcap=softcap)
     if said_once(NAME, supports(query), query.device):
-        return put(reference(query, key, value, on, scale, pad=pad, softcap=softcap), out, lse)
+        return put(fallback(), out, lse)
     out, lse = outputs(query, out, lse)
     out.zero_()
     lse.fill_(-torch.inf)
     if out.numel() == 0:
         return out, lse
     name, group = target(query.device), heads // kv_heads
-    tile_rows, keys, warps, stages = tiles(size, query.dtype, name, OWN_TILES)
+    tile_rows, keys, warps, stages = tiles(size, query.dtype, name)
     by_head = on.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, n * group)
     # A stable sort puts the rows that are on first, in the order of their tokens. So the host need not wait for the
     # GPU to count them: programs past the end of the list return at once.
     listed = by_head.int().argsort(dim=-1, descending=True, stable=True).int().contiguous()
     counts, (factor, cap) = by_head.sum(-1, dtype=torch.int32), factors(scale, softcap)
-    with on_device(query):
-        _attend[(-(-n * group // tile_rows), kv_heads, batch)](
-            query, key, value, out, lse, listed, counts, pad,
-            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), n, length, factor, cap,
-            GROUP=group, D=size, BM=tile_rows, BN=keys, BD=padded_size(size), CAPPED=softcap is not None,
-            PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return out, lse
+
+    def launch():
+        with on_device(query):
+            _attend[(-(-n * group // tile_rows), kv_heads, batch)](
+                query, key, value, out, lse, listed, counts, pad,
+                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), n, length, factor, cap,
+                GROUP=group, D=size, BM=tile_rows, BN=keys, BD=padded_size(size), CAPPED=softcap is not None,
+                PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+    kind = f"{query.dtype} {size} {group} {softcap is not None} {pad is not None}"
+    return (out, lse) if started(NAME, query.device, launch, kind) else put(fallback(), out, lse)
 
 
 @jit
@@ -125,11 +131,14 @@ def _attend(
     tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
 
 
-def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
-    if (tile := tiles(head_dim, dtype, name, OWN_TILES)) is None:
+def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}.
+
+    `group`: query heads of a KV head.
+    """
+    if (tile := tiles(head_dim, dtype, name)) is None:
         return {}
-    return of_prefill(_attend, tile, {"LISTED": "*i32", "COUNTS": "*i32"}, head_dim, dtype, name)
+    return of_prefill(_attend, tile, {"LISTED": "*i32", "COUNTS": "*i32"}, head_dim, dtype, name, group)
 
 
 def reference(query, key, value, on, scale, *, pad=None, softcap=None):

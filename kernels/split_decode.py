@@ -9,12 +9,13 @@ as in FlashDecoding). A small table says for each KV head where its keys are. Gr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .surgery_triton import (  # isort: skip
-    capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
-    said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision,
+    said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "split_decode"
@@ -57,19 +58,28 @@ class Ring:
         return self.keys.shape[2] - self.sinks
 
 
-def head_table(groups: list[int], ring: list[int], device=None) -> torch.Tensor:
-    """Where each KV head's keys are: int32 [KV heads, 4] of (0 full or 1 ring, index there, first query head, group).
+class HeadTable:
+    """Where the keys of some KV heads of a layer are, and which query heads read them.
 
     Args:
-        groups: number of query heads of each KV head.
-        ring: the KV heads that see sinks + window, in the order of `Ring.keys`; the others are full, in order.
+        groups: number of query heads of each KV head of the layer.
+        full: the KV heads whose keys are all stored, in the order in which they are stored.
+        ring: the KV heads that see sinks + window, in the order of `Ring.keys`.
+
+    Attributes:
+        rows: int32 [KV heads, 4] of (0 full or 1 ring, index there, first query head, group), in no order.
+        counts: number of full and of ring KV heads.
+        widest: the largest group.
     """
-    full = [head for head in range(len(groups)) if head not in ring]
-    rows = [
-        (int(head in ring), (ring if head in ring else full).index(head), sum(groups[:head]), groups[head])
-        for head in range(len(groups))
-    ]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+    def __init__(self, groups: list[int], full: list[int], ring: list[int], device=None):
+        rows = [
+            (kind, place, sum(groups[:head]), groups[head])
+            for kind, heads in enumerate((full, ring))
+            for place, head in enumerate(heads)
+        ]
+        self.rows = torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 4)
+        self.counts, self.widest = (len(full), len(ring)), max((row[3] for row in rows), default=1)
 
 
 def supports(query) -> str | None:
@@ -78,20 +88,22 @@ def supports(query) -> str | None:
 
 
 def split_decode(
-    query, full, ring: Ring | None, table, scale=None, *, pad=None, softcap=None, piece=None, out=None, lse=None
-):
+    query, full, ring: Ring | None, table: HeadTable, scale=None, *, pad=None, softcap=None, piece=None,
+    out=None, lse=None, fallback=None,
+):  # fmt: skip
     """Attention of the newest token to the keys that each head keeps.
 
     Args:
         query: [batch, heads, 1, head_dim]; any strides.
         full: keys and values [batch, full KV heads, N, head_dim], the newest token last; None without full heads.
         ring: see `Ring`; None without ring heads.
-        table: from `head_table`.
+        table: where the heads' keys are. Query heads that it does not name are neither read nor written.
         scale: factor on q.k, head_dim ** -0.5 by default.
         pad: [batch], number of slots before each row's first real token; full heads never read them. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         piece: number of keys that one program reads; by default, there are enough pieces to keep the GPU busy.
         out, lse: tensors for the results, with any strides; None: new tensors.
+        fallback: computes the results if the kernel cannot run; default: `reference`.
 
     Returns:
         The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, 1].
@@ -104,22 +116,23 @@ def split_decode(
     kept = [pair for pair in (full, ring and (ring.keys, ring.values)) if pair is not None]
     for keys, values in kept:
         pad = check(NAME, query[:, : keys.shape[1]], keys, values, pad)
-    of_ring = int(table[:, 0].sum()) if not table.is_cuda else None  # not worth waiting for a GPU
-    counts = [0 if full is None else full[0].shape[1], 0 if ring is None else ring.keys.shape[1]]
-    if n != 1 or not kept or table.shape != (sum(counts), 4) or of_ring not in (None, counts[1]):
+    counts = (0 if full is None else full[0].shape[1], 0 if ring is None else ring.keys.shape[1])
+    if n != 1 or not kept or table.counts != counts:
         raise ValueError(f"{NAME}: {n} queries, {counts[0]} full and {counts[1]} ring KV heads do not fit the table")
     if ring is not None and (ring.window < 1 or ring.seen < 1):
         raise ValueError(f"{NAME}: a ring has a window and the newest token in it")
     scale = size**-0.5 if scale is None else scale
+    fallback = fallback or partial(reference, query, full, ring, table, scale, pad=pad, softcap=softcap)
     if said_once(NAME, supports(query), query.device):
-        return put(reference(query, full, ring, table, scale, pad=pad, softcap=softcap), out, lse)
+        return _written(fallback(), table, out, lse)
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
     name = target(query.device)
     keys, warps, stages = _tile(size, query.dtype, name)
     longest = max(0 if full is None else full[0].shape[2], 0 if ring is None else ring.keys.shape[2])
-    piece = -(-(piece or _piece(query, longest, len(table))) // keys) * keys
+    rows = table.rows
+    piece = -(-(piece or _piece(query, longest, len(rows))) // keys) * keys
     pieces = -(-longest // piece)
     if pieces == 1:
         parts, part_lse, steps = out[:, :, 0], lse[:, :, 0], (0, 0)
@@ -131,23 +144,38 @@ def split_decode(
     ring_keys, ring_values = (ring.keys, ring.values) if ring else kept[0]
     factor, cap = factors(scale, softcap)
     shared = {"D": size, "BD": padded_size(size)}
-    with on_device(query):
-        _attend[(len(table), pieces, batch)](
-            query, full_keys, full_values, ring_keys, ring_values, parts, part_lse, table.contiguous(), pad,
-            *query[:, :, 0].stride(), *full_keys.stride(), *full_values.stride(), *ring_keys.stride(),
-            *ring_values.stride(), steps[0], *parts.stride()[-3:], steps[1], *part_lse.stride()[-2:],
-            full_keys.shape[2] if full else ring.seen, ring.sinks if ring else 0, ring.window if ring else 1,
-            ring.seen if ring else 0, (ring.limit if ring else None) or 2**30, piece, factor, cap, **shared,
-            BM=padded_size(heads - len(table) + 1), BN=keys, CAPPED=softcap is not None,
-            PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        if pieces > 1:
-            _merge[(heads, batch)](
-                parts, part_lse, out, lse, *steps, *parts.stride()[1:3], *part_lse.stride()[1:],
-                *out[:, :, 0].stride(), *lse[:, :, 0].stride(), pieces, **shared, num_warps=1,
+
+    def launch():
+        with on_device(query):
+            _attend[(len(rows), pieces, batch)](
+                query, full_keys, full_values, ring_keys, ring_values, parts, part_lse, rows, pad,
+                *query[:, :, 0].stride(), *full_keys.stride(), *full_values.stride(), *ring_keys.stride(),
+                *ring_values.stride(), steps[0], *parts.stride()[-3:], steps[1], *part_lse.stride()[-2:],
+                full_keys.shape[2] if full else ring.seen, ring.sinks if ring else 0, ring.window if ring else 1,
+                ring.seen if ring else 0, (ring.limit if ring else None) or 2**30, piece, factor, cap, **shared,
+                BM=padded_size(table.widest), BN=keys, CAPPED=softcap is not None,
+                PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
-    return out, lse
+            if pieces > 1:
+                _merge[(len(rows), table.widest, batch)](
+                    parts, part_lse, out, lse, rows, *steps, *parts.stride()[1:3], *part_lse.stride()[1:],
+                    *out[:, :, 0].stride(), *lse[:, :, 0].stride(), pieces, **shared, num_warps=1,
+                )  # fmt: skip
+
+    kind = f"{query.dtype} {size} {padded_size(table.widest)} {softcap is not None} {pad is not None}"
+    return (out, lse) if started(NAME, query.device, launch, kind) else _written(fallback(), table, out, lse)
+
+
+def _written(pair, table: HeadTable, out, lse):
+    """Copy the results of a table's query heads into the tensors that were given, if any were."""
+    heads = [head for _, _, first, group in table.rows.tolist() for head in range(first, first + group)]
+    made = []
+    for new, old in zip(pair, (out, lse), strict=True):
+        if old is not None:
+            old[:, heads] = new[:, heads].to(old.dtype)
+        made.append(new if old is None else old)
+    return tuple(made)
 
 
 def _tile(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int] | None:
@@ -221,12 +249,15 @@ def _attend(
 
 @jit
 def _merge(
-    PARTS, PART_LSE, OUT, LSE, p_s, m_s, p_b, p_h, m_b, m_h, o_b, o_h, o_d, l_b, l_h, pieces,
+    PARTS, PART_LSE, OUT, LSE, TABLE, p_s, m_s, p_b, p_h, m_b, m_h, o_b, o_h, o_d, l_b, l_h, pieces,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """o = sum of o_s e^(l_s - l), where l is the log-sum-exp of all pieces. A piece that saw no key has l_s = -inf."""
-    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    dim = tl.arange(0, BD)
+    lane, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, group = tl.load(TABLE + tl.program_id(0) * 4 + 2), tl.load(TABLE + tl.program_id(0) * 4 + 3)
+    if lane >= group:
+        return
+    head, dim = (first + lane).to(tl.int64), tl.arange(0, BD)
     top, total, acc = float("-inf"), 0.0, tl.zeros([BD], tl.float32)
     for split in range(0, pieces):
         lse = tl.load(PART_LSE + split * m_s + batch * m_b + head * m_h)
@@ -243,15 +274,24 @@ def _merge(
     tl.store(LSE + batch * l_b + head * l_h, tl.where(some, top + tl.log(total), float("-inf")))
 
 
-def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}.
+
+    `group`: query heads of a KV head.
+    """
     if (tile := _tile(head_dim, dtype, name)) is None:
         return {}
     keys, warps, stages = tile
     types = dict.fromkeys(("Q", "FULL_K", "FULL_V", "RING_K", "RING_V"), dtype) | {"LSE": "*fp32", "TABLE": "*i32"}
     types |= {"OUT": "*fp32", "PAD": "*i64"}
     shared = {"D": head_dim, "BD": padded_size(head_dim)}
-    fixed = shared | {"BM": 16, "BN": keys, "PADDED": True, "UPCAST": False, "PRECISION": precision(dtype, name)}
+    fixed = shared | {
+        "BM": padded_size(group),
+        "BN": keys,
+        "PADDED": True,
+        "UPCAST": False,
+        "PRECISION": precision(dtype, name),
+    }
     options = {"num_warps": warps, "num_stages": stages}
     return {
         "plain": (_attend, types, fixed | {"CAPPED": False}, options),
@@ -259,7 +299,7 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
         "soft-cap": (_attend, types, fixed | {"CAPPED": True}, options),
         "merge": (
             _merge,
-            {"PARTS": "*fp32", "PART_LSE": "*fp32", "LSE": "*fp32", "OUT": dtype},
+            {"PARTS": "*fp32", "PART_LSE": "*fp32", "LSE": "*fp32", "TABLE": "*i32", "OUT": dtype},
             shared,
             {"num_warps": 1},
         ),
@@ -270,12 +310,13 @@ def reference(query, full, ring: Ring | None, table, scale, *, pad=None, softcap
     """The same in plain PyTorch, head by head. float64 stays float64, and gradients are supported.
 
     Returns:
-        As `split_decode`; the log-sum-exp is float64 if the query is.
+        As `split_decode`, with 0 and -inf for the query heads that the table does not name. The log-sum-exp is float64
+        if the query is.
     """
     wide, device = torch.promote_types(query.dtype, torch.float32), query.device
     pad = torch.zeros(query.shape[0], dtype=torch.int64, device=device) if pad is None else pad
-    outs, lses = [], []
-    for kind, place, first, group in table.tolist():
+    out, found = query.new_zeros(query.shape, dtype=wide), query.new_full(query.shape[:3], -torch.inf, dtype=wide)
+    for kind, place, first, group in table.rows.tolist():
         if kind == 0:
             keys, values = full
             position = torch.arange(keys.shape[2], device=device) - pad[:, None]
@@ -294,6 +335,6 @@ def reference(query, full, ring: Ring | None, table, scale, *, pad=None, softcap
         keys, values = (part[:, place].to(wide).masked_fill(hidden, 0.0) for part in (keys, values))
         scores = capped(torch.einsum("bgd,bjd->bgj", rows, keys) * scale, softcap)
         p, lse = masked_softmax(scores, seen[:, None])
-        outs.append(torch.einsum("bgj,bjd->bgd", p, values))
-        lses.append(lse)
-    return torch.cat(outs, 1)[:, :, None].to(query.dtype), torch.cat(lses, 1)[:, :, None]
+        out[:, first : first + group, 0] = torch.einsum("bgj,bjd->bgd", p, values)
+        found[:, first : first + group, 0] = lse
+    return out.to(query.dtype), found

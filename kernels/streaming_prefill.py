@@ -2,16 +2,19 @@
 
 The query at position p sees the keys at positions j <= p with j < sinks or p - j < window. Positions count from the
 row's first real token. A program takes rows of all query heads of a KV head. It reads the tiles of the sinks, and then
-the tiles of the window. The cost is n * (sinks + window), whatever N is.
+the tiles of the window. The cost is n * (sinks + window), whatever N is. A window of N
+and no sinks is plain causal attention.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
 from .surgery_triton import (  # isort: skip
     capped, check, factors, jit, load_tile, masked_softmax, of_prefill, on_device, outputs, padded_size, precision,
-    put, said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    put, said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "streaming_prefill"
@@ -23,8 +26,9 @@ def supports(query) -> str | None:
 
 
 def streaming_prefill(
-    query, key, value, sinks: int, window: int, scale=None, *, limit=None, pad=None, softcap=None, out=None, lse=None
-):
+    query, key, value, sinks: int, window: int, scale=None, *, first=0, apart=None, limit=None, pad=None, softcap=None,
+    out=None, lse=None, fallback=None,
+):  # fmt: skip
     """Causal attention of every query to the first keys and the nearest ones.
 
     Args:
@@ -33,10 +37,14 @@ def streaming_prefill(
         sinks: number of keys at the start of a row that all its later queries see; 0: no sinks.
         window: number of nearest keys, including the query's own; at least 1.
         scale: factor on q.k, head_dim ** -0.5 by default.
+        first: slot of the first key: the end of a longer text, of which at least the keys that `window` reaches.
+        apart: keys and values of the sinks by position, each [batch, KV heads, sinks, head_dim], where `first` is
+            above 0: they are read in place of those of the same positions in `key` and `value`.
         limit: the base model's own sliding window: no key farther away is seen, not even a sink. None: no limit.
         pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         out, lse: tensors for the results, with any strides; None: new tensors.
+        fallback: computes the results if the kernel cannot run; default: `reference`.
 
     Returns:
         The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n].
@@ -47,43 +55,54 @@ def streaming_prefill(
     """
     pad = check(NAME, query, key, value, pad)
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
-    if n > length or sinks < 0 or window < 1 or (limit is not None and limit < 1):
+    if n > length or sinks < 0 or window < 1 or first < 0 or (limit is not None and limit < 1):
         raise ValueError(f"{NAME}: n={n}, N={length}, sinks={sinks}, window={window}, limit={limit} cannot be")
+    if bool(sinks and first) != (apart is not None) or any(part.shape[2] != sinks for part in apart or ()):
+        raise ValueError(f"{NAME}: {sinks} sinks before slot {first} of the first key come apart, and no others do")
     scale = size**-0.5 if scale is None else scale
+    same = {"first": first, "apart": apart, "limit": limit, "pad": pad, "softcap": softcap}
+    fallback = fallback or partial(reference, query, key, value, sinks, window, scale, **same)
     if said_once(NAME, supports(query), query.device):
-        made = reference(query, key, value, sinks, window, scale, limit=limit, pad=pad, softcap=softcap)
-        return put(made, out, lse)
+        return put(fallback(), out, lse)
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
     name, group = target(query.device), heads // kv_heads
     rows, keys, warps, stages = tiles(size, query.dtype, name)
     factor, cap = factors(scale, softcap)
-    with on_device(query):
-        _attend[(-(-n * group // rows), kv_heads, batch)](
-            query, key, value, out, lse, pad,
-            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(),
-            n, length, min(sinks, length), min(window, length), length if limit is None else min(limit, length),
-            factor, cap, GROUP=group, D=size, BM=rows, BN=keys, BD=padded_size(size), CAPPED=softcap is not None,
-            PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return out, lse
+    end = first + length
+    sink_key, sink_value = apart or (key, value)
+
+    def launch():
+        with on_device(query):
+            _attend[(-(-n * group // rows), kv_heads, batch)](
+                query, key, value, sink_key, sink_value, out, lse, pad,
+                *query.stride(), *key.stride(), *value.stride(), *sink_key.stride(), *sink_value.stride(),
+                *out.stride(), *lse.stride(),
+                n, first, length, min(sinks, end), min(window, end), end if limit is None else min(limit, end),
+                factor, cap, GROUP=group, D=size, BM=rows, BN=keys, BD=padded_size(size), CAPPED=softcap is not None,
+                PADDED=pad is not None, APART=apart is not None, UPCAST=upcast(query.dtype),
+                PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+    kind = f"{query.dtype} {size} {group} {softcap is not None} {pad is not None} {apart is not None}"
+    return (out, lse) if started(NAME, query.device, launch, kind) else put(fallback(), out, lse)
 
 
 @jit
 def _attend(
-    Q, K, V, OUT, LSE, PAD,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, l_b, l_h, l_n,
-    n, length, sinks, window, limit, factor, cap,
+    Q, K, V, SINK_K, SINK_V, OUT, LSE, PAD,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, sk_b, sk_h, sk_n, sk_d, sv_b, sv_h, sv_n, sv_d,
+    o_b, o_h, o_n, o_d, l_b, l_h, l_n, n, first_slot, length, sinks, window, limit, factor, cap,
     GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CAPPED: tl.constexpr,
-    PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, APART: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     at, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pad = 0
     if PADDED:
         pad = tl.load(PAD + batch).to(tl.int32)
-    start = length - n - pad  # position of the first query; negative in padding
+    origin = first_slot - pad  # position of the first key
+    start = origin + length - n  # position of the first query; negative in padding
     packed = at * BM + tl.arange(0, BM)
     row = packed // GROUP
     position = start + row
@@ -104,20 +123,43 @@ def _attend(
     last = start + tl.minimum((at * BM + BM - 1) // GROUP, n - 1)
     low = tl.maximum(nearest - tl.minimum(window, limit) + 1, 0) // BN  # the window's tiles of keys: low to high
     high = tl.maximum(last + BN, 0) // BN
-    before = tl.minimum(tl.cdiv(sinks, BN), low)  # tiles with sinks that the window does not include
+    before = tl.cdiv(sinks, BN)  # tiles of sinks
+    if not APART:
+        before = tl.minimum(before, low)  # those that the window does not include
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
+    if APART:
+        s_k, s_v = (
+            SINK_K + batch * sk_b + kv_head.to(tl.int64) * sk_h,
+            SINK_V + batch * sv_b + kv_head.to(tl.int64) * sv_h,
+        )
+        for i in range(0, before):
+            place = i * BN + near
+            inside = (place < sinks) & (place <= last)
+            k_at = s_k + dim[:, None] * sk_d + place[None, :] * sk_n
+            v_at = s_v + place[:, None] * sv_n + dim[None, :] * sv_d
+            k = load_tile(k_at, inside[None, :], real[:, None], WHOLE, UPCAST)
+            v = load_tile(v_at, inside[:, None], real[None, :], WHOLE, UPCAST)
+            scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
+            distance = position[:, None] - place[None, :]
+            seen = inside[None, :] & (distance >= 0) & (distance < limit)
+            top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
+        before = 0
     for i in range(0, before + tl.maximum(high - low, 0)):
-        first = tl.where(i < before, i, low + i - before) * BN
-        slot = first + pad
-        inside = near < length - slot
-        k_at, v_at = k_base + slot.to(tl.int64) * k_n, v_base + slot.to(tl.int64) * v_n
-        k = load_tile(k_at + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
-        v = load_tile(v_at + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
+        place = tl.where(i < before, i, low + i - before) * BN + near
+        index = place - origin
+        inside = (index >= 0) & (index < length)
+        far = (tl.where(i < before, i, low + i - before) * BN - origin).to(tl.int64)
+        k = load_tile(k_base + far * k_n + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
+        v = load_tile(v_base + far * v_n + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
         scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
-        distance = position[:, None] - (first + near)[None, :]
-        seen = (distance >= 0) & (distance < limit) & ((distance < window) | ((first + near)[None, :] < sinks))
+        distance = position[:, None] - place[None, :]
+        if APART:
+            seen = (distance < window) & (place >= sinks)[None, :]
+        else:
+            seen = (distance < window) | (place < sinks)[None, :]
+        seen = seen & (distance >= 0) & (distance < limit)
         top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
 
     made, found = softmax_end(top, total, acc)
@@ -126,14 +168,25 @@ def _attend(
     tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
 
 
-def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}.
+
+    `group`: query heads of a KV head.
+    """
     if (tile := tiles(head_dim, dtype, name)) is None:
         return {}
-    return of_prefill(_attend, tile, {}, head_dim, dtype, name)
+    types = {"SINK_K": dtype, "SINK_V": dtype}
+    plain, full = of_prefill(_attend, tile, types, head_dim, dtype, name, group).items()
+    both = {}
+    for words, apart in (("", False), (", sinks apart", True)):
+        for label, (kernel, types, fixed, options) in (plain, full):
+            both[label + words] = kernel, types, fixed | {"APART": apart}, options
+    return both
 
 
-def reference(query, key, value, sinks: int, window: int, scale, *, limit=None, pad=None, softcap=None):
+def reference(
+    query, key, value, sinks: int, window: int, scale, *, first=0, apart=None, limit=None, pad=None, softcap=None
+):
     """The same in plain PyTorch, 128 queries at a time. float64 stays float64, and gradients are supported.
 
     Returns:
@@ -142,14 +195,20 @@ def reference(query, key, value, sinks: int, window: int, scale, *, limit=None, 
     (batch, heads, n, _), (kv_heads, length) = query.shape, key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     pad = torch.zeros(batch, dtype=torch.int64, device=query.device) if pad is None else pad
-    of_key = torch.arange(length, device=query.device) - pad[:, None]  # [batch, N]
+    of_key = torch.arange(first, first + length, device=query.device) - pad[:, None]  # [batch, N]
+    of_query = of_key[:, length - n :]
+    if apart is not None:  # the sinks come first, each once
+        of_key = torch.cat([torch.arange(sinks, device=query.device).expand(batch, -1), of_key], dim=1)
+        again = (torch.arange(sinks + length, device=query.device) >= sinks) & (of_key < sinks)
+        of_key = of_key.masked_fill(again, -1)
+        key, value = (torch.cat(pair, dim=2) for pair in zip(apart, (key, value), strict=True))
     padding = (of_key < 0)[:, None, :, None]
     keys, values = (part.to(wide).masked_fill(padding, 0.0) for part in (key, value))
     grouped, outs, lses = query.unflatten(1, (kv_heads, heads // kv_heads)), [], []
-    for first in range(0, n, 128):
-        rows = grouped[:, :, :, first : first + 128].to(wide)
+    for begin in range(0, n, 128):
+        rows = grouped[:, :, :, begin : begin + 128].to(wide)
         scores = capped(torch.einsum("bkgid,bkjd->bkgij", rows, keys) * scale, softcap)
-        distance = (of_key[:, length - n + first :][:, : rows.shape[3], None] - of_key[:, None])[:, None, None]
+        distance = (of_query[:, begin : begin + 128, None] - of_key[:, None])[:, None, None]
         place = of_key[:, None, None, None]
         seen = (place >= 0) & (distance >= 0) & ((distance < window) | (place < sinks))
         if limit is not None:

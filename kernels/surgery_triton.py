@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
@@ -36,7 +37,7 @@ SHARED = {
 # is three products of tf32, for which heads of 256 need more registers than there are.
 TILES = {
     ("cuda", "half", 64): (128, 64, 8, 3),
-    ("cuda", "half", 128): (128, 64, 8, 2),
+    ("cuda", "half", 128): (128, 32, 8, 3),
     ("cuda", "half", 256): (64, 32, 8, 2),
     ("cuda", "float32", 64): (32, 32, 4, 2),
     ("cuda", "float32", 128): (32, 32, 8, 2),
@@ -47,6 +48,7 @@ TILES = {
     ("hip", "float32", 128): (32, 32, 4, 1),
     ("hip", "float32", 256): (16, 16, 4, 1),
 }
+LAUNCHES: Counter[str] = Counter()  # kernel -> how many times it was launched in this process
 _warned: set[tuple] = set()
 _broken: dict[tuple, str] = {}  # launch that failed -> reason
 
@@ -143,6 +145,7 @@ def started(kernel: str, device, launch, kind: str = "") -> bool:
         _broken[place] = in_a_line(error)
         _warn(kernel, _broken[place])
         return False
+    LAUNCHES[kernel] += 1
     return True
 
 
@@ -186,8 +189,9 @@ def outputs(query, out=None, lse=None):
 
 
 def put(pair, out, lse):
-    """Copy a reference's result into the tensors that were given, if any were."""
-    return tuple(new if old is None else old.copy_(new) for new, old in zip(pair, (out, lse), strict=True))
+    """Copy a fallback's result into the tensors that are there. A log-sum-exp that it does not compute stays None."""
+    both = zip(pair, (out, lse), strict=True)
+    return tuple(new if new is None or old is None else old.copy_(new) for new, old in both)
 
 
 def capped(scores, softcap: float | None):
@@ -202,7 +206,7 @@ def masked_softmax(scores, seen):
     return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp(), lse
 
 
-def of_prefill(kernel, tile: tuple, types: dict, head_dim: int, dtype: torch.dtype, name: str) -> dict:
+def of_prefill(kernel, tile: tuple, types: dict, head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
     """The `variants` of a prefill kernel without lists of blocks.
 
     Args:
@@ -210,7 +214,7 @@ def of_prefill(kernel, tile: tuple, types: dict, head_dim: int, dtype: torch.dty
     """
     rows, keys, warps, stages = tile
     types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32"} | types
-    fixed = {"GROUP": 3, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
+    fixed = {"GROUP": group, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
     fixed["PRECISION"] = precision(dtype, name)
     options = {"num_warps": warps, "num_stages": stages}
     plain, full = {"CAPPED": False, "PADDED": False, "PAD": None}, {"CAPPED": True, "PADDED": True}

@@ -67,7 +67,7 @@ DECIDED = {
     "search": "sweep",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
-    "surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
+    "surgery_kernels surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
 }
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.
 MANY = {
@@ -82,8 +82,7 @@ MANY = {
     "operations/moh": "route",
     "operations/sparse_prefill": "search_patterns",
     "report": "heat_maps",
-    "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled unpadded "
-    "vertical_slash xattention",
+    "runtime": "flexprefill max_threshold pooled sampled unpadded vertical_slash xattention",
 }
 OPEN = {"runtime": ("surgery_estimate_", "surgery_kv_")}  # room -> how the name of a new entry begins
 ENTRIES = {  # room -> modules of its registry, which may come and go

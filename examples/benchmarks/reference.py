@@ -93,7 +93,7 @@ def runtime() -> str:
     for file, names in parts.items():
         path = next(folder / f"{file}.py" for folder in folders if (folder / f"{file}.py").is_file())
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-        carried = exported_files({names[0], names[0].partition(".")[0]})
+        carried = exported_files({names[0], names[0].partition(".")[0]} & FILES.keys())
         along = [f"`{name}`" for name in sorted(carried.keys() - always - {f"{file}.py"})]
         rows.append(
             [f"`{file}.py`", " ".join(summary.split()), "none" if f"{file}.py" in always else ", ".join(along)]

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import tempfile
-import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -104,41 +103,18 @@ def _devices(torch) -> list[str]:
     return devices
 
 
-# On a GPU: operation -> our kernel that computes its attention, and the operations that PyTorch computes.
-WIRED = {"sparse_prefill": "block_sparse_prefill"}
-ON_PYTORCH = ("duo_attention", "moh and mae", "the estimators of sparse_prefill")
-
-
 def _kernels() -> dict[str, str]:
-    """Operation -> what computes its attention here, on the GPU if there is one."""
+    """Kernel -> what computes its attention here, on the GPU if there is one."""
     import torch
 
     from surgery.kernels.surgery_triton import executor
+    from surgery.kernels.trial import KERNELS, fault
 
     gpu = torch.cuda.is_available()
-    runs = executor("cuda" if gpu else "cpu")
-    if gpu and (broken := _not_launched("cuda")):
-        runs = f"PyTorch: it cannot be launched ({'; '.join(broken)})"
-    states = {operation: f"{runs} ({kernel})" for operation, kernel in WIRED.items()}
-    return states | dict.fromkeys(ON_PYTORCH, "PyTorch (no GPU kernel in this version)")
-
-
-def _not_launched(device: str) -> list[str]:
-    """The errors of one launch of the kernel that models call: a compiler may be missing, or a driver too old."""
-    import torch
-
-    from surgery.kernels.block_sparse_prefill import NAME, BlockList, block_sparse_prefill
-    from surgery.kernels.surgery_triton import failed, in_a_line
-
-    try:
-        query = torch.zeros(1, 2, 32, 64, dtype=torch.float16, device=device)
-        blocks = torch.ones(1, 2, 1, 1, dtype=torch.bool, device=device)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the result names the fault
-            block_sparse_prefill(query, query, query, BlockList.of(blocks, 32))[0].sum().item()  # waits for the GPU
-    except Exception as error:  # a GPU that is full, taken or broken raises errors of many classes
-        return [in_a_line(error)]
-    return failed(NAME)
+    runs = dict.fromkeys(KERNELS, executor("cuda" if gpu else "cpu"))
+    if gpu:
+        runs |= {name: f"PyTorch: it cannot be launched ({why})" for name in KERNELS if (why := fault(name, "cuda"))}
+    return runs
 
 
 def _problems() -> list[str]:

@@ -274,7 +274,17 @@ def _loading_items(result: dict, name: str) -> list[Item]:
         loads = Item(name, PASSED, f"{result['class']} in a fresh process, every tensor used")
     if not result["finite"]:
         return [loads, Item("generates", FAILED, "the logits hold NaN or infinite values")]
-    return [loads, Item("generates", PASSED, f"{len(result['generated'])} tokens, logits finite")]
+    words = f"{len(result['generated'])} tokens, logits finite{_by_kernels(result)}"
+    return [loads, Item("generates", PASSED, words)]
+
+
+def _by_kernels(result: dict) -> str:
+    """What computed a surgical model's attention on a GPU, to end a sentence; "" elsewhere."""
+    if not result["kernels"] and (result["device"] == "cpu" or not result["class"].startswith("Surgery")):
+        return ""
+    names = ", ".join(sorted(result["kernels"]))
+    failed = f"; PyTorch in place of a kernel: {'; '.join(result['kernel_faults'])}" if result["kernel_faults"] else ""
+    return f"; attention by {f'the kernels {names}' if names else 'PyTorch alone'}{failed}"
 
 
 def _compare_both_ways(results: list[dict], files: list[str]) -> Item:

@@ -59,7 +59,21 @@ def load_in_this_process(job: dict) -> dict:
         "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
         "finite": bool(logits.isfinite().all()),
         "generated": generated[0, tokens.shape[1] :].tolist(),
+        "device": model.device.type,
+        **launched_kernels(),
     }
+
+
+def launched_kernels() -> dict:
+    """The Triton kernels that the last job launched, name -> number, and the errors of those that could not be."""
+    found, faults = {}, []
+    for name, module in [*sys.modules.items()]:
+        if name.rpartition(".")[2] == "surgery_triton":  # the package's, or a checkpoint's copy
+            for kernel, number in module.LAUNCHES.items():
+                found[kernel] = found.get(kernel, 0) + number
+            faults += module.failed()
+            module.LAUNCHES.clear()
+    return {"kernels": found, "kernel_faults": faults}
 
 
 def main() -> None:

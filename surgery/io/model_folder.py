@@ -129,7 +129,10 @@ CARRIED = (
 REWRITTEN = {BASE_CARD, "config.json", CARD, REPORT}
 # Code files that are not copied from a surgical base: OUT has this version's files. In a stock base such files are its
 # own. They are copied, unless OUT has a file of that name.
-RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
+RUNTIME = (
+    "modeling_surgery.py", "surgery_*.py", "streaming_prefill.py", "split_decode.py", "gathered_heads.py",
+    "block_sparse_prefill.py", "estimators.py",
+)  # fmt: skip
 
 
 def is_carried(name: str) -> bool:

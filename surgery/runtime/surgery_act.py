@@ -44,10 +44,9 @@ from math import inf
 
 import torch
 
-from .surgery_attention import Scoring
 from .surgery_bias import fault_of_shapes, parameters_of_kinds, scores
 from .surgery_config import QUERY_HEADS, Parameter, Part
-from .surgery_stores import KeyValues
+from .surgery_stores import KeyValues, Scoring
 from .surgery_visibility import HeadKinds
 
 MOST = 0.9  # a row with more weight on sinks has hardly any other key: it gets the bias of a row with this weight

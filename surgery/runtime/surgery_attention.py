@@ -15,7 +15,8 @@ The path of one call, in the order of this file:
     _attention          splits queries and keys by kind of head; uses what the parts' `attach` put on the module
                         (`surgery_corrections`, `surgery_sparse`), and calls the policy at the end (`surgery_policy`)
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
-    _on_keys, _block    keys in consecutive slots, as a full store or a ring holds them
+    of_token, of_prompt one token of all kinds, a prompt of one: by a kernel, if one is for it (surgery_kernels.py)
+    _on_keys, _block    by PyTorch: keys in consecutive slots, as a full store or a ring holds them
     _on_survivors       keys in slots that differ from KV head to KV head, once a policy has dropped some
 
 The mask: `generate` gives [batch, length]. Transformers passes it to `surgery_mask` (surgery_visibility.py), once for
@@ -26,42 +27,27 @@ result arrives here as `attention_mask`. `seen_keys` combines it with the heads'
 
 A method that drops keys from the cache is a policy in one file; surgery_kv_policy.py describes how to write one.
 
-The second half of this file computes one softmax over some keys, with its log-sum-exp: by a kernel, or written out
-where no kernel gives it.
+The second half of this file computes one softmax over some keys, with its log-sum-exp: by PyTorch's attention, or
+written out where that does not give it.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from math import gcd
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_stores import KeyValues, uncached
+from .surgery_kernels import of_prompt, of_token
+from .surgery_stores import KeyValues, Scoring, uncached
 from .surgery_visibility import HeadKinds, bias, for_groups, seen_keys, unpadded
 
 BLOCK = 128  # queries of a band that share one slice of keys
 LONG, SHORTEST = 4096, 512  # from LONG keys on, one query reads them in splits of at least SHORTEST, for the threads
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
 IGNORED = {"position_ids", "labels", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}
-
-
-class Scoring(NamedTuple):
-    """How the heads of one kind score keys in a call, for the corrections of the result.
-
-    Attributes:
-        mask: bool [batch, N], the slots of real tokens; None: all are real.
-        pad: [batch], slots before each row's first real token; None: none.
-        scale, softcap: the factor on q.k, and the cap of the scores or None.
-        sink: [heads], logit of the base's own learned sink, which takes its share after the corrections; or None.
-    """
-
-    mask: torch.Tensor | None
-    pad: torch.Tensor | None
-    scale: float
-    softcap: float | None
-    sink: torch.Tensor | None = None
 
 
 def surgery_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -95,12 +81,17 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         out = call.gathered(module, query, key, value, scaling, options)
         if out is not None:
             return out, None
-    out = (_by_segment if packed else _attention)(module, query, key, value, attention_mask, scaling, options)
+    on = None if packed or call is None or not isinstance(call.on, torch.Tensor) else call.on
+    attend = _by_segment if packed else _attention
+    out = attend(module, query, key, value, attention_mask, scaling, options | {"on": on})
     return out if call is None or call.gates is None else out * call.gates[..., None], None
 
 
 def _attention(module, query, key, value, attention_mask, scaling, options) -> torch.Tensor:
-    """Attention [batch, n, heads, head_dim] without the gate, for rows that hold one sequence each."""
+    """Attention [batch, n, heads, head_dim] without the gate, for rows that hold one sequence each.
+
+    `options["on"]`: bool [batch, n, heads], the rows that the gate needs; the others are arbitrary. None: all.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kinds: HeadKinds = module.surgery_heads
     if isinstance(key, list):
@@ -108,31 +99,23 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     else:
         new = zip(kinds.visibilities, kinds.split_keys(key), kinds.split_keys(value), strict=True)
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
-    pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
-    nothing, sinks = [None] * len(views), options["s_aux"]
-    made = [make(module, kinds) for make in getattr(module, "surgery_corrections", {}).values()]
-    corrections = [[each for each in kind if each is not None] for kind in zip(*made, strict=True)] or nothing
-    sinks = nothing if sinks is None else [logits[0] for logits in kinds.split_queries(sinks[None])]
-    sparse = getattr(module, "surgery_sparse", None) or nothing
-    work, queries = getattr(module, "surgery_work", None), kinds.split_queries(query)
-    outputs = [
-        _attend(
-            kind_queries,
-            view,
-            attention_mask,
-            pad,
-            scale,
-            options["softcap"],
-            sparse=blocks,
-            corrections=added,
-            sink=sink,
-            work=work,
-        )
-        for kind_queries, view, blocks, added, sink in zip(queries, views, sparse, corrections, sinks, strict=True)
-    ]
+    scoring = Scoring(attention_mask, _pads(attention_mask), scale, options["softcap"])
+    queries, terms = kinds.split_queries(query), _terms(module, kinds, options)
+    for view in views:
+        if view.visibility.sinks:
+            view.settle_sinks(scoring.pad)
+    by_pytorch = partial(_token_by_pytorch, kinds, queries, views, scoring)
+    token = of_token(kinds, query, views, scoring, any(each.with_lse for each in terms), by_pytorch)
+    made = [None] * len(views) if token is None else zip(*map(kinds.split_queries, token), strict=True)
+    outputs = [_attend(*each, scoring) for each in zip(queries, views, terms, made, strict=True)]
     if (policy := getattr(module, "surgery_policy", None)) is not None:
-        policy.drop(kinds, queries, views, attention_mask, pad, scale, options["softcap"])
+        policy.drop(kinds, queries, views, attention_mask, scoring.pad, scale, options["softcap"])
     return kinds.join(outputs)
+
+
+def _pads(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The number of slots before each row's first real token, N for a row without one."""
+    return None if mask is None else mask.int().argmax(dim=1).masked_fill(~mask.any(dim=1), mask.shape[1])
 
 
 def _options(kwargs: dict) -> dict:
@@ -147,35 +130,77 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, corrections, sink, work) -> torch.Tensor:
+class _Terms(NamedTuple):
+    """What the heads of one kind have besides their visibility.
+
+    Attributes:
+        sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
+        sparse: a `surgery_sparse_prefill.Sparse`, or None.
+        corrections: the parts' corrections of output and log-sum-exp, applied in order (e.g. `surgery_bias.Terms`).
+        on: bool [batch, n, heads], the rows that the gate needs; None: all are needed.
+        work: a `surgery_gated_compute.Work` that counts multiply-adds, or None.
+    """
+
+    sink: torch.Tensor | None
+    sparse: object | None
+    corrections: list
+    on: torch.Tensor | None
+    work: object | None
+
+    @property
+    def with_lse(self) -> bool:
+        """Whether the log-sum-exp is needed."""
+        return bool(self.corrections) or self.sink is not None
+
+
+def _terms(module, kinds: HeadKinds, options: dict) -> list[_Terms]:
+    """The terms of each kind of a module's heads in a call."""
+    nothing, sinks, on = [None] * len(kinds.visibilities), options["s_aux"], options["on"]
+    made = [make(module, kinds) for make in getattr(module, "surgery_corrections", {}).values()]
+    corrections = [[each for each in kind if each is not None] for kind in zip(*made, strict=True)]
+    sinks = nothing if sinks is None else [logits[0] for logits in kinds.split_queries(sinks[None])]
+    on = nothing if on is None else [each.mT for each in kinds.split_queries(on.mT)]
+    sparse, work = getattr(module, "surgery_sparse", None) or nothing, getattr(module, "surgery_work", None)
+    each = zip(sinks, sparse, corrections or [[] for _ in nothing], on, strict=True)
+    return [_Terms(*terms, work) for terms in each]
+
+
+def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: Scoring) -> torch.Tensor:
     """Attention of the heads of one visibility to the keys of a view.
 
     Args:
         query: [batch, heads, n, head_dim]; the result has this shape, too.
-        sparse: a `surgery_sparse_prefill.Sparse`, or None.
-        corrections: the parts' corrections of output and log-sum-exp, applied in order (e.g. `surgery_bias.Terms`);
-            empty or None: there are none.
-        sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
-        work: a `surgery_gated_compute.Work` that counts multiply-adds, or None.
+        made: output and log-sum-exp before the corrections, where a kernel has computed them; or None.
     """
-    if view.visibility.sinks:
-        view.settle_sinks(pad)
+    sink, sparse, corrections, on, work = terms
+    scoring, with_lse = scoring._replace(sink=sink), terms.with_lse
     if sparse is not None and sparse.applies(query.shape[2], view.end):
-        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap, work)
+        rest = scoring.mask, scoring.scale, scoring.softcap
+        out, lse, view.read = sparse.attend(query, view.keys, view.values, *rest, work)
     else:
-        with_lse, attend = bool(corrections) or sink is not None, _on_keys if view.slots is None else _on_survivors
-        out, lse = attend(query, view, mask, pad, scale, softcap, with_lse)
+        by_pytorch = partial(_on_keys if view.slots is None else _on_survivors, query, view, scoring, with_lse)
+        on = on if view.visibility.window is None else None
+        by_kernel = made or of_prompt(query, view, scoring, with_lse, on, by_pytorch)
+        out, lse = by_kernel or by_pytorch()
         if work is not None:
-            work.add_seen(view, query)
-    for correction in corrections or ():
-        out, lse = correction.apply(out, lse, query, view, Scoring(mask, pad, scale, softcap, sink))
+            work.add_seen(view, query, on if by_kernel else None)
+    for correction in corrections:
+        out, lse = correction.apply(out, lse, query, view, scoring)
     if sink is not None:
         out, lse = add_keys(out, lse, sink.to(lse.dtype)[:, None, None].expand(*lse.shape, 1))
-    return out.to(query.dtype) if corrections or sink is not None else out
+    return out.to(query.dtype) if with_lse else out
 
 
-def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+def _token_by_pytorch(kinds: HeadKinds, queries, views, scoring: Scoring) -> tuple:
+    """Output [batch, heads, 1, head_dim] and log-sum-exp [batch, heads, 1] of one token, over all kinds."""
+    outs, lses = zip(*(_on_keys(*each, scoring, True) for each in zip(queries, views, strict=True)), strict=True)
+    lse = kinds.join([part[..., None] for part in lses])
+    return kinds.join(list(outs)).transpose(1, 2), lse.transpose(1, 2)[..., 0]
+
+
+def _on_keys(query, view: KeyValues, scoring: Scoring, with_lse: bool) -> tuple:
     """Attention to the real keys: the output, and its log-sum-exp [batch, heads, n] with `with_lse`, else None."""
+    mask, scale, softcap = scoring.mask, scoring.scale, scoring.softcap
     batch, heads, length, size = query.shape
     kv_heads, visibility = view.keys.shape[1], view.visibility
     plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
@@ -195,17 +220,16 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
         blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
         step = BLOCK if length > 2 * (visibility.window + visibility.sinks) else max(length - lead, 1)
     blocks += [
-        _block(grouped[:, :, :, i : i + step], view, first + i, mask, pad, scale, softcap, with_lse=with_lse)
-        for i in range(lead, length, step)
+        _block(grouped[:, :, :, i : i + step], view, first + i, scoring, with_lse) for i in range(lead, length, step)
     ]
     outs, lses = zip(*blocks, strict=True)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)).reshape(query.shape)
     return out, torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
 
 
-def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, with_lse: bool) -> tuple:
+def _block(query, view: KeyValues, first: int, scoring: Scoring, with_lse: bool) -> tuple:
     """Attention of one block of queries [batch, KV heads, group, b, head_dim]; the first query is in slot `first`."""
-    group, length = query.shape[2:4]
+    (group, length), mask = query.shape[2:4], scoring.mask
     visibility, device, end = view.visibility, query.device, first + length
     low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
     # The sinks are read from their own buffer, not from their place among the keys.
@@ -228,21 +252,21 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, wit
         )
     else:
         key_slots = view.store.slots(device) if view.ring else torch.arange(low, end, device=device)
-        seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, separate_sinks)
-        seen = for_groups(seen, group)
-    return _under_mask(query, keys, values, seen, scale, softcap, with_lse, empty_rows=mask is not None)
+        slots = torch.arange(first, end, device=device)
+        seen = for_groups(seen_keys(visibility, slots, key_slots, mask, scoring.pad, separate_sinks), group)
+    return _under_mask(query, keys, values, seen, scoring, with_lse, empty_rows=mask is not None)
 
 
-def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, empty_rows: bool) -> tuple:
+def _under_mask(query, keys, values, seen, scoring: Scoring, with_lse: bool, *, empty_rows: bool) -> tuple:
     """Attention of queries [batch, KV heads, group, b, head_dim] to the keys they see.
 
     `empty_rows`: some queries may see no key.
     """
     rows = query.flatten(2, 3)
-    if softcap is None and not (with_lse and written_out(rows, keys, values)):
-        out, lse = fused(rows, keys, values, scale, with_lse, seen=seen)
+    if scoring.softcap is None and not (with_lse and written_out(rows, keys, values)):
+        out, lse = fused(rows, keys, values, scoring.scale, with_lse, seen=seen)
     else:
-        out, lse = explicit(rows, keys, values, seen, scale, softcap, with_lse)
+        out, lse = explicit(rows, keys, values, seen, scoring.scale, scoring.softcap, with_lse)
     if empty_rows and seen is not None:  # rows of padding see nothing: their output is zero, never NaN
         empty = ~seen.any(dim=-1)
         out = out.masked_fill(empty[..., None], 0.0)
@@ -250,8 +274,9 @@ def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, em
     return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
 
 
-def _on_survivors(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+def _on_survivors(query, view: KeyValues, scoring: Scoring, with_lse: bool) -> tuple:
     """`_on_keys` for full heads from whose cache a policy has dropped keys, which differ from KV head to KV head."""
+    mask, scale, softcap = scoring.mask, scoring.scale, scoring.softcap
     (batch, _, length, size), kv_heads = query.shape, view.keys.shape[1]
     plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
     if plain and length == 1 and not view.gaps:  # the newest token sees all
@@ -265,7 +290,7 @@ def _on_survivors(query, view: KeyValues, mask, pad, scale, softcap, with_lse: b
         at = torch.arange(first + begin, first + begin + rows.shape[3], device=query.device)
         seen = (view.slots[:, :, None] <= at[:, None]) & real[:, :, None]
         seen = seen.repeat(1, 1, rows.shape[2], 1)
-        blocks.append(_under_mask(rows, view.keys, view.values, seen, scale, softcap, with_lse, empty_rows=True))
+        blocks.append(_under_mask(rows, view.keys, view.values, seen, scoring, with_lse, empty_rows=True))
     outs, lses = zip(*blocks, strict=True)
     lse = torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
     return torch.cat(outs, dim=3).reshape(query.shape), lse

@@ -18,9 +18,9 @@ from functools import partial
 
 import torch
 
-from .surgery_attention import Scoring, add_keys
+from .surgery_attention import add_keys
 from .surgery_config import KV_HEADS, QUERY_HEADS, Parameter, Part, all_whole
-from .surgery_stores import KeyValues
+from .surgery_stores import KeyValues, Scoring
 from .surgery_visibility import HeadKinds
 
 

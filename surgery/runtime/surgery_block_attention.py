@@ -1,4 +1,4 @@
-"""Attention of a prompt to the kept blocks of keys.
+"""Attention of a prompt to the kept blocks of keys, by PyTorch.
 
 Key block J holds keys J * block to J * block + block - 1, and query block I holds the queries at the positions of key
 block I. Positions are absolute: the n queries are the last of N tokens. A query sees the keys before it in the key
@@ -13,12 +13,10 @@ kernel) the softmax is written out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 
 from .surgery_attention import explicit, fused, written_out
-from .surgery_config import load_file
 
 ROWS = 32  # scattered rows that attend together, to all keys up to the last row's position
 
@@ -44,16 +42,10 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
     kept = kept.scatter(3, own.expand(*kept.shape[:2], -1, 1), True)
     run = _written_out if softcap is not None or written_out(query, keys, values) else _gathered
 
-    def by_pytorch() -> tuple:
-        rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
-        return tuple(
-            tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) for tensors in zip(*rows, strict=True)
-        )
-
-    if query.device.type != "cuda" or _trains(query, keys, values) or (kernel := _kernel()) is None:
-        return by_pytorch()
-    lists = kernel.BlockList.of(kept, block)
-    return kernel.block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap, fallback=by_pytorch)
+    rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
+    return tuple(
+        tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) for tensors in zip(*rows, strict=True)
+    )
 
 
 def attend_rows(query, keys, values, positions: list[int], scale: float, softcap=None) -> tuple:
@@ -79,19 +71,6 @@ def attend_rows(query, keys, values, positions: list[int], scale: float, softcap
         out, lse = fused(*far, scale, True, seen=seen) if plain else explicit(*far, seen, scale, softcap, True)
         chunks.append((out.reshape(*shape, size), lse.reshape(shape)))
     return tuple(torch.cat(tensors, dim=2) for tensors in zip(*chunks, strict=True))
-
-
-@lru_cache
-def _kernel():
-    """The module of the Triton kernel, or None where it cannot be imported: PyTorch then computes the same."""
-    try:
-        return load_file("sparse.kernel")
-    except (ValueError, ImportError):
-        return None
-
-
-def _trains(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:

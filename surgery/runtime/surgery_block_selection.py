@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
+
+from .surgery_kernels import kernel_for
 
 CELLS = 1 << 22  # scores that an estimator holds at once, over all heads: 16 MB of float32
 
@@ -141,6 +144,13 @@ def block_means(values: torch.Tensor, size: int, start: int = 0) -> torch.Tensor
     Returns:
         [batch, heads, blocks, x], float32 or wider; an incomplete block gives the mean of the tokens it has.
     """
+    if start == 0 and (kernel := kernel_for("estimators", values)) is not None:
+        return kernel.block_means(values, size, partial(_block_means, values, size, 0))
+    return _block_means(values, size, start)
+
+
+def _block_means(values: torch.Tensor, size: int, start: int) -> torch.Tensor:
+    """`block_means` by PyTorch."""
     wide, length = torch.promote_types(values.dtype, torch.float32), values.shape[2]
     lead = min(-start % size, length)
     whole = (length - lead) // size

@@ -55,7 +55,12 @@ FILES = {
     "gate": "surgery_gated_compute",
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
-    "sparse.kernel": "block_sparse_prefill",  # of the package's kernels
+    # The package's kernels (surgery_kernels.py).
+    "kernel.streaming_prefill": "streaming_prefill",
+    "kernel.split_decode": "split_decode",
+    "kernel.gathered_heads": "gathered_heads",
+    "kernel.block_sparse_prefill": "block_sparse_prefill",
+    "kernel.estimators": "estimators",
     "sparse.queries": "surgery_query_blocks",  # where each query has a list of its own
     # The estimators of blocks, in the order in which they are listed for people.
     "sparse.pooled": "surgery_estimate_pooled",
@@ -71,6 +76,10 @@ FILES = {
     "sparse.by_head": "surgery_estimators",  # every estimator needs this file
 }
 PARTS = tuple(name for name in FILES if "." not in name)
+ALWAYS = (
+    "kernel.streaming_prefill",
+    "kernel.split_decode",
+)  # what every surgical checkpoint carries besides its parts
 LIST = b"\n\nif False:  # read by Transformers, which takes what it finds imported here\n"
 
 
@@ -400,7 +409,7 @@ def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
     """The files of code that a checkpoint with these parts carries: name -> content."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    files = sorted({FILES[name] for name in parts})
+    files = sorted({FILES[name] for name in (*parts, *ALWAYS)})
     roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
     sources = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
     code = {path.name: path.read_bytes() for path in sorted(sources)}

@@ -19,11 +19,14 @@ Sources: the parts are in Jiang et al. 2024 (arXiv 2407.02490, mean pooling), Zh
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import normalize
 
 from .surgery_block_selection import Blocks, block_means, by_group, keep, reduce_groups, widen
 from .surgery_estimators import Estimator, Setting, is_number
+from .surgery_kernels import kernel_for
 
 
 def pooled(
@@ -80,11 +83,21 @@ def block_mass(query, means, scale: float, blocks: Blocks, queries: str, bias: t
     Returns:
         [batch, heads, rows, columns], 0 for later keys. A row sums to 1, with "each" to its number of queries.
     """
-    kv_heads, columns = means.shape[1:3]
+    kv_heads = means.shape[1]
     later, bias = ~blocks.causal(means.device), bias[:, :, None]
     if queries == "mean":
         scores = by_group(block_means(query, blocks.size, blocks.start), kv_heads) @ means[:, :, None].mT * scale
         return (scores + bias).masked_fill_(later, -torch.inf).softmax(-1).flatten(1, 2)
+    by_pytorch = partial(_block_mass, query, means, scale, blocks, queries, bias)
+    if (kernel := kernel_for("estimators", query)) is None:
+        return by_pytorch()
+    given = scale, blocks.size, blocks.keys, queries
+    return kernel.pooled_mass(query, means, bias.flatten(2), *given, fallback=by_pytorch)
+
+
+def _block_mass(query, means, scale: float, blocks: Blocks, queries: str, bias: torch.Tensor) -> torch.Tensor:
+    """`block_mass` for "each" and "all" by PyTorch; `bias`: [batch or 1, KV heads or 1, 1, 1, columns]."""
+    (kv_heads, columns), later = means.shape[1:3], ~blocks.causal(means.device)
     mass = means.new_full((*query.shape[:2], blocks.rows, columns), 0.0 if queries == "each" else -torch.inf)
     for rows, tokens, seen in blocks.pieces(query.shape[0] * query.shape[1] * blocks.size):
         part = by_group(widen(query[:, :, tokens]) * scale, kv_heads)

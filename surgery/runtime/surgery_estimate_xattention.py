@@ -8,11 +8,14 @@ groups are added up in each block. In the tile on the diagonal, only pairs whose
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import pad
 
 from .surgery_block_selection import Blocks, by_group, keep, reduce_groups, shares, widen
 from .surgery_estimators import STEP, Estimator
+from .surgery_kernels import kernel_for
 
 
 def xattention(
@@ -58,6 +61,14 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int) -> torc
     Returns:
         [batch, heads, query blocks, key blocks], float32 or wider.
     """
+    by_pytorch = partial(_antidiagonal_mass, query, key, scale, block, stride)
+    if (kernel := kernel_for("estimators", query, key, shape=(block, stride))) is None:
+        return by_pytorch()
+    return kernel.antidiagonal_mass(query, key, scale, block, stride, by_pytorch)
+
+
+def _antidiagonal_mass(query, key, scale: float, block: int, stride: int) -> torch.Tensor:
+    """`antidiagonal_mass` by PyTorch."""
     groups, side, device = Blocks.of(query, key, stride), block // stride, key.device
     cells = Blocks(groups.rows, groups.columns, side)  # blocks of `side` groups, as if a group were a token
     tail = groups.columns * stride - groups.keys

@@ -105,7 +105,7 @@ SHARED = {  # the settings that several estimators have
 def estimator_names() -> list[str]:
     """The names of all estimators, in the order of `FILES`."""
     names = (name.partition(".")[2] for name in FILES if name.startswith("sparse."))
-    return [name for name in names if name not in ("kernel", "queries")]  # which attend to the kept blocks
+    return [name for name in names if name != "queries"]  # which attends to what is kept
 
 
 def estimator(name: str) -> Estimator:

@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from .surgery_attention import fused, written_out
 from .surgery_config import Parameter, Part
 from .surgery_gates import FIELDS, OPTIONAL, ROUTER_KINDS, ROUTERS, Gate, GateState, prepare, prepare_token
+from .surgery_kernels import kernel_for
 from .surgery_stores import KeyValues
 from .surgery_visibility import Visibility, slices
 
@@ -59,15 +60,16 @@ class Work:
         self.done[component] = self.done.get(component, 0) + done
         self.dense[component] = self.dense.get(component, 0) + dense
 
-    def add_seen(self, view: KeyValues, query: torch.Tensor) -> None:
-        """Count the attention of a view's heads, all rows of which [batch, heads, n, d] were computed."""
+    def add_seen(self, view: KeyValues, query: torch.Tensor, on: torch.Tensor | None = None) -> None:
+        """Count the attention of heads [batch, heads, n, d] to a view; `on`: bool [batch, n, heads], rows that ran."""
         (batch, heads, length, size), visibility, end = query.shape, view.visibility, view.end
         bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
         most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
         pairs = batch * heads * sum(min(position + 1, most) for position in range(end - length, end))
-        computed = pairs
+        computed, at = pairs, torch.arange(end - length, end, device=query.device)
+        if on is not None:
+            computed = int((on * (at[:, None] + 1).clamp(max=most)).sum())
         if view.slots is not None:  # a policy has dropped some keys
-            at = torch.arange(end - length, end, device=query.device)
             seen = (view.slots[..., None] <= at) & (view.slots[..., None] >= 0)
             computed = int(seen.sum()) * (heads // view.slots.shape[1])
         self.add("attention", 2 * size * computed, 2 * size * pairs)
@@ -309,7 +311,8 @@ def gathered(module, query, key, value, scaling, options) -> torch.Tensor | None
         key, value = key[0].keys, key[0].values
     plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
     plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
-    if not plain or module.surgery_corrections or not pays(query, key) or written_out(query, key, value):
+    kernel = kernel_for("gathered_heads", query, key, value, plain=query.shape[2] == 1)  # the attention function's
+    if kernel or not plain or module.surgery_corrections or not pays(query, key) or written_out(query, key, value):
         return None
     return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
@@ -338,7 +341,8 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
                 continue
             kv_slice, row_index = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
             rows = by_token.index_select(0, row_index)
-            made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=_lse_dtype(rows))
+            wide = torch.promote_types(rows.dtype, torch.float32)  # of the kernel's log-sum-exps
+            made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=wide)
             pairs += _attend_rows(rows, past + token, keys[kv_slice], values[kv_slice], 0, scale, (made, lse))
             out[row].view(-1, size).index_copy_(0, row_index, made.mul_(gates.index_select(0, row_index)[:, None]))
     if call.work is not None:
@@ -408,11 +412,6 @@ def _later_half(count: int) -> int:
     return even if 0 < even < count else half
 
 
-def _lse_dtype(query) -> torch.dtype:
-    """The dtype of the kernel's log-sum-exps."""
-    return torch.promote_types(query.dtype, torch.float32)
-
-
 def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [r, head_dim] and log-sum-exp [r] of the CPU's flash attention to the keys from `first` to `end` - 1."""
     near = (tensor[:, :, first:end] for tensor in (keys, values))
@@ -434,6 +433,9 @@ class Gates(Part):
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
         return _validation_error(config, layer, groups)
+
+    def methods(self, layer: dict) -> set[str]:
+        return {"kernel.gathered_heads"}
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         _attach(module, layer, groups)

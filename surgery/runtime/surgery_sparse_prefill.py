@@ -32,6 +32,7 @@ import torch
 from .surgery_block_attention import attend_blocks, attend_rows
 from .surgery_config import FILES, Part, load_file
 from .surgery_estimators import choose, choose_by_query, estimator, settings_problems, with_defaults
+from .surgery_kernels import kernel_for
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them. It would save little
@@ -109,49 +110,60 @@ class Sparse:
             [batch, 1, r, 1] and keys [batch, heads, 1, m] to bool [batch, heads, r, m]. It is None with `delta`, whose
             correction makes output and log-sum-exp stand for all keys.
         """
-        found = []
-        for row in range(len(query)):
-            one = tuple(part[row : row + 1] for part in (query, keys, values))
-            if mask is None:
-                found.append(self._row(*one, scale, softcap, work))
-            else:
-                found.append(self._padded(*one, mask[row], scale, softcap, work))
-        outs, lses, kept = zip(*found, strict=True)
-        out, lse = (part[0] if len(part) == 1 else torch.cat(part) for part in (outs, lses))
-        return out, lse, None if self.delta is not None else partial(_read, kept, self.block)
+        rows, found = [_Row.of(query, keys, values, mask, row) for row in range(len(query))], []
+        for row in rows:
+            if row.some:
+                with _products(work):
+                    row.kept = self.kept(row.query, row.keys, scale)
+        made = self._by_kernel(query, keys, values, rows, scale, softcap)
+        for row, pair in zip(rows, made or [self._by_pytorch(row, scale, softcap) for row in rows], strict=True):
+            if row.some and self.delta is not None:
+                pair = self._corrected(*pair, row.query, row.keys, row.values, scale, softcap)
+            if row.some and work is not None:
+                work.add("attention", *self._products_of(row))
+            found.append(row.padded(*pair))
+        out, lse = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*found, strict=True))
+        lists = tuple(row.lists(self) for row in rows)
+        return out, lse, None if self.delta is not None else partial(_read, lists, self.block)
 
-    def _padded(self, query, keys, values, real, scale, softcap, work) -> tuple:
-        """`attend` for one row of a padded batch; `real`: bool [N]."""
-        slots, past = real.nonzero().flatten().tolist(), keys.shape[2] - query.shape[2]
-        start, stop = (slots[0], slots[-1] + 1) if slots else (0, 0)
-        first = max(start, past)
-        if first >= stop:
-            lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-            return torch.zeros_like(query), lse, Lists(query.new_zeros(1, 1, 1, 1, dtype=torch.bool), 0, 1)
-        near = (part[:, :, start:stop] for part in (keys, values))
-        out, lse, kept = self._row(query[:, :, first - past : stop - past], *near, scale, softcap, work)
-        edges = first - past, keys.shape[2] - stop
-        pad = torch.nn.functional.pad
-        return pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf), kept
+    def _by_pytorch(self, row: _Row, scale, softcap) -> tuple:
+        """Attention of one row's real tokens to its kept blocks."""
+        if not row.some:
+            wide = torch.promote_types(row.query.dtype, torch.float32)
+            return row.query, row.query.new_empty(row.query.shape[:3], dtype=wide)
+        attend = load_file("sparse.queries").attend_choices if self.exact else attend_blocks
+        return attend(row.query, row.keys, row.values, row.kept, self.block, scale, softcap)
 
-    def _row(self, query, keys, values, scale, softcap, work) -> tuple:
-        """`attend` for one row of real tokens."""
-        (heads, length, size), end = query.shape[1:], keys.shape[2]
-        with _products(work):
-            kept = self.kept(query, keys, scale)
-        if self.exact:
-            attend = load_file("sparse.queries").attend_choices
-            out, lse = attend(query, keys, values, kept, self.block, scale, softcap)
-            lists = Lists(kept, end - length, 1)
-        else:
-            out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
-            lists = Lists(kept, kept.shape[3] - kept.shape[2], self.block)
-        if self.delta is not None:
-            out, lse = self._corrected(out, lse, query, keys, values, scale, softcap)
-        if work is not None:
-            seen = heads * (length * (end - length) + length * (length + 1) // 2)
-            work.add("attention", 2 * size * self.pairs(kept, heads, length, end), 2 * size * seen)
-        return out, lse, lists
+    def _by_kernel(self, query, keys, values, rows: list[_Row], scale, softcap) -> list[tuple] | None:
+        """`_by_pytorch` of each row, all in one launch; None where no kernel is for it."""
+        query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
+        lists = [] if self.exact else [row.kept for row in rows if row.some]
+        kernel = kernel_for("block_sparse_prefill", query, keys, values, shape=(self.block,)) if lists else None
+        if kernel is None:
+            return None
+        kept = lists[0].new_zeros(len(rows), *(max(each.shape[axis] for each in lists) for axis in (1, 2, 3)))
+        for row, mine in zip(rows, kept, strict=True):
+            if row.some:
+                mine[:, : row.kept.shape[2], : row.kept.shape[3]] = row.kept[0].repeat_interleave(
+                    len(mine) // row.kept.shape[1], dim=0
+                )
+        padded = any(row.start for row in rows)
+        same = {"pad": torch.tensor([row.start for row in rows], device=query.device) if padded else None}
+
+        def by_pytorch() -> tuple:
+            made = [row.padded(*self._by_pytorch(row, scale, softcap)) for row in rows]
+            return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
+
+        same |= {"softcap": softcap, "fallback": by_pytorch}
+        blocks = kernel.BlockList.of(kept, self.block)
+        made = kernel.block_sparse_prefill(query, keys, values, blocks, scale, **same)
+        return [row.of_batch(index, made) for index, row in enumerate(rows)]
+
+    def _products_of(self, row: _Row) -> tuple[int, int]:
+        """The multiply-adds of attention for one row, and those of full attention."""
+        (heads, length, size), end = row.query.shape[1:], row.keys.shape[2]
+        seen = heads * (length * (end - length) + length * (length + 1) // 2)
+        return 2 * size * self.pairs(row.kept, heads, length, end), 2 * size * seen
 
     def sparse_blocks(self, length: int, end: int) -> range:
         """The query blocks that may leave out keys, for a call with the last `length` of `end` tokens.
@@ -166,6 +178,7 @@ class Sparse:
     def kept(self, query, keys, scale: float) -> torch.Tensor:
         """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real.
 
+        A query block's own block is among them, whatever the estimator says.
         With `exact` each query has a row of its own: [batch, heads, n, key blocks].
         """
         if self.exact:
@@ -185,7 +198,8 @@ class Sparse:
         many = found.sum(-1, keepdim=True) > DENSE * (torch.arange(rows.start, rows.stop, device=device)[:, None] + 1)
         kept = causal.repeat(*found.shape[:2], 1, 1)
         kept[:, :, rows.start - past // size : rows.stop - past // size, : found.shape[-1]] &= found | many
-        return kept
+        own = torch.arange(past // size, len(columns), device=device)[:, None]
+        return kept.scatter_(3, own.expand(*kept.shape[:2], -1, 1), True)
 
     def _kept_by_query(self, query, keys) -> torch.Tensor:
         """`kept` of each query. It reads all where its block ends by `dense_below`, or holds a late row."""
@@ -253,6 +267,60 @@ def _products(work):
     work.add("estimator", counter.get_total_flops() // 2, 0)
 
 
+@dataclass
+class _Row:
+    """One row of a batch in a call, without its padding.
+
+    Attributes:
+        query, keys, values: [1, heads or KV heads, real tokens, head_dim].
+        start: slot of the first real token; N where there is none.
+        before, after: queries of padding before and after the real ones.
+        kept: the blocks that it reads, as `Sparse.kept` gives them; None before they are chosen.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    start: int = 0
+    before: int = 0
+    after: int = 0
+    kept: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, query, keys, values, mask, row: int) -> _Row:
+        """Row `row` of a batch; `mask`: bool [batch, N], whose real tokens are consecutive, or None."""
+        query, keys, values = (part[row : row + 1] for part in (query, keys, values))
+        if mask is None:
+            return cls(query, keys, values)
+        (length, end), slots = (query.shape[2], keys.shape[2]), mask[row].nonzero().flatten().tolist()
+        past, (start, stop) = end - length, (slots[0], slots[-1] + 1) if slots else (end, end)
+        first = max(start, past)
+        stop = max(stop, first)  # a row whose real tokens all came in earlier calls
+        near = (part[:, :, start:stop] for part in (keys, values))
+        return cls(query[:, :, first - past : stop - past], *near, start, first - past, end - stop)
+
+    @property
+    def some(self) -> bool:
+        """Whether any of the call's tokens is real."""
+        return self.query.shape[2] > 0
+
+    def padded(self, out, lse) -> tuple:
+        """Its output and log-sum-exp with 0 and -inf in place of padding."""
+        edges, pad = (self.before, self.after), torch.nn.functional.pad
+        return (pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf)) if any(edges) else (out, lse)
+
+    def of_batch(self, index: int, made: tuple) -> tuple:
+        """Its part of tensors [batch, heads, n, ...], with the number of its row in the batch."""
+        return tuple(part[index : index + 1, :, self.before : part.shape[2] - self.after] for part in made)
+
+    def lists(self, sparse: Sparse) -> Lists:
+        """What its queries read."""
+        if not self.some:
+            return Lists(self.query.new_zeros(1, 1, 1, 1, dtype=torch.bool), 0, 1)
+        first = self.keys.shape[2] - self.query.shape[2] if sparse.exact else self.kept.shape[3] - self.kept.shape[2]
+        return Lists(self.kept, first, 1 if sparse.exact else sparse.block)
+
+
 @dataclass(frozen=True)
 class Lists:
     """The blocks of keys that one row of a batch reads.
@@ -315,8 +383,8 @@ class SparsePart(Part):
     def methods(self, layer: dict) -> set[str]:
         sparse = layer["sparse"]
         named = {f"sparse.{each['method']}" for each in (sparse, *sparse.get("patterns", ()))}
-        attends = "sparse.queries" if sparse.get("exact") else "sparse.kernel"
-        return {attends, *named} & set(FILES)
+        attends = {"sparse.queries"} if sparse.get("exact") else {"kernel.block_sparse_prefill"}
+        return ({"kernel.estimators", *named} | attends) & set(FILES)
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         module.surgery_sparse = None

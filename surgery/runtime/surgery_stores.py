@@ -1,5 +1,6 @@
 """The stores of a layer's cache, which keep only the keys and values that a later query may see.
 
+    Scoring     how the heads of a layer score keys in a call
     FullStore   full heads: every key, in a buffer that grows by blocks
     RingStore   heads that see sinks + window: a row's first real tokens and a ring of the last `window` slots
     KeptStore   full heads under a policy (surgery_kv_policy.py): the keys that stay, which differ among KV heads
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +27,23 @@ from .surgery_visibility import Visibility
 
 RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
 GROWTH = 256  # a full head's buffer grows by at least this many slots; a long one grows by 1/32 of its length
+
+
+class Scoring(NamedTuple):
+    """How the heads of one kind score keys in a call.
+
+    Attributes:
+        mask: bool [batch, N], the slots of real tokens; None: all are real.
+        pad: [batch], slots before each row's first real token, N for a row without one; None: none.
+        scale, softcap: the factor on q.k, and the cap of the scores or None.
+        sink: [heads], logit of the base's own learned sink, which takes its share after the corrections; or None.
+    """
+
+    mask: torch.Tensor | None
+    pad: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    sink: torch.Tensor | None = None
 
 
 @dataclass

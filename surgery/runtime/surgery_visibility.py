@@ -56,6 +56,7 @@ class HeadKinds:
     def __init__(self, groups: list[int], kinds: list[tuple[Visibility, list[int]]]):
         self.visibilities = [visibility for visibility, _ in kinds]
         self.spec = (groups, kinds)  # equal values split heads in the same way
+        self.tables: dict = {}  # what a kernel knows of them (surgery_kernels.py), on each device
         first = [sum(groups[:head]) for head in range(len(groups))]
         self._keys = _Order([heads for _, heads in kinds])
         self._queries = _Order([[first[h] + i for h in heads for i in range(groups[h])] for _, heads in kinds])

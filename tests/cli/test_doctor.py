@@ -48,33 +48,37 @@ def test_another_package_of_that_name(monkeypatch):
     assert "uninstall both" in said[0]
 
 
-def test_it_says_what_runs_each_operation(monkeypatch):
+def test_it_says_what_runs_each_kernel(monkeypatch):
     import torch
 
     from surgery.kernels import surgery_triton as common
+    from surgery.kernels import trial
 
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common, "executor", lambda device: asked.append(device) or "Triton 3.9.0, compiled for sm_90")
-    monkeypatch.setattr(doctor, "_not_launched", lambda device: [])
+    monkeypatch.setattr(trial, "fault", lambda name, device: "no compiler" if name == "split_decode" else "")
     runs = doctor._kernels()
     assert asked == ["cuda"]
-    assert runs["sparse_prefill"] == "Triton 3.9.0, compiled for sm_90 (block_sparse_prefill)"
-    assert all(said.startswith("PyTorch") for name, said in runs.items() if name != "sparse_prefill")
+    assert runs.pop("split_decode") == "PyTorch: it cannot be launched (no compiler)"
+    assert set(runs) == {"streaming_prefill", "gathered_heads", "block_sparse_prefill", "estimators"}
+    assert set(runs.values()) == {"Triton 3.9.0, compiled for sm_90"}
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "PyTorch: " in doctor._kernels()["sparse_prefill"]
+    assert all(said.startswith("PyTorch: ") for said in doctor._kernels().values())
 
 
-def test_a_kernel_that_cannot_be_launched_is_said(monkeypatch):
+@pytest.mark.parametrize("name", ["streaming_prefill", "split_decode", "gathered_heads", "block_sparse_prefill"])
+def test_a_kernel_that_cannot_be_launched_is_said(monkeypatch, name):
     """As on a GPU machine without a compiler; the launch itself runs here, by PyTorch."""
-    import torch
+    import importlib
 
-    from surgery.kernels import block_sparse_prefill as module
     from surgery.kernels import surgery_triton as common
+    from surgery.kernels import trial
 
+    module = importlib.import_module(f"surgery.kernels.{name}")
     monkeypatch.setattr(common, "_broken", {})
-    assert doctor._not_launched("cpu") == []
+    assert trial.fault(name, "cpu") == ""
 
     class Broken:
         def __getitem__(self, grid):
@@ -82,10 +86,6 @@ def test_a_kernel_that_cannot_be_launched_is_said(monkeypatch):
 
     monkeypatch.setattr(module, "_attend", Broken())
     monkeypatch.setattr(common, "INTERPRETED", False)
-    monkeypatch.setattr(module, "supports", lambda query, block: None)
+    monkeypatch.setattr(module, "supports", lambda query, *more: None)
     monkeypatch.setattr(module, "target", lambda device: "interpreter")
-    assert len(doctor._not_launched("cpu")) == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(common, "executor", lambda device: "Triton")
-    monkeypatch.setattr(doctor, "_not_launched", lambda device: ["block_sparse_prefill cuda"])
-    assert "PyTorch: it cannot be launched" in doctor._kernels()["sparse_prefill"]
+    assert "RuntimeError: Failed to find C compiler." in trial.fault(name, "cpu")

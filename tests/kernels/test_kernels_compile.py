@@ -65,6 +65,15 @@ def test_every_type_and_head_size(kernel):
     assert everything - served == {("sm_80", "float32", 256), ("sm_90", "float32", 256)} & everything
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 8])
+def test_other_groups_of_models_of_8b(group):
+    """Heads of 128 in bfloat16, each KV head read by one query head (Llama 2 7B) or by 8 (after GQA to half of 8)."""
+    rows = compiled(f"compile_all(dtypes=(torch.bfloat16,), head_dims=(128,), group={group})")
+    check(rows)
+    assert {row["kernel"] for row in rows} == set(KERNELS)
+
+
 def test_a_tile_that_does_not_fit_is_seen():
     """The check itself: a program with a tile far too large is reported, though triton compiles it without a word."""
     before = "from surgery.kernels.surgery_triton import TILES; TILES['hip', 'float32', 128] = (128, 64, 8, 3)"

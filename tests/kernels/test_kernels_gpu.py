@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import BF16, CASES, FP32, brute, causal, made, ratio, seen_blocks
+from kernels_in_models import CASES as MODELS
+from kernels_in_models import HALF, measured
 
 from surgery.runtime.surgery_estimators import estimator_names
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LIMITS = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 5e-3, "bf16": 1e-2}
 
 
@@ -29,6 +31,16 @@ def test_values(name):
     assert found.get("out", 0.0) <= limit, found
     assert found.get("lse", 0.0) <= (1e-4 if limit < 5e-3 else 1e-3), found
     assert found.get("holes", 0) == 0, found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_kernels_give_what_pytorch_gives(name, monkeypatch):
+    """As under the interpreter: prompt, chunks and decoding of whole models, alone and padded."""
+    monkeypatch.setattr("surgery.runtime.surgery_gated_compute.ROWS", 1)
+    found = measured(name, "cuda")
+    assert found["error"] <= (2e-2 if name in HALF else 1e-4), found
+    assert set(found["launches"]) == MODELS[name][2]
+    assert found["failed"] == []
 
 
 @pytest.mark.parametrize("per", ["kv", "head"])

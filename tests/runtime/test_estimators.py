@@ -754,4 +754,4 @@ def test_an_entry_of_a_new_estimator_is_right_and_names_its_file(parity):
     entry = {"method": parity, "block": 16, "odd": True}
     assert problem_of(entry, 4) == ""
     assert problem_of(entry | {"odd": 3}, 4) == "odd of parity is 3, and must be true or false"
-    assert PART.methods({"sparse": entry}) == {"sparse.kernel", "sparse.parity"}
+    assert PART.methods({"sparse": entry}) == {"kernel.block_sparse_prefill", "kernel.estimators", "sparse.parity"}

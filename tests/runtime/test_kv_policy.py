@@ -235,9 +235,7 @@ def test_identity_is_saved_and_loaded_both_ways(bases, tmp_path):
         models[tmp_path / f"{name}-split"] = under(split, "identity")
     check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "llama").glob("*.py")}
-    core = {"modeling_surgery.py"} | {
-        f"surgery_{name}.py" for name in ("attention", "cache", "config", "stores", "visibility")
-    }
+    core = set(surgery_config.exported_files([]))
     assert code == core | {"surgery_kv_policy.py"}
 
 

@@ -23,7 +23,7 @@ from surgery.operations.sparse_prefill.prompt_share import (
     share_read,
 )
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime import surgery_block_attention, surgery_query_blocks
+from surgery.runtime import surgery_query_blocks
 from surgery.runtime.surgery_estimators import choose, settings_problems
 from surgery.runtime.surgery_gated_compute import counted
 from surgery.runtime.surgery_sparse_prefill import PART, Sparse
@@ -298,13 +298,13 @@ def test_the_block_attention_and_its_kernel_are_not_called(monkeypatch):
         raise AssertionError("lists of blocks of queries")
 
     model = sparsened(base_of("llama"), MOBA)
-    monkeypatch.setattr(surgery_block_attention, "_kernel", refused)
     monkeypatch.setattr("surgery.runtime.surgery_sparse_prefill.attend_blocks", refused)
     monkeypatch.setattr("surgery.runtime.surgery_sparse_prefill.choose", refused)
     ids, mask = batch(model, (0,), LENGTH)
     model(**given(model, ids, mask), use_cache=False)
-    assert PART.methods({"sparse": MOBA}) == {"sparse.block_topk", "sparse.queries"}
-    assert PART.methods({"sparse": MOBA | {"exact": False}}) == {"sparse.block_topk", "sparse.kernel"}
+    assert PART.methods({"sparse": MOBA}) == {"sparse.block_topk", "sparse.queries", "kernel.estimators"}
+    lists = {"sparse.block_topk", "kernel.block_sparse_prefill", "kernel.estimators"}
+    assert PART.methods({"sparse": MOBA | {"exact": False}}) == lists
 
 
 @torch.no_grad()

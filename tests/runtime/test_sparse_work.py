@@ -7,6 +7,7 @@ import torch
 from dense import batch, chunked, given, sparse_rows
 from families import one_thread  # noqa: F401 (a fixture)
 from sparse import BLOCK, LENGTH, NARROW, PADS, base_of, draw, ends, sparsened, written_out
+from surgery.kernels.block_sparse_prefill import BlockList, block_sparse_prefill
 
 from surgery.runtime import surgery_block_attention as executor
 from surgery.runtime import surgery_sparse_prefill as prefill
@@ -96,14 +97,6 @@ def test_leading_rows_that_read_all_are_one_causal_product(lead, length, monkeyp
     assert len(calls) <= 2 * most
 
 
-def by_kernel(*row) -> tuple:
-    """What a GPU's row is handed to."""
-    kernel = executor._kernel()
-    query, key, value, kept = (each[None] for each in row[:4])
-    found = kernel.block_sparse_prefill(query, key, value, kernel.BlockList.of(kept, row[4]), row[5], softcap=row[6])
-    return tuple(part[0] for part in found)
-
-
 @torch.no_grad()
 def test_the_kernels_lists_mean_what_the_executor_means():
     """A list without the queries' own block, a chunk that begins inside a block, and none of the later blocks."""
@@ -111,14 +104,13 @@ def test_the_kernels_lists_mean_what_the_executor_means():
         query, key, value = draw(0, 1, 6, n, 16), draw(1, 1, 3, length, 16), draw(2, 1, 3, length, 16)
         count = -(-length // BLOCK)
         kept = torch.rand(1, 3, count - (length - n) // BLOCK, count, generator=torch.Generator().manual_seed(3)) < 0.4
-        found = {}
-        for name in ("_gathered", "kernel"):
-            with pytest.MonkeyPatch.context() as patch:
-                if name == "kernel":
-                    patch.setattr(executor, "_gathered", by_kernel)
-                found[name] = executor.attend_blocks(query, key, value, kept, BLOCK, 0.3)
+        own = torch.arange(count - kept.shape[2], count)[:, None]
+        lists = BlockList.of(kept.scatter(3, own.expand(1, 3, -1, 1), True), BLOCK)  # as `Sparse.kept` gives them
         want = written_out(query, key, value, kept, BLOCK, 0.3)
-        for pair in found.values():
+        for pair in (
+            executor.attend_blocks(query, key, value, kept, BLOCK, 0.3),
+            block_sparse_prefill(query, key, value, lists, 0.3),
+        ):
             for one, other in zip(pair, want, strict=True):
                 assert (one - other).abs().max() <= 1e-5
 

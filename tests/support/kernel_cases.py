@@ -65,15 +65,13 @@ def causal(n, length, pads, batch, device="cpu"):
     return ((of_key[:, None] >= 0) & (of_key[:, None] <= of_query[:, :, None]))[:, None]
 
 
-def brute(query, key, value, seen, scale=None, softcap=None, bias=None):
+def brute(query, key, value, seen, scale=None, softcap=None):
     """Attention and log-sum-exp in float64, every score written out; 0 and -inf where nothing is seen."""
     query, key, value = (tensor.double().nan_to_num() for tensor in (query, key, value))
     key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.double()[:, :, None]
     weights = scores.exp() * seen
     total = weights.sum(-1, keepdim=True)
     return weights / total.clamp(min=1e-300) @ value, total[..., 0].log()
@@ -140,16 +138,15 @@ SPARSE = [  # batch, heads, KV heads, n, N, head size, block, pads, lists per
 ]  # fmt: skip
 
 
-def run_sparse(device, seed, batch, heads, kv_heads, n, length, d, block, pads, per, dtype=FP32, softcap=None, bias=0):
+def run_sparse(device, seed, batch, heads, kv_heads, n, length, d, block, pads, per, dtype=FP32, softcap=None):
     from surgery.kernels.block_sparse_prefill import BlockList, block_sparse_prefill
 
     query, key, value, pad = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device, pads)
     kept = random_kept(seed, kv_heads if per == "kv" else heads, batch, n, length, block, pads, 0.6)
-    extra = made(seed + 3, batch, bias, length, device=device) if bias else None
     blocks = BlockList.of(kept.to(device), block)
-    result = block_sparse_prefill(query, key, value, blocks, pad=pad, softcap=softcap, bias=extra, **poisoned(query))
+    result = block_sparse_prefill(query, key, value, blocks, pad=pad, softcap=softcap, **poisoned(query))
     seen = seen_blocks(kept, heads, block, n, length, pads).to(device)
-    return measure(result, brute(query, key, value, seen, softcap=softcap, bias=extra))
+    return measure(result, brute(query, key, value, seen, softcap=softcap))
 
 
 for index, sizes in enumerate(SPARSE):
@@ -173,8 +170,7 @@ SHAPE = {
     "per": "kv",
 }
 case("block_sparse fp32 soft-cap", **SHAPE, softcap=2.0)(run_sparse)
-case("block_sparse fp32 bias for all heads", **SHAPE, bias=1)(run_sparse)
-case("block_sparse fp32 bias per head, soft-cap", **SHAPE, bias=6, softcap=2.0)(run_sparse)
+case("block_sparse fp32 a list per head, soft-cap", **(SHAPE | {"per": "head"}), softcap=2.0)(run_sparse)
 
 
 @case("block_sparse fp32 order of the list")
@@ -272,10 +268,10 @@ def sparse_reference(device, seed):
     from surgery.kernels.block_sparse_prefill import BlockList, reference
 
     query, key, value, pad = inputs(seed, 3, 6, 3, 40, 70, 16, torch.float64, device, (45, 0, 69))
-    bias, kept = made(seed, 3, 6, 70, device=device), random_kept(seed, 3, 3, 40, 70, 16, (45, 0, 69), 0.6)
-    result = reference(query, key, value, BlockList.of(kept.to(device), 16), 0.3, pad=pad, softcap=3.0, bias=bias)
+    kept = random_kept(seed, 3, 3, 40, 70, 16, (45, 0, 69), 0.6)
+    result = reference(query, key, value, BlockList.of(kept.to(device), 16), 0.3, pad=pad, softcap=3.0)
     seen = seen_blocks(kept, 6, 16, 40, 70, (45, 0, 69)).to(device)
-    return measure(result, brute(query, key, value, seen, 0.3, 3.0, bias))
+    return measure(result, brute(query, key, value, seen, 0.3, 3.0))
 
 
 # --- streaming_prefill ---
@@ -316,6 +312,47 @@ def streaming_full(device, seed):
     out, _ = streaming_prefill(query, key, value, 0, 77)
     tensors = (tensor.double() for tensor in (query, key, value))
     return {"out": ratio(out, scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True))}
+
+
+# batch, heads, KV heads, n, N, head size, sinks, window, pads; of a text whose keys before the window are gone
+APART = [
+    (1, 6, 3, 20, 90, 16, 4, 8, None), (1, 4, 4, 1, 200, 64, 0, 33, None), (1, 9, 3, 37, 101, 80, 40, 16, None),
+    (2, 6, 3, 17, 64, 16, 4, 20, (17, 0)), (3, 4, 2, 25, 60, 16, 6, 9, (30, 40, 60)),
+    (1, 2, 1, 5, 70, 16, 70, 3, (1,)),
+]  # fmt: skip
+
+
+def run_apart(device, seed, batch, heads, kv_heads, n, length, d, sinks, window, pads, dtype=FP32, limit=None):
+    """A chunk of a prompt: the window's keys, and the sinks by position in tensors of their own."""
+    from surgery.kernels.streaming_prefill import streaming_prefill
+
+    query, key, value, pad = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device, pads)
+    first = length - min(n + window - 1, length)
+    apart = [torch.full((batch, kv_heads, sinks, d), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+    for row in range(batch):
+        begin = pads[row] if pads else 0
+        for sink, whole in zip(apart, (key, value), strict=True):
+            sink[row, :, : length - begin] = whole[row, :, begin : begin + sinks]
+    near = (tensor[:, :, first:] for tensor in (key, value))
+    given = {"first": first, "apart": apart if sinks else None, "pad": pad, "limit": limit}
+    result = streaming_prefill(query, *near, sinks, window, **given, **poisoned(query))
+    seen = seen_band(n, length, sinks, window, pads, batch, limit, device)
+    return measure(result, brute(query, key, value, seen))
+
+
+@case("streaming fp64 reference, sinks apart")
+def streaming_reference(device, seed):
+    """The reference itself, in float64."""
+    from surgery.kernels.streaming_prefill import reference
+
+    query, key, value, pad = inputs(seed, 3, 6, 3, 25, 70, 16, torch.float64, device, (45, 0, 69))
+    apart = [torch.zeros(3, 3, 4, 16, dtype=torch.float64, device=device) for _ in range(2)]
+    for row, begin in enumerate((45, 0, 69)):
+        for sink, whole in zip(apart, (key, value), strict=True):
+            sink[row, :, : 70 - begin] = whole[row, :, begin : begin + 4]
+    near = (tensor[:, :, 38:] for tensor in (key, value))
+    result = reference(query, *near, 4, 8, 0.3, first=38, apart=apart, pad=pad, softcap=3.0, limit=20)
+    return measure(result, brute(query, key, value, seen_band(25, 70, 4, 8, (45, 0, 69), 3, 20, device), 0.3, 3.0))
 
 
 # --- gathered_heads ---
@@ -374,7 +411,7 @@ DECODE = [  # batch, KV heads' groups, which are ring heads, steps of the cache,
 
 def run_decode(device, seed, groups, ring, steps, d, sinks, window, pads, piece, dtype=FP32, softcap=None, limit=None):
     """A cache filled as generation fills it, then one step of decoding."""
-    from surgery.kernels.split_decode import Ring, head_table, split_decode
+    from surgery.kernels.split_decode import HeadTable, Ring, split_decode
 
     from surgery.runtime.surgery_stores import RingStore
     from surgery.runtime.surgery_visibility import Visibility
@@ -398,10 +435,26 @@ def run_decode(device, seed, groups, ring, steps, d, sinks, window, pads, piece,
     others = [head for head in range(len(groups)) if head not in ring]
     kept = Ring(store.tensors["keys"], store.tensors["values"], store.seen, sinks, limit) if ring else None
     result = split_decode(
-        query, (key[:, others], value[:, others]) if others else None, kept, head_table(groups, ring, device),
+        query, (key[:, others], value[:, others]) if others else None, kept, HeadTable(groups, others, ring, device),
         pad=pad, softcap=softcap, piece=piece, **poisoned(query),
     )  # fmt: skip
     return measure(result, tuple(torch.cat(tensors, 1) for tensors in zip(*wanted, strict=True)))
+
+
+@case("decode fp32 two launches write one output")
+def decode_in_two(device, seed):
+    """Each launch writes the query heads of its table and no others."""
+    from surgery.kernels.split_decode import HeadTable, split_decode
+
+    groups, length = [2, 5, 1, 2], 70
+    query, key, value, pad = inputs(seed, 2, 10, 4, 1, length, 16, FP32, device, (9, 0))
+    result = poisoned(query)
+    for heads in ([0, 3], [2, 1]):
+        table = HeadTable(groups, heads, [], device)
+        split_decode(query, (key[:, heads], value[:, heads]), None, table, pad=pad, piece=32, **result)
+    spread = [head for head, group in enumerate(groups) for _ in range(group)]
+    wanted = brute(query, key[:, spread], value[:, spread], causal(1, length, (9, 0), 2, device))
+    return measure((result["out"], result["lse"]), wanted)
 
 
 # --- estimators ---
@@ -498,6 +551,8 @@ BAND, RINGS = (
     ("groups", "ring", "steps", "d", "sinks", "window", "pads", "piece"),
 )
 register("streaming", run_streaming, BAND, STREAMING, half=(4,))
+register("streaming_apart", run_apart, BAND, APART, half=(0,))
+case("streaming_apart fp32 limit", **dict(zip(BAND, APART[3], strict=True)), limit=30)(run_apart)
 register("gathered", run_gathered, (*ATTENTION, "pads", "share"), GATHERED, half=(3,))
 register("decode", run_decode, RINGS, DECODE, half=(0,))
 register("pooled", run_pooled, (*ATTENTION, "block", "queries"), POOLED, half=(1,))

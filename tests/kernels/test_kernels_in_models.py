@@ -1,0 +1,124 @@
+"""Whole models by kernels, under Triton's interpreter (kernels_in_models.py), and where a kernel cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from kernels_in_models import CASES, HALF, QUICK, operated, runs
+
+from surgery.runtime import surgery_kernels
+from surgery.runtime.surgery_config import FILES
+
+ROOT = Path(__file__).parents[2]
+REST = [name for name in CASES if name not in QUICK]
+KERNELS = {name.partition(".")[2] for name in FILES if name.startswith("kernel.")}
+
+
+def interpreted(names) -> dict:
+    pytest.importorskip("triton", minversion="3.9", reason="older interpreters want an older numpy")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, ROOT / "tests/support/kernels_in_models.py", *names]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return interpreted(QUICK)
+
+
+@pytest.fixture(scope="module")
+def rest():
+    return interpreted(REST)
+
+
+def holds(found: dict, name: str) -> None:
+    assert found["error"] <= (1e-2 if name in HALF else 5e-6), found
+    assert set(found["launches"]) == CASES[name][2]
+    assert all(number > 0 for number in found["launches"].values())
+    assert found["failed"] == []
+    assert found["without"] == {}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_models_kernels_give_what_pytorch_gives(quick, name):
+    """Prompt, chunks and decoding, alone and padded; one `generate` launches exactly the kernels of its operation."""
+    holds(quick[name], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_the_other_models_kernels_give_what_pytorch_gives(rest, name):
+    holds(rest[name], name)
+
+
+def test_every_kernel_is_a_models():
+    """Each one in `FILES` is launched by some case, and each file of the folder is one or serves one."""
+    assert set.union(*(CASES[name][2] for name in QUICK)) == KERNELS
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    assert files == KERNELS | {"surgery_triton", "bench", "compile", "trial"}
+
+
+@pytest.mark.parametrize("name", ["duo", "moh, gamma", "pooled, gamma", "xattention"])
+def test_a_kernel_that_cannot_be_launched_gives_way_to_pytorch(name, monkeypatch):
+    """As with a card for which it does not compile: one warning for each kernel, and PyTorch's results to the bit."""
+    from surgery.kernels import surgery_triton as common
+
+    family, entry, expected = CASES[name]
+    model = operated(family, entry)
+    monkeypatch.setattr("surgery.runtime.surgery_gated_compute.ROWS", 1)
+    monkeypatch.setattr("surgery.runtime.surgery_gated_compute.gathered", lambda *given: None)  # the CPU's own
+    want = runs(model)
+    monkeypatch.setattr(surgery_kernels, "INTERPRETED", True)  # so that the rule says kernels here
+    monkeypatch.setattr(common, "_broken", {})
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("no code for this card")
+
+    for kernel in expected:
+        module = surgery_kernels._module(kernel)
+        monkeypatch.setattr(module, "supports", lambda query, *shape: None)
+        monkeypatch.setattr(module, "target", lambda device: "interpreter")
+        for function in ("_attend", "_means", "_pooled_lse", "_antidiagonal"):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, Broken())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = runs(model)
+        kinds = len(said)
+        assert torch.equal(got, runs(model))
+    words = [str(each.message) for each in said]
+    assert len(words) == kinds == len(set(common.failed()))  # one for each kind of launch, none in the second round
+    assert {word.partition("surgery.kernels.")[2].partition(":")[0] for word in words} == expected
+    assert all("PyTorch runs in place of the kernel: RuntimeError: no code for this card" in word for word in words)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert surgery_kernels.launches() == {}
+
+
+@pytest.mark.parametrize("why", ["gradients", "compile", "float64", "two sizes"])
+def test_the_rule_says_pytorch(why, monkeypatch):
+    monkeypatch.setattr(surgery_kernels, "INTERPRETED", True)
+    module = surgery_kernels._module("split_decode")
+    monkeypatch.setattr(module, "supports", lambda query: "float64" if query.dtype == torch.float64 else None)
+    query, keys, values = (torch.zeros(1, 2, 3, 16) for _ in range(3))
+    assert surgery_kernels.kernel_for("split_decode", query, keys, values) is module
+    if why == "gradients":
+        keys.requires_grad_()
+    elif why == "compile":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif why == "float64":
+        query = query.double()
+    else:
+        values = values[..., :8]
+    assert surgery_kernels.kernel_for("split_decode", query, keys, values) is None
+    with torch.no_grad():
+        assert (surgery_kernels.kernel_for("split_decode", query, keys, values) is module) == (why == "gradients")
