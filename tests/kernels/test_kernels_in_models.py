@@ -122,3 +122,30 @@ def test_the_rule_says_pytorch(why, monkeypatch):
     assert surgery_kernels.kernel_for("split_decode", query, keys, values) is None
     with torch.no_grad():
         assert (surgery_kernels.kernel_for("split_decode", query, keys, values) is module) == (why == "gradients")
+
+
+@pytest.mark.real_process
+def test_a_checkpoints_own_kernels_are_called_and_check_names_them(tmp_path, monkeypatch):
+    """In a fresh process without this package, by the files of the folder; and with it."""
+    pytest.importorskip("triton", minversion="3.9", reason="older interpreters want an older numpy")
+    from surgery.evaluation import check
+
+    operated(*CASES["duo"][:2]).save_pretrained(tmp_path / "out")
+    job = {"folder": str(tmp_path / "out"), "tokens": [list(range(3, 23))], "generate": 3}
+    ways = [job | {"trust": True}, job | {"package": check.PACKAGE}]
+    plain = check.load_in_fresh_process(ways[:1])[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = check.load_in_fresh_process(ways)
+    for result in found:
+        assert "error" not in result, result["error"]
+        assert result["kernels"] == {"streaming_prefill": 4, "split_decode": 4}  # a forward and a generation, 2 layers
+        assert result["kernel_faults"] == []
+        assert result["generated"] == plain["generated"]
+        said = {item.name: item.detail for item in check._loading_items(result, "loads")}
+        assert said["generates"].endswith("logits finite; attention by the kernels split_decode, streaming_prefill")
+    assert plain["kernels"] == {}
+    assert [item.detail for item in check._loading_items(plain, "loads")][1] == "3 tokens, logits finite"
+    on_gpu = plain | {"device": "cuda", "kernel_faults": ["split_decode cuda:0 float16 64: no compiler"]}
+    assert check._loading_items(on_gpu, "loads")[1].detail.endswith(
+        "attention by PyTorch alone; PyTorch in place of a kernel: split_decode cuda:0 float16 64: no compiler"
+    )
