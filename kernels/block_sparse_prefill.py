@@ -83,7 +83,7 @@ def block_sparse_prefill(
         pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         out, lse: tensors for the results, with any strides; None: new tensors.
-        fallback: computes the results if the kernel cannot run; default: `reference`, which multiplies all keys.
+        fallback: computes what is returned if the kernel cannot run; default: the reference, into out and lse.
 
     Returns:
         The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n].
@@ -100,9 +100,10 @@ def block_sparse_prefill(
         raise ValueError(f"{NAME}: the lists are of {blocks.heads} heads, there are {kv_heads} KV heads and {heads}")
     scale = size**-0.5 if scale is None else scale
 
-    fallback = fallback or partial(reference, query, key, value, blocks, scale, pad=pad, softcap=softcap)
+    made = partial(reference, query, key, value, blocks, scale, pad=pad, softcap=softcap)
+    fallback = fallback or partial(put, made, out, lse)
     if said_once(NAME, supports(query, blocks.block), query.device):
-        return put(fallback(), out, lse)
+        return fallback()
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
@@ -127,7 +128,7 @@ def block_sparse_prefill(
             )  # fmt: skip
 
     kind = f"{query.dtype} {size} {block} {pack} {softcap is not None} {pad is not None}"
-    return (out, lse) if started(NAME, query.device, launch, kind) else put(fallback(), out, lse)
+    return (out, lse) if started(NAME, query.device, launch, kind) else fallback()
 
 
 @jit

@@ -65,7 +65,7 @@ def block_means(key, block: int, fallback=None):
 
     Args:
         key: [batch, KV heads, N, head_dim].
-        fallback: computes the result if the kernel cannot run, here and below; default: the reference.
+        fallback: computes what is returned if the kernel cannot run, here and below; default: the reference.
 
     Returns:
         float32 [batch, KV heads, blocks, head_dim]; the last block may have fewer keys.

@@ -35,7 +35,7 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
         pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         out, lse: tensors for the results, with any strides; None: new tensors.
-        fallback: computes the results if the kernel cannot run; default: `reference`.
+        fallback: computes what is returned if the kernel cannot run; default: the reference, into out and lse.
 
     Returns:
         The output, with the shape of the query and not yet multiplied by the gate, and the natural log-sum-exp of the
@@ -49,9 +49,10 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
     if on.shape != (batch, n, heads) or on.dtype != torch.bool or n > length:
         raise ValueError(f"{NAME}: on is bool [batch, n, heads] = {[batch, n, heads]}, of the last n of the tokens")
     scale = size**-0.5 if scale is None else scale
-    fallback = fallback or partial(reference, query, key, value, on, scale, pad=pad, softcap=softcap)
+    made = partial(reference, query, key, value, on, scale, pad=pad, softcap=softcap)
+    fallback = fallback or partial(put, made, out, lse)
     if said_once(NAME, supports(query), query.device):
-        return put(fallback(), out, lse)
+        return fallback()
     out, lse = outputs(query, out, lse)
     out.zero_()
     lse.fill_(-torch.inf)
@@ -76,7 +77,7 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
             )  # fmt: skip
 
     kind = f"{query.dtype} {size} {group} {softcap is not None} {pad is not None}"
-    return (out, lse) if started(NAME, query.device, launch, kind) else put(fallback(), out, lse)
+    return (out, lse) if started(NAME, query.device, launch, kind) else fallback()
 
 
 @jit

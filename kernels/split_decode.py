@@ -33,6 +33,7 @@ TILES = {
     ("hip", "float32", 128): (32, 4, 1),
     ("hip", "float32", 256): (16, 4, 1),
 }
+WIDEST = 64  # query heads of a KV head: 128 rows spill registers (compiled for sm_80 and sm_90)
 SHORTEST = 256  # least number of keys in a piece: a shorter piece is not worth its merge
 
 
@@ -82,8 +83,10 @@ class HeadTable:
         self.counts, self.widest = (len(full), len(ring)), max((row[3] for row in rows), default=1)
 
 
-def supports(query) -> str | None:
-    """Why the kernel does not support these queries; None if it does."""
+def supports(query, group: int = 1) -> str | None:
+    """Why the kernel does not support these queries, up to `group` of them for a KV head; None if it does."""
+    if group > WIDEST:
+        return f"{group} query heads read one KV head, which needs more registers than there are (most: {WIDEST})"
     return unsupported(query.device, query.dtype, query.shape[3])
 
 
@@ -103,7 +106,7 @@ def split_decode(
         softcap: scores become softcap * tanh(score / softcap).
         piece: number of keys that one program reads; by default, there are enough pieces to keep the GPU busy.
         out, lse: tensors for the results, with any strides; None: new tensors.
-        fallback: computes the results if the kernel cannot run; default: `reference`.
+        fallback: computes what is returned if the kernel cannot run; default: the reference, into out and lse.
 
     Returns:
         The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, 1].
@@ -122,9 +125,10 @@ def split_decode(
     if ring is not None and (ring.window < 1 or ring.seen < 1):
         raise ValueError(f"{NAME}: a ring has a window and the newest token in it")
     scale = size**-0.5 if scale is None else scale
-    fallback = fallback or partial(reference, query, full, ring, table, scale, pad=pad, softcap=softcap)
-    if said_once(NAME, supports(query), query.device):
-        return _written(fallback(), table, out, lse)
+    made = partial(reference, query, full, ring, table, scale, pad=pad, softcap=softcap)
+    fallback = fallback or partial(_written, made, table, out, lse)
+    if said_once(NAME, supports(query, table.widest), query.device):
+        return fallback()
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
@@ -164,18 +168,18 @@ def split_decode(
                 )  # fmt: skip
 
     kind = f"{query.dtype} {size} {padded_size(table.widest)} {softcap is not None} {pad is not None}"
-    return (out, lse) if started(NAME, query.device, launch, kind) else _written(fallback(), table, out, lse)
+    return (out, lse) if started(NAME, query.device, launch, kind) else fallback()
 
 
-def _written(pair, table: HeadTable, out, lse):
-    """Copy the results of a table's query heads into the tensors that were given, if any were."""
+def _written(made, table: HeadTable, out, lse):
+    """Compute, and copy the results of a table's query heads into the tensors that were given, if any were."""
     heads = [head for _, _, first, group in table.rows.tolist() for head in range(first, first + group)]
-    made = []
-    for new, old in zip(pair, (out, lse), strict=True):
+    found = []
+    for new, old in zip(made(), (out, lse), strict=True):
         if old is not None:
             old[:, heads] = new[:, heads].to(old.dtype)
-        made.append(new if old is None else old)
-    return tuple(made)
+        found.append(new if old is None else old)
+    return tuple(found)
 
 
 def _tile(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int] | None:
@@ -294,8 +298,9 @@ def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
     }
     options = {"num_warps": warps, "num_stages": stages}
     return {
-        "plain": (_attend, types, fixed | {"CAPPED": False}, options),
-        "groups of 32": (_attend, types, fixed | {"CAPPED": False, "BM": 32}, options),
+        "plain": (_attend, types | {"OUT": dtype}, fixed | {"CAPPED": False, "PADDED": False, "PAD": None}, options),
+        "pad": (_attend, types, fixed | {"CAPPED": False}, options),
+        "groups of 64": (_attend, types, fixed | {"CAPPED": False, "BM": WIDEST}, options),
         "soft-cap": (_attend, types, fixed | {"CAPPED": True}, options),
         "merge": (
             _merge,

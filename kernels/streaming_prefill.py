@@ -44,7 +44,7 @@ def streaming_prefill(
         pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         out, lse: tensors for the results, with any strides; None: new tensors.
-        fallback: computes the results if the kernel cannot run; default: `reference`.
+        fallback: computes what is returned if the kernel cannot run; default: the reference, into out and lse.
 
     Returns:
         The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n].
@@ -57,13 +57,19 @@ def streaming_prefill(
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
     if n > length or sinks < 0 or window < 1 or first < 0 or (limit is not None and limit < 1):
         raise ValueError(f"{NAME}: n={n}, N={length}, sinks={sinks}, window={window}, limit={limit} cannot be")
-    if bool(sinks and first) != (apart is not None) or any(part.shape[2] != sinks for part in apart or ()):
+    if bool(sinks and first) != (apart is not None):
         raise ValueError(f"{NAME}: {sinks} sinks before slot {first} of the first key come apart, and no others do")
+    for part in apart or ():
+        if part.shape != (batch, kv_heads, sinks, size) or part.dtype != key.dtype or part.device != key.device:
+            raise ValueError(
+                f"{NAME}: sinks that come apart are [batch, KV heads, {sinks}, head_dim], as the keys are"
+            )
     scale = size**-0.5 if scale is None else scale
     same = {"first": first, "apart": apart, "limit": limit, "pad": pad, "softcap": softcap}
-    fallback = fallback or partial(reference, query, key, value, sinks, window, scale, **same)
+    made = partial(reference, query, key, value, sinks, window, scale, **same)
+    fallback = fallback or partial(put, made, out, lse)
     if said_once(NAME, supports(query), query.device):
-        return put(fallback(), out, lse)
+        return fallback()
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
@@ -86,7 +92,7 @@ def streaming_prefill(
             )  # fmt: skip
 
     kind = f"{query.dtype} {size} {group} {softcap is not None} {pad is not None} {apart is not None}"
-    return (out, lse) if started(NAME, query.device, launch, kind) else put(fallback(), out, lse)
+    return (out, lse) if started(NAME, query.device, launch, kind) else fallback()
 
 
 @jit

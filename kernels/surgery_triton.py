@@ -53,9 +53,19 @@ _warned: set[tuple] = set()
 _broken: dict[tuple, str] = {}  # launch that failed -> reason
 
 
+# Arguments that follow from lengths. Triton would compile anew for a 1 and for multiples of 16, while a model decodes.
+VARYING = (
+    "n", "first_slot", "length", "sinks", "window", "limit", "seen_slots", "piece", "pieces", "parts", "shift",
+    "list_rows", "start", "columns", "l_b", "l_h", "m_b", "m_h", "m_n",
+)  # fmt: skip
+
+
 def jit(function):
     """`triton.jit`. Without triton, the unchanged function, which is never launched."""
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in VARYING])
 
 
 def target(device) -> str | None:
@@ -126,10 +136,11 @@ def _warn(kernel: str, reason: str) -> None:
 
 
 def started(kernel: str, device, launch, kind: str = "") -> bool:
-    """Launch a kernel. If that fails, warn and return False: the reference must run, now and in later calls.
+    """Launch a kernel. If that fails, return False: PyTorch must run, now and in later calls of this kind.
 
-    A prompt must not fail because a compiler is missing or fails, or because a tile does not fit this GPU. A lack of
-    GPU memory is raised. In the interpreter all errors are raised, so that tests see them.
+    The first failure of a kernel on a device gives a warning. A prompt must not fail because a compiler is missing or
+    fails, or because a tile does not fit this GPU. A lack of GPU memory is raised. In the interpreter all errors are
+    raised, so that tests see them.
 
     Args:
         kind: everything else that decides what is compiled (dtype, sizes). Another kind may still start.
@@ -142,8 +153,10 @@ def started(kernel: str, device, launch, kind: str = "") -> bool:
     except Exception as error:  # Triton, a C compiler or a driver can raise anything
         if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
             raise
+        first = not any(other[:2] == place[:2] for other in _broken)
         _broken[place] = in_a_line(error)
-        _warn(kernel, _broken[place])
+        if first:  # other kinds of launch are likely to fail for the same reason
+            _warn(kernel, _broken[place])
         return False
     LAUNCHES[kernel] += 1
     return True
@@ -188,10 +201,9 @@ def outputs(query, out=None, lse=None):
     return out, lse
 
 
-def put(pair, out, lse):
-    """Copy a fallback's result into the tensors that are there. A log-sum-exp that it does not compute stays None."""
-    both = zip(pair, (out, lse), strict=True)
-    return tuple(new if new is None or old is None else old.copy_(new) for new, old in both)
+def put(made, out, lse):
+    """Compute a reference's result, and copy it into the tensors that were given, if any were."""
+    return tuple(new if old is None else old.copy_(new) for new, old in zip(made(), (out, lse), strict=True))
 
 
 def capped(scores, softcap: float | None):

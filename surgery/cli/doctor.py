@@ -110,10 +110,15 @@ def _kernels() -> dict[str, str]:
     from surgery.kernels.surgery_triton import executor
     from surgery.kernels.trial import KERNELS, fault
 
-    gpu = torch.cuda.is_available()
-    runs = dict.fromkeys(KERNELS, executor("cuda" if gpu else "cpu"))
-    if gpu:
-        runs |= {name: f"PyTorch: it cannot be launched ({why})" for name in KERNELS if (why := fault(name, "cuda"))}
+    if not torch.cuda.is_available():
+        return dict.fromkeys(KERNELS, executor("cpu"))
+    runs = dict.fromkeys(KERNELS, "")
+    for number in range(torch.cuda.device_count()):
+        place = f"cuda:{number}"
+        for name in KERNELS:
+            why = fault(name, place)
+            found = f"PyTorch: it cannot be launched ({why})" if why else executor(place)
+            runs[name] += f"{'; ' if number else ''}{found}{f' on {place}' if torch.cuda.device_count() > 1 else ''}"
     return runs
 
 

@@ -284,7 +284,7 @@ def _by_kernels(result: dict) -> str:
         return ""
     names = ", ".join(sorted(result["kernels"]))
     failed = f"; PyTorch in place of a kernel: {'; '.join(result['kernel_faults'])}" if result["kernel_faults"] else ""
-    return f"; attention by {f'the kernels {names}' if names else 'PyTorch alone'}{failed}"
+    return f"; attention of these tokens by {f'the kernels {names}' if names else 'PyTorch'}{failed}"
 
 
 def _compare_both_ways(results: list[dict], files: list[str]) -> Item:

@@ -15,7 +15,7 @@ The path of one call, in the order of this file:
     _attention          splits queries and keys by kind of head; uses what the parts' `attach` put on the module
                         (`surgery_corrections`, `surgery_sparse`), and calls the policy at the end (`surgery_policy`)
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
-    of_token, of_prompt one token of all kinds, a prompt of one: by a kernel, if one is for it (surgery_kernels.py)
+    of_token, of_prompt by a kernel: one token and all kinds of heads, a prompt and one kind (surgery_kernels.py)
     _on_keys, _block    by PyTorch: keys in consecutive slots, as a full store or a ring holds them
     _on_survivors       keys in slots that differ from KV head to KV head, once a policy has dropped some
 
@@ -33,7 +33,6 @@ written out where that does not give it.
 
 from __future__ import annotations
 
-from functools import partial
 from math import gcd
 from typing import NamedTuple
 
@@ -104,8 +103,7 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     for view in views:
         if view.visibility.sinks:
             view.settle_sinks(scoring.pad)
-    by_pytorch = partial(_token_by_pytorch, kinds, queries, views, scoring)
-    token = of_token(kinds, query, views, scoring, any(each.with_lse for each in terms), by_pytorch)
+    token = of_token(kinds, query, views, scoring, any(each.with_lse for each in terms))
     made = [None] * len(views) if token is None else zip(*map(kinds.split_queries, token), strict=True)
     outputs = [_attend(*each, scoring) for each in zip(queries, views, terms, made, strict=True)]
     if (policy := getattr(module, "surgery_policy", None)) is not None:
@@ -178,24 +176,19 @@ def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: 
         rest = scoring.mask, scoring.scale, scoring.softcap
         out, lse, view.read = sparse.attend(query, view.keys, view.values, *rest, work)
     else:
-        by_pytorch = partial(_on_keys if view.slots is None else _on_survivors, query, view, scoring, with_lse)
-        on = on if view.visibility.window is None else None
-        by_kernel = made or of_prompt(query, view, scoring, with_lse, on, by_pytorch)
-        out, lse = by_kernel or by_pytorch()
+        ran = None  # bool [batch, n, heads], the rows that were computed; None: all
+        if made is None and (found := of_prompt(query, view, scoring, with_lse, on)) is not None:
+            out, lse, ran = found
+        else:
+            by_pytorch = _on_keys if view.slots is None else _on_survivors
+            out, lse = made or by_pytorch(query, view, scoring, with_lse)
         if work is not None:
-            work.add_seen(view, query, on if by_kernel else None)
+            work.add_seen(view, query, ran)
     for correction in corrections:
         out, lse = correction.apply(out, lse, query, view, scoring)
     if sink is not None:
         out, lse = add_keys(out, lse, sink.to(lse.dtype)[:, None, None].expand(*lse.shape, 1))
     return out.to(query.dtype) if with_lse else out
-
-
-def _token_by_pytorch(kinds: HeadKinds, queries, views, scoring: Scoring) -> tuple:
-    """Output [batch, heads, 1, head_dim] and log-sum-exp [batch, heads, 1] of one token, over all kinds."""
-    outs, lses = zip(*(_on_keys(*each, scoring, True) for each in zip(queries, views, strict=True)), strict=True)
-    lse = kinds.join([part[..., None] for part in lses])
-    return kinds.join(list(outs)).transpose(1, 2), lse.transpose(1, 2)[..., 0]
 
 
 def _on_keys(query, view: KeyValues, scoring: Scoring, with_lse: bool) -> tuple:

@@ -401,8 +401,8 @@ def _sibling(file: str):
 
 
 def _spec(file: str):
-    """The import spec of a file of code, or None. The package keeps its kernels in another folder."""
-    return _sibling(file) or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
+    """The import spec of a file of code, or None. The package keeps its kernels in a folder of their own."""
+    return _sibling(file) or (find_spec(f"surgery.kernels.{file}") if __package__ == "surgery.runtime" else None)
 
 
 def exported_files(parts: Iterable[str]) -> dict[str, bytes]:

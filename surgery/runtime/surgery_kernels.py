@@ -1,24 +1,31 @@
-"""Which of the package's Triton kernels computes a call, and where PyTorch does: `kernel_for` is the only such rule.
+"""Which of the package's Triton kernels computes a call, and where PyTorch does.
 
     streaming_prefill      heads with sinks + window in a prompt that is longer than the window, and every prompt for
                            which PyTorch would need a mask or write out the softmax: in chunks, with padding, with
                            soft-capped scores, or where a term needs the log-sum-exp
-    split_decode           one token from a cache: all kinds of heads of a layer in one launch, or one kind for which
-                           PyTorch would need a mask or write out the softmax
+    split_decode           one token from a cache: a full kind of heads and one with sinks + window in one launch, or
+                           one kind for which PyTorch would need a mask or write out the softmax
     gathered_heads         a prompt in a layer whose gate turns heads off
     block_sparse_prefill   sparse prefill with lists of blocks
     estimators             the sums by which `pooled` and `xattention` choose blocks, and mean keys for others
 
-A kernel runs on an NVIDIA or AMD GPU in float32, float16 or bfloat16, for head sizes that its tiles fit (`supports` in
-each file). Kernels have no backward pass, and torch.compile cannot trace their launches: PyTorch runs there. Where a
-kernel does not compile or cannot be launched, PyTorch computes this call and all later ones, after one warning.
+`kernel_for` decides by what every kernel needs. A kernel runs on an NVIDIA or AMD GPU in float32, float16 or bfloat16,
+for head sizes that its tiles fit (`supports` in each file). Kernels have no backward pass, and torch.compile cannot
+trace their launches: PyTorch runs there. `of_prompt` and `of_token` decide by what the call is; the estimators and
+sparse prefill ask for their own. kernels/README.md has all of this in a table.
+
+Where a kernel does not compile or cannot be launched, it returns None (`nothing`), and PyTorch computes this call and
+all later ones of its kind.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from importlib import import_module
 from itertools import zip_longest
 
 import torch
@@ -28,6 +35,27 @@ from .surgery_stores import KeyValues, Scoring
 from .surgery_visibility import HeadKinds
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU, slowly, for tests
+FEW = 16  # fewer queries than this over all keys: a launch would have too few programs to fill a GPU
+_off: ContextVar[bool] = ContextVar("off", default=False)
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether kernels run where a tensor is."""
+    return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
+
+
+def nothing() -> None:
+    """What a kernel returns where it cannot be launched."""
+
+
+@contextmanager
+def by_pytorch() -> Iterator[None]:
+    """Let PyTorch compute everything inside."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
 
 
 def kernel_for(name: str, *tensors: torch.Tensor, plain: bool = False, shape: tuple = ()):
@@ -40,7 +68,7 @@ def kernel_for(name: str, *tensors: torch.Tensor, plain: bool = False, shape: tu
         shape: what the kernel's `supports` takes after the queries.
     """
     query, *others = tensors
-    if plain or not (query.device.type == "cuda" or (INTERPRETED and query.device.type == "cpu")):
+    if plain or not on_gpu(query) or _off.get():
         return None
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(each.requires_grad for each in tensors)):
         return None
@@ -54,74 +82,73 @@ def kernel_for(name: str, *tensors: torch.Tensor, plain: bool = False, shape: tu
 
 @lru_cache
 def _module(name: str):
-    """The module of a kernel, or None where its file or its imports are missing."""
+    """The module of a kernel, or None, with a warning, where its file or its imports are missing."""
     try:
         return load_file(f"kernel.{name}")
-    except (ValueError, ImportError):
+    except (ValueError, ImportError, OSError) as error:
+        warnings.warn(f"PyTorch runs in place of the kernel {name}, which cannot be imported: {error}", stacklevel=2)
         return None
 
 
-def launches() -> dict[str, int]:
-    """How many times each kernel was launched in this process: name -> number, of those that were."""
-    module = _module("split_decode")
-    return {} if module is None else dict(import_module(".surgery_triton", module.__package__).LAUNCHES)
-
-
-def of_prompt(query, view: KeyValues, scoring: Scoring, with_lse: bool, on, by_pytorch) -> tuple | None:
+def of_prompt(query, view: KeyValues, scoring: Scoring, with_lse: bool, on) -> tuple | None:
     """Attention of a prompt, or of a chunk of it, to keys in consecutive slots, by a kernel.
 
     Args:
         query: [batch, heads, n, head_dim].
         with_lse: the log-sum-exp is needed.
         on: bool [batch, n, heads], the rows of full heads that are needed; None: all.
-        by_pytorch: computes the same, if the kernel cannot be launched.
 
     Returns:
-        Output [batch, heads, n, head_dim] and log-sum-exp [batch, heads, n], or None: no kernel is for this call.
+        Output [batch, heads, n, head_dim], log-sum-exp [batch, heads, n], and `on`, or None in its place where all
+        rows were computed. None: no kernel is for this call.
     """
     length, visibility = query.shape[2], view.visibility
-    if length == 1 or view.ring or view.slots is not None:
+    full = visibility.window is None
+    if not on_gpu(query) or view.ring or view.slots is not None or (length == 1 and full):
         return None
     query, keys, values = query.to(view.values.dtype), view.keys.to(view.values.dtype), view.values  # under autocast
-    same = {"pad": scoring.pad, "softcap": scoring.softcap, "fallback": by_pytorch}
-    if on is not None:
-        kernel = kernel_for("gathered_heads", query, keys, values)
-        if kernel is not None:
-            return kernel.gathered_heads(query, keys, values, on, scoring.scale, **same)
-    window = view.end if visibility.window is None else visibility.window
-    plain = not with_lse and scoring.mask is None and scoring.softcap is None
-    plain &= length == view.end == keys.shape[2] and view.end <= window
-    kernel = kernel_for("streaming_prefill", query, keys, values, plain=plain)
-    if kernel is None:
+    same = {"pad": scoring.pad, "softcap": scoring.softcap, "fallback": nothing}
+    if on is not None and full and (kernel := kernel_for("gathered_heads", query, keys, values)) is not None:
+        made = kernel.gathered_heads(query, keys, values, on, scoring.scale, **same)
+        if made is not None:
+            return *made, on
+    window = view.end if full else visibility.window
+    simple = not with_lse and scoring.softcap is None
+    plain = simple and scoring.mask is None and length == view.end == keys.shape[2] and view.end <= window
+    plain |= simple and full and length < min(FEW, view.end)
+    if (kernel := kernel_for("streaming_prefill", query, keys, values, plain=plain)) is None:
         return None
-    apart = (view.sink_keys, view.sink_values) if visibility.sinks and view.start else None
+    apart = None
+    if visibility.sinks and view.start:
+        apart = view.sink_keys.to(values.dtype), view.sink_values.to(values.dtype)
     same |= {"first": view.start, "apart": apart, "limit": visibility.limit}
-    return kernel.streaming_prefill(query, keys, values, visibility.sinks, window, scoring.scale, **same)
+    made = kernel.streaming_prefill(query, keys, values, visibility.sinks, window, scoring.scale, **same)
+    return None if made is None else (*made, None)
 
 
-def of_token(kinds: HeadKinds, query, views: list[KeyValues], scoring: Scoring, with_lse: bool, by_pytorch):
+def of_token(kinds: HeadKinds, query, views: list[KeyValues], scoring: Scoring, with_lse: bool) -> tuple | None:
     """Attention of one token to what the stores of a layer's cache hold, all kinds of heads, by a kernel.
 
     Args:
         query: [batch, heads, 1, head_dim].
         views: the view of each kind.
-        with_lse, by_pytorch: as for `of_prompt`; the latter computes all kinds.
+        with_lse: as for `of_prompt`.
 
     Returns:
         Output [batch, heads, 1, head_dim] and log-sum-exp [batch, heads, 1], or None: no kernel is for this call.
     """
     stored = all(view.slots is None and (view.ring or view.visibility.window is None) for view in views)
-    if query.shape[2] != 1 or not stored:
+    if query.shape[2] != 1 or not on_gpu(query) or not stored:
         return None
-    first = views[0]
+    first, groups = views[0], max(kinds.spec[0])
     masked = first.ring and (first.sinks_and_ring is None or first.visibility.limit is not None)
     plain = len(views) == 1 and not with_lse and scoring.mask is None and scoring.softcap is None and not masked
     query = query.to(first.values.dtype)
-    kernel = kernel_for("split_decode", query, first.keys, first.values, plain=plain)
+    kernel = kernel_for("split_decode", query, first.keys, first.values, plain=plain, shape=(groups,))
     if kernel is None:
         return None
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    same = {"pad": scoring.pad, "softcap": scoring.softcap, "out": out, "lse": lse, "fallback": by_pytorch}
+    same = {"pad": scoring.pad, "softcap": scoring.softcap, "out": out, "lse": lse, "fallback": nothing}
     full, rings = ([kind for kind, view in enumerate(views) if view.ring == ring] for ring in (False, True))
     for pair in zip_longest(full, rings):
         table = _table(kernel, kinds, pair, query.device)
@@ -130,7 +157,8 @@ def of_token(kinds: HeadKinds, query, views: list[KeyValues], scoring: Scoring, 
         if ring is not None:
             both, seen = ring.store.tensors, ring.visibility
             ring = kernel.Ring(both["keys"].to(query.dtype), both["values"], ring.end, seen.sinks, seen.limit)
-        kernel.split_decode(query, kept, ring, table, scoring.scale, **same)
+        if kernel.split_decode(query, kept, ring, table, scoring.scale, **same) is None:
+            return None
     return out, lse
 
 

@@ -32,7 +32,7 @@ import torch
 from .surgery_block_attention import attend_blocks, attend_rows
 from .surgery_config import FILES, Part, load_file
 from .surgery_estimators import choose, choose_by_query, estimator, settings_problems, with_defaults
-from .surgery_kernels import kernel_for
+from .surgery_kernels import by_pytorch, kernel_for, nothing
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them. It would save little
@@ -148,16 +148,10 @@ class Sparse:
                     len(mine) // row.kept.shape[1], dim=0
                 )
         padded = any(row.start for row in rows)
-        same = {"pad": torch.tensor([row.start for row in rows], device=query.device) if padded else None}
-
-        def by_pytorch() -> tuple:
-            made = [row.padded(*self._by_pytorch(row, scale, softcap)) for row in rows]
-            return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
-
-        same |= {"softcap": softcap, "fallback": by_pytorch}
-        blocks = kernel.BlockList.of(kept, self.block)
+        pad = torch.tensor([row.start for row in rows], device=query.device) if padded else None
+        blocks, same = kernel.BlockList.of(kept, self.block), {"pad": pad, "softcap": softcap, "fallback": nothing}
         made = kernel.block_sparse_prefill(query, keys, values, blocks, scale, **same)
-        return [row.of_batch(index, made) for index, row in enumerate(rows)]
+        return None if made is None else [row.of_batch(index, made) for index, row in enumerate(rows)]
 
     def _products_of(self, row: _Row) -> tuple[int, int]:
         """The multiply-adds of attention for one row, and those of full attention."""
@@ -256,13 +250,13 @@ class Sparse:
 
 @contextmanager
 def _products(work):
-    """Count the matrix products inside as multiply-adds of the estimator."""
+    """Count the matrix products inside as multiply-adds of the estimator, all by PyTorch: a kernel's are not seen."""
     if work is None:
         yield
         return
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with by_pytorch(), FlopCounterMode(display=False) as counter:
         yield
     work.add("estimator", counter.get_total_flops() // 2, 0)
 

@@ -30,7 +30,7 @@ GROWTH = 256  # a full head's buffer grows by at least this many slots; a long o
 
 
 class Scoring(NamedTuple):
-    """How the heads of one kind score keys in a call.
+    """How the heads of a layer score keys in a call.
 
     Attributes:
         mask: bool [batch, N], the slots of real tokens; None: all are real.

@@ -56,19 +56,29 @@ def test_it_says_what_runs_each_kernel(monkeypatch):
 
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(common, "executor", lambda device: asked.append(device) or "Triton 3.9.0, compiled for sm_90")
     monkeypatch.setattr(trial, "fault", lambda name, device: "no compiler" if name == "split_decode" else "")
     runs = doctor._kernels()
-    assert asked == ["cuda"]
+    assert set(asked) == {"cuda:0"}
     assert runs.pop("split_decode") == "PyTorch: it cannot be launched (no compiler)"
     assert set(runs) == {"streaming_prefill", "gathered_heads", "block_sparse_prefill", "estimators"}
     assert set(runs.values()) == {"Triton 3.9.0, compiled for sm_90"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(trial, "fault", lambda name, device: "no compiler" if device == "cuda:1" else "")
+    both = "Triton 3.9.0, compiled for sm_90 on cuda:0; PyTorch: it cannot be launched (no compiler) on cuda:1"
+    assert set(doctor._kernels().values()) == {both}
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert all(said.startswith("PyTorch: ") for said in doctor._kernels().values())
 
 
-@pytest.mark.parametrize("name", ["streaming_prefill", "split_decode", "gathered_heads", "block_sparse_prefill"])
+BROKEN = {"estimators": "_antidiagonal"} | dict.fromkeys(
+    ("streaming_prefill", "split_decode", "gathered_heads", "block_sparse_prefill"), "_attend"
+)
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_kernel_that_cannot_be_launched_is_said(monkeypatch, name):
     """As on a GPU machine without a compiler; the launch itself runs here, by PyTorch."""
     import importlib
@@ -84,7 +94,15 @@ def test_a_kernel_that_cannot_be_launched_is_said(monkeypatch, name):
         def __getitem__(self, grid):
             raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(module, "_attend", Broken())
+    class Works:
+        def __getitem__(self, grid):
+            return lambda *given, **more: None
+
+    for function in ("_attend", "_means", "_pooled_lse", "_pooled_sum", "_antidiagonal"):
+        if hasattr(module, function) and function != BROKEN[name]:
+            monkeypatch.setattr(module, function, Works())
+    monkeypatch.setattr(module, BROKEN[name], Broken())
+
     monkeypatch.setattr(common, "INTERPRETED", False)
     monkeypatch.setattr(module, "supports", lambda query, *more: None)
     monkeypatch.setattr(module, "target", lambda device: "interpreter")
