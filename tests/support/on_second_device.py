@@ -9,7 +9,8 @@ With `--verbs`: `surgery apply --device second` of each operation, and the verbs
 measures a base. The same figures, with the difference to those of the CPU. `--table` prints them as a table.
 
 With `--streamed`: the same conversions on a device with a tenth less memory than the model needs, beside the device
-that has enough; and the bytes that `surgery plan` says.
+that has enough; and the bytes that `surgery plan` says. With `--eight-b` besides, the model is four layers of the
+shape of Llama 3.1 8B, and the operations are those of `EIGHT_B` (about 20 GB of memory).
 """
 
 from __future__ import annotations
@@ -176,19 +177,27 @@ def probes_of(model: Path, scratch: Path) -> dict[str, Callable[[str], object]]:
 
 
 LARGER = SIZES | {"num_hidden_layers": 24, "intermediate_size": 192}
+SHAPE_OF_8B = SIZES | {
+    "hidden_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+}  # fmt: skip
+EIGHT_B = {
+    "moh": OPERATIONS["moh"],
+    "gqa": {"op": "gqa", "kv_heads": 4, "method": "closed_form", "refit": ["q", "k", "v", "o"], **TEXT},
+}
 
 
-def streamed(names: list[str]) -> dict[str, dict]:
-    """Operation -> what it does on a device that is too small for the model."""
-    model, found = build("Llama", **LARGER).eval(), {}
+def streamed(steps: dict[str, dict], sizes: dict = LARGER) -> dict[str, dict]:
+    """Operation -> what it does on a device that is too small for the model of these sizes."""
+    model, found = build("Llama", **sizes).eval(), {}
     parts = ModelSizes.of(model)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         base = root / "base"
         model.save_pretrained(base)
         byte_tokenizer().save_pretrained(base)
-        for name in names:
-            step, slug = OPERATIONS[name], name.replace(" ", "-")
+        for name, step in steps.items():
+            slug = name.replace(" ", "-")
             with Work() as whole:
                 expected = applied(step, base, root / f"{slug}-whole", NAME)
             with Work(memory=int(0.9 * LOAD_OVERHEAD * parts.whole)) as work:
@@ -295,7 +304,9 @@ def main() -> None:
     if "--router-on-cpu" in options:
         put_router_on_cpu()
     if "--streamed" in options:
-        json.dump(streamed(names), sys.stdout)
+        eight_b = "--eight-b" in options
+        steps = EIGHT_B if eight_b else {name: OPERATIONS[name] for name in names}
+        json.dump(streamed(steps, SHAPE_OF_8B if eight_b else LARGER), sys.stdout)
     elif "--table" in options:
         print(table(verbs(names)))
     elif "--verbs" in options:
