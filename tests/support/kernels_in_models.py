@@ -186,6 +186,14 @@ def runs(model, autocast: torch.dtype | None = None) -> tuple[torch.Tensor, Ways
     return torch.cat([logits.flatten() for logits in found]).double().cpu(), ways
 
 
+@torch.no_grad()
+def multiply_adds(model, ids) -> dict[str, int]:
+    """What `surgery bench` counts for a prompt: component -> multiply-adds."""
+    with surgery_gated_compute.counted(model) as work:
+        model(input_ids=ids, use_cache=False)
+    return work.done
+
+
 def measured(name: str, device: str = "cpu") -> dict:
     """What this module's docstring says, of one case."""
     family, entry, _ = CASES[name]
@@ -198,13 +206,16 @@ def measured(name: str, device: str = "cpu") -> dict:
             continue  # it must know where a prompt ends: assisted decoding is refused
         with ways.of(way):
             answers[way] = model.generate(ids, max_new_tokens=6, do_sample=False, **more).tolist()
+    work = [multiply_adds(model, ids)]
     rule, surgery_kernels._module = surgery_kernels._module, lambda name: None
     by_pytorch, without = runs(model, autocast)
+    work.append(multiply_adds(model, ids))
     surgery_kernels._module = rule
     return {
         "error": float((by_kernel - by_pytorch).abs().max() / by_pytorch.abs().max()),
         "ways": ways,
         "answers": list(answers.values()),
+        "work": work,
         "without": sorted({kernel for kernels in without.values() for kernel in kernels}),
     }
 
