@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 
 from .surgery_triton import (  # isort: skip
-    capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
-    said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
+    add_tile, capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size,
+    precision, put, said_once, started, store_rows, target, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "block_sparse_prefill"
@@ -178,16 +178,15 @@ def _attend(
         slot = low + pad
         inside = near < length - slot
         k_at, v_at = k_base + slot.to(tl.int64) * k_n, v_base + slot.to(tl.int64) * v_n
-        k = load_tile(k_at + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
-        v = load_tile(v_at + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
-        scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
         seen = (low + near)[None, :] <= position[:, None]
-        top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
+        top, total, acc = add_tile(
+            q, k_at + k_offset, v_at + v_offset, inside, real, seen, factor, cap, top, total, acc,
+            WHOLE, UPCAST, CAPPED, PRECISION,
+        )  # fmt: skip
 
-    made, found = softmax_end(top, total, acc)
     o_at = OUT + batch * o_b + head[:, None] * o_h + row.to(tl.int64)[:, None] * o_n + dim[None, :] * o_d
-    tl.store(o_at, made.to(OUT.dtype.element_ty), mask=live[:, None] & real[None, :])
-    tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
+    l_at = LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n
+    store_rows(o_at, l_at, live, real, top, total, acc)
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:

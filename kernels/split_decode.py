@@ -14,14 +14,14 @@ from functools import partial
 import torch
 
 from .surgery_triton import (  # isort: skip
-    capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision,
-    said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
+    add_tile, capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size,
+    precision, said_once, started, store_rows, target, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "split_decode"
 # Keys of a tile, warps, stages, as in `surgery_triton.TILES`; the rows of a tile are the query heads of one KV head.
 TILES = {
-    ("cuda", "half", 64): (64, 4, 3),
+    ("cuda", "half", 64): (32, 4, 3),
     ("cuda", "half", 128): (64, 4, 2),
     ("cuda", "half", 256): (32, 4, 2),
     ("cuda", "float32", 64): (32, 4, 2),
@@ -33,7 +33,7 @@ TILES = {
     ("hip", "float32", 128): (32, 4, 1),
     ("hip", "float32", 256): (16, 4, 1),
 }
-WIDEST = 64  # query heads of a KV head: 128 rows spill registers (compiled for sm_80 and sm_90)
+WIDEST = 32  # query heads of a KV head: 64 rows spill registers on sm_80
 SHORTEST = 256  # least number of keys in a piece: a shorter piece is not worth its merge
 
 
@@ -225,10 +225,10 @@ def _attend(
             far = slot.to(tl.int64)
             k_at = k_base + far[None, :] * fk_n + dim[:, None] * fk_d
             v_at = v_base + far[:, None] * fv_n + dim[None, :] * fv_d
-            k = load_tile(k_at, seen[None, :], real[:, None], WHOLE, UPCAST)
-            v = load_tile(v_at, seen[:, None], real[None, :], WHOLE, UPCAST)
-            scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
-            top, total, acc = softmax_step(scores, seen[None, :], v, top, total, acc, PRECISION)
+            top, total, acc = add_tile(
+                q, k_at, v_at, seen, real, seen[None, :], factor, cap, top, total, acc,
+                WHOLE, UPCAST, CAPPED, PRECISION,
+            )  # fmt: skip
     else:
         k_base, v_base = RING_K + batch * rk_b + place * rk_h, RING_V + batch * rv_b + place * rv_h
         newest = seen_slots - 1
@@ -240,15 +240,14 @@ def _attend(
             seen = tl.where(index < sinks, position <= newest - pad, in_ring) & (newest - pad - position < limit)
             k_at = k_base + index[None, :] * rk_n + dim[:, None] * rk_d
             v_at = v_base + index[:, None] * rv_n + dim[None, :] * rv_d
-            k = load_tile(k_at, seen[None, :], real[:, None], WHOLE, UPCAST)
-            v = load_tile(v_at, seen[:, None], real[None, :], WHOLE, UPCAST)
-            scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
-            top, total, acc = softmax_step(scores, seen[None, :], v, top, total, acc, PRECISION)
+            top, total, acc = add_tile(
+                q, k_at, v_at, seen, real, seen[None, :], factor, cap, top, total, acc,
+                WHOLE, UPCAST, CAPPED, PRECISION,
+            )  # fmt: skip
 
-    made, found = softmax_end(top, total, acc)
     o_at = OUT + split * o_s + batch * o_b + head[:, None] * o_h + dim[None, :] * o_d
-    tl.store(o_at, made.to(OUT.dtype.element_ty), mask=live[:, None] & real[None, :])
-    tl.store(LSE + split * l_s + batch * l_b + head * l_h, found, mask=live)
+    l_at = LSE + split * l_s + batch * l_b + head * l_h
+    store_rows(o_at, l_at, live, real, top, total, acc)
 
 
 @jit
@@ -300,7 +299,7 @@ def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:
     return {
         "plain": (_attend, types | {"OUT": dtype}, fixed | {"CAPPED": False, "PADDED": False, "PAD": None}, options),
         "pad": (_attend, types, fixed | {"CAPPED": False}, options),
-        "groups of 64": (_attend, types, fixed | {"CAPPED": False, "BM": WIDEST}, options),
+        "groups of 32": (_attend, types, fixed | {"CAPPED": False, "BM": WIDEST}, options),
         "soft-cap": (_attend, types, fixed | {"CAPPED": True}, options),
         "merge": (
             _merge,

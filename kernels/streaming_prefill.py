@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from .surgery_triton import (  # isort: skip
-    capped, check, factors, jit, load_tile, masked_softmax, of_prefill, on_device, outputs, padded_size, precision,
-    put, said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
+    add_tile, capped, check, factors, jit, load_tile, masked_softmax, of_prefill, on_device, outputs,
+    padded_size, precision, put, said_once, started, store_rows, target, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "streaming_prefill"
@@ -145,33 +145,33 @@ def _attend(
             inside = (place < sinks) & (place <= last)
             k_at = s_k + dim[:, None] * sk_d + place[None, :] * sk_n
             v_at = s_v + place[:, None] * sv_n + dim[None, :] * sv_d
-            k = load_tile(k_at, inside[None, :], real[:, None], WHOLE, UPCAST)
-            v = load_tile(v_at, inside[:, None], real[None, :], WHOLE, UPCAST)
-            scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
             distance = position[:, None] - place[None, :]
             seen = inside[None, :] & (distance >= 0) & (distance < limit)
-            top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
+            top, total, acc = add_tile(
+                q, k_at, v_at, inside, real, seen, factor, cap, top, total, acc,
+                WHOLE, UPCAST, CAPPED, PRECISION,
+            )  # fmt: skip
         before = 0
     for i in range(0, before + tl.maximum(high - low, 0)):
         place = tl.where(i < before, i, low + i - before) * BN + near
         index = place - origin
         inside = (index >= 0) & (index < length)
         far = (tl.where(i < before, i, low + i - before) * BN - origin).to(tl.int64)
-        k = load_tile(k_base + far * k_n + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
-        v = load_tile(v_base + far * v_n + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
-        scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
         distance = position[:, None] - place[None, :]
         if APART:
             seen = (distance < window) & (place >= sinks)[None, :]
         else:
             seen = (distance < window) | (place < sinks)[None, :]
         seen = seen & (distance >= 0) & (distance < limit)
-        top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
+        top, total, acc = add_tile(
+            q, k_base + far * k_n + k_offset, v_base + far * v_n + v_offset, inside, real, seen, factor, cap,
+            top, total, acc,
+            WHOLE, UPCAST, CAPPED, PRECISION,
+        )  # fmt: skip
 
-    made, found = softmax_end(top, total, acc)
     o_at = OUT + batch * o_b + head[:, None] * o_h + row.to(tl.int64)[:, None] * o_n + dim[None, :] * o_d
-    tl.store(o_at, made.to(OUT.dtype.element_ty), mask=live[:, None] & real[None, :])
-    tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
+    l_at = LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n
+    store_rows(o_at, l_at, live, real, top, total, acc)
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str, group: int) -> dict:

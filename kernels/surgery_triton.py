@@ -301,6 +301,29 @@ def softmax_step(scores, seen, v, top, total, acc, PRECISION: tl.constexpr):
 
 
 @jit
+def add_tile(
+    q, k_at, v_at, inside, real, seen, factor, cap, top, total, acc,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Read a tile of keys [d, keys] and values [keys, d], and add what the queries see of it to their softmax.
+
+    `inside`: the keys that are there; `real`: the channels of a head; `seen`: broadcast to [rows, keys].
+    """
+    k = load_tile(k_at, inside[None, :], real[:, None], WHOLE, UPCAST)
+    v = load_tile(v_at, inside[:, None], real[None, :], WHOLE, UPCAST)
+    scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
+    return softmax_step(scores, seen, v, top, total, acc, PRECISION)
+
+
+@jit
+def store_rows(o_at, l_at, live, real, top, total, acc):
+    """Write the output [rows, d] and the log-sum-exp [rows] of the rows that are there."""
+    made, found = softmax_end(top, total, acc)
+    tl.store(o_at, made.to(o_at.dtype.element_ty), mask=live[:, None] & real[None, :])
+    tl.store(l_at, found, mask=live)
+
+
+@jit
 def softmax_end(top, total, acc):
     """Output [rows, d] and natural log-sum-exp [rows]; 0 and -inf in a row that has seen no key."""
     some = total > 0.0
