@@ -10,8 +10,8 @@ measures a base. The same figures, with the difference to those of the CPU. `--t
 
 With `--streamed`: the same conversions on a device with a tenth less memory than the model needs, beside the device
 that has enough; and the bytes that `surgery plan` says. With `--eight-b` besides, the model is eight layers of the
-shape of Llama 3.1 8B, the operations are those of `EIGHT_B`, and there is no device that has enough (half an hour and
-18 GB of memory).
+shape of Llama 3.1 8B, the operations are those of `EIGHT_B` (or some of them by name), the device has a tenth less
+memory than the weights take, and there is no device that has enough (half an hour and 18 GB of memory).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def streamed(steps: dict[str, dict], sizes: dict = LARGER, beside: bool = True) 
             if beside:
                 with Work() as whole:
                     expected = applied(step, base, root / f"{slug}-whole", NAME)
-            with Work(memory=int(0.9 * LOAD_OVERHEAD * parts.whole)) as work:
+            with Work(memory=int(0.9 * (LOAD_OVERHEAD if beside else 1) * parts.whole)) as work:
                 weights = applied(step, base, root / slug, NAME)
             with Work(memory=work.memory), placed_on(NAME):
                 planned = surgery.plan(recipe_of(step), str(base)).estimate.device
@@ -311,12 +311,14 @@ def put_router_on_cpu() -> None:
 def main() -> None:
     torch.set_num_threads(1)  # `Work` counts this thread
     options = {each for each in sys.argv[1:] if each.startswith("--")}
-    names = [each for each in sys.argv[1:] if each not in options] or list(OPERATIONS)
+    names = [each for each in sys.argv[1:] if each not in options]
+    names = names or list(EIGHT_B if "--eight-b" in options else OPERATIONS)
     if "--router-on-cpu" in options:
         put_router_on_cpu()
     if "--streamed" in options:
         eight_b = "--eight-b" in options
-        steps = EIGHT_B if eight_b else {name: OPERATIONS[name] for name in names}
+        known = EIGHT_B if eight_b else OPERATIONS
+        steps = {name: known[name] for name in names}
         json.dump(streamed(steps, SHAPE_OF_8B if eight_b else LARGER, beside=not eight_b), sys.stdout)
     elif "--table" in options:
         print(table(verbs(names)))

@@ -65,15 +65,16 @@ def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: in
     import torch
 
     head_scale, moments = problem.preconditioner()
-    moments = moments.cpu()
+    place, moments = moments.device, moments.cpu()
     system = moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
     inverse, failed = torch.linalg.inv_ex(system)
     if failed:  # x is 0 on this text: there is nothing to correct
         inverse = torch.linalg.pinv(system, hermitian=True)
+    inverse = inverse.to(place)  # where every step multiplies by it
     scale = (head_scale + 1e-9 * head_scale.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:
-        return gradient / scale @ inverse
+        return ((gradient / scale).to(place) @ inverse).to(gradient.device)
 
     goal, constant = validation.target(start)
 
