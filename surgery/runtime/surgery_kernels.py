@@ -68,9 +68,9 @@ def kernel_for(name: str, *tensors: torch.Tensor, plain: bool = False, shape: tu
         shape: what the kernel's `supports` takes after the queries.
     """
     query, *others = tensors
-    if plain or not on_gpu(query) or _off.get():
+    if plain or not on_gpu(query) or torch.compiler.is_compiling() or _off.get():
         return None
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(each.requires_grad for each in tensors)):
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return None
     if len({each.shape for each in others}) > 1 or any(each.shape[-1] != query.shape[-1] for each in others):
         return None  # keys and values of two sizes
@@ -105,6 +105,8 @@ def of_prompt(query, view: KeyValues, scoring: Scoring, with_lse: bool, on) -> t
     length, visibility = query.shape[2], view.visibility
     full = visibility.window is None
     if not on_gpu(query) or view.ring or view.slots is not None or (length == 1 and full):
+        return None
+    if torch.is_grad_enabled() and query.requires_grad:  # as `kernel_for` says; before the copies of the next line
         return None
     query, keys, values = query.to(view.values.dtype), view.keys.to(view.values.dtype), view.values  # under autocast
     same = {"pad": scoring.pad, "softcap": scoring.softcap, "fallback": nothing}
