@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from .surgery_triton import INTERPRETED, SHARED, triton
+from .trial import KERNELS
 
-KERNELS = ("block_sparse_prefill", "streaming_prefill", "split_decode", "gathered_heads", "estimators")
 TARGETS = ("sm_80", "sm_90", "gfx942")
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 FLOATS = {"factor", "cap"}
@@ -57,7 +57,9 @@ class Taken:
         return self.shared <= self.limit and few
 
 
-def compile_all(targets=TARGETS, dtypes=tuple(POINTERS), head_dims=(64, 128, 256), kernels=KERNELS, group=GROUP):
+def compile_all(
+    targets=TARGETS, dtypes=tuple(POINTERS), head_dims=(64, 128, 256), kernels=tuple(KERNELS), group=GROUP
+):
     """Yield a `Taken` for every kernel, variant, target, dtype and head size.
 
     Raises:
@@ -137,7 +139,7 @@ def main() -> None:
     names = parser.parse_args().names
     if unknown := [name for name in names if name not in (*KERNELS, *known)]:
         parser.error(f"there is no kernel or target {', '.join(unknown)}: kernels {words}")
-    kernels = [name for name in names if name in KERNELS] or KERNELS
+    kernels = [name for name in names if name in KERNELS] or list(KERNELS)
     targets = [name for name in names if name in known] or TARGETS
     if triton is None or INTERPRETED:
         sys.exit("nothing can be compiled: triton is not installed (extra: kernels), or TRITON_INTERPRET is set")

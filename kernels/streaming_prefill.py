@@ -153,10 +153,10 @@ def _attend(
             )  # fmt: skip
         before = 0
     for i in range(0, before + tl.maximum(high - low, 0)):
-        place = tl.where(i < before, i, low + i - before) * BN + near
-        index = place - origin
+        tile = tl.where(i < before, i, low + i - before) * BN
+        place, index = tile + near, tile + near - origin
         inside = (index >= 0) & (index < length)
-        far = (tl.where(i < before, i, low + i - before) * BN - origin).to(tl.int64)
+        far = (tile - origin).to(tl.int64)
         distance = position[:, None] - place[None, :]
         if APART:
             seen = (distance < window) & (place >= sinks)[None, :]

@@ -12,6 +12,7 @@ from surgery.errors import ModelError, SurgeryError, shown
 from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, utf8
 from surgery.io.plain_config import plain_config
 from surgery.io.safetensors import SINGLE_FILE, STORED_NAMES, WEIGHT_INDEX, Checkpoint
+from surgery.runtime.surgery_config import CODE
 
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
@@ -129,10 +130,7 @@ CARRIED = (
 REWRITTEN = {BASE_CARD, "config.json", CARD, REPORT}
 # Code files that are not copied from a surgical base: OUT has this version's files. In a stock base such files are its
 # own. They are copied, unless OUT has a file of that name.
-RUNTIME = (
-    "modeling_surgery.py", "surgery_*.py", "streaming_prefill.py", "split_decode.py", "gathered_heads.py",
-    "block_sparse_prefill.py", "estimators.py",
-)  # fmt: skip
+RUNTIME = CODE
 
 
 def is_carried(name: str) -> bool:

@@ -36,8 +36,8 @@ import torch
 import transformers
 
 from .surgery_config import (
+    CODE,
     ENTRY,
-    FILES,
     FORMAT,
     NAME,
     PARTS,
@@ -81,8 +81,7 @@ PREFIX = "Surgery"
 
 # The process has one registry of attention functions, and other checkpoints may bring another copy or version of this
 # code. The name contains a hash of the code, so that a model calls the functions it was loaded with.
-_OTHERS = ("surgery_*.py", *(f"{file}.py" for name, file in FILES.items() if name.startswith("kernel.")))
-_FILES = [Path(__file__), *(file for name in _OTHERS for file in sorted(Path(__file__).parent.glob(name)))]
+_FILES = [file for name in CODE for file in sorted(Path(__file__).parent.glob(name))]
 _CODE = __name__.encode() + b"".join(file.read_bytes() for file in _FILES)
 ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
 AttentionInterface.register(ATTENTION, surgery_attention)

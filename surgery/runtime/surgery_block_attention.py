@@ -37,15 +37,19 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
         [batch, heads, n, head_dim] and the natural log-sum-exp [batch, heads, n].
     """
     query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    first = (keys.shape[2] - query.shape[2]) // block
-    own = torch.arange(first, first + kept.shape[2], device=kept.device)[:, None]
-    kept = kept.scatter(3, own.expand(*kept.shape[:2], -1, 1), True)
+    kept = with_own_blocks(kept, (keys.shape[2] - query.shape[2]) // block)
     run = _written_out if softcap is not None or written_out(query, keys, values) else _gathered
 
     rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
     return tuple(
         tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) for tensors in zip(*rows, strict=True)
     )
+
+
+def with_own_blocks(kept, first: int) -> torch.Tensor:
+    """Kept blocks [batch, lists, query blocks, key blocks] with each query block's own, from number `first` on."""
+    own = torch.arange(first, first + kept.shape[2], device=kept.device)[:, None]
+    return kept.scatter(3, own.expand(*kept.shape[:2], -1, 1), True)
 
 
 def attend_rows(query, keys, values, positions: list[int], scale: float, softcap=None) -> tuple:

@@ -76,10 +76,10 @@ FILES = {
     "sparse.by_head": "surgery_estimators",  # every estimator needs this file
 }
 PARTS = tuple(name for name in FILES if "." not in name)
-ALWAYS = (
-    "kernel.streaming_prefill",
-    "kernel.split_decode",
-)  # what every surgical checkpoint carries besides its parts
+# The names of the files of code that a checkpoint may carry.
+CODE = (f"{ENTRY}.py", "surgery_*.py", *(f"{file}.py" for name, file in FILES.items() if name.startswith("kernel.")))
+# What every surgical checkpoint carries besides its parts.
+ALWAYS = ("kernel.streaming_prefill", "kernel.split_decode")
 LIST = b"\n\nif False:  # read by Transformers, which takes what it finds imported here\n"
 
 

@@ -139,8 +139,9 @@ def of_token(kinds: HeadKinds, query, views: list[KeyValues], scoring: Scoring, 
     Returns:
         Output [batch, heads, 1, head_dim] and log-sum-exp [batch, heads, 1], or None: no kernel is for this call.
     """
-    stored = all(view.slots is None and (view.ring or view.visibility.window is None) for view in views)
-    if query.shape[2] != 1 or not on_gpu(query) or not stored:
+    if query.shape[2] != 1 or not on_gpu(query):
+        return None
+    if not all(view.slots is None and (view.ring or view.visibility.window is None) for view in views):
         return None
     first, groups = views[0], max(kinds.spec[0])
     masked = first.ring and (first.sinks_and_ring is None or first.visibility.limit is not None)

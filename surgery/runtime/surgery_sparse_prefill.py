@@ -29,7 +29,7 @@ from math import ceil
 
 import torch
 
-from .surgery_block_attention import attend_blocks, attend_rows
+from .surgery_block_attention import attend_blocks, attend_rows, with_own_blocks
 from .surgery_config import FILES, Part, load_file
 from .surgery_estimators import choose, choose_by_query, estimator, settings_problems, with_defaults
 from .surgery_kernels import by_pytorch, kernel_for, nothing
@@ -144,9 +144,9 @@ class Sparse:
         kept = lists[0].new_zeros(len(rows), *(max(each.shape[axis] for each in lists) for axis in (1, 2, 3)))
         for row, mine in zip(rows, kept, strict=True):
             if row.some:
-                mine[:, : row.kept.shape[2], : row.kept.shape[3]] = row.kept[0].repeat_interleave(
-                    len(mine) // row.kept.shape[1], dim=0
-                )
+                lists = with_own_blocks(row.kept, row.kept.shape[3] - row.kept.shape[2])[0]
+                lists = lists.repeat_interleave(len(mine) // len(lists), dim=0)
+                mine[:, : lists.shape[1], : lists.shape[2]] = lists
         padded = any(row.start for row in rows)
         pad = torch.tensor([row.start for row in rows], device=query.device) if padded else None
         blocks, same = kernel.BlockList.of(kept, self.block), {"pad": pad, "softcap": softcap, "fallback": nothing}
@@ -172,7 +172,6 @@ class Sparse:
     def kept(self, query, keys, scale: float) -> torch.Tensor:
         """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real.
 
-        A query block's own block is among them, whatever the estimator says.
         With `exact` each query has a row of its own: [batch, heads, n, key blocks].
         """
         if self.exact:
@@ -192,8 +191,7 @@ class Sparse:
         many = found.sum(-1, keepdim=True) > DENSE * (torch.arange(rows.start, rows.stop, device=device)[:, None] + 1)
         kept = causal.repeat(*found.shape[:2], 1, 1)
         kept[:, :, rows.start - past // size : rows.stop - past // size, : found.shape[-1]] &= found | many
-        own = torch.arange(past // size, len(columns), device=device)[:, None]
-        return kept.scatter_(3, own.expand(*kept.shape[:2], -1, 1), True)
+        return kept
 
     def _kept_by_query(self, query, keys) -> torch.Tensor:
         """`kept` of each query. It reads all where its block ends by `dense_below`, or holds a late row."""
