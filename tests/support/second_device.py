@@ -38,6 +38,7 @@ FROM_CPU = {  # operations that may read a CPU tensor: copies, and indices
 # Multiply-adds of what the flop counter does not know, from the shapes of the arguments.
 SOLVERS = {
     aten._linalg_eigh.default: lambda a, *_: 9 * a.shape[-1] ** 3 * a.shape[:-2].numel(),
+    aten.linalg_inv_ex.default: lambda a, **_: a.shape[-1] ** 3 * a.shape[:-2].numel(),
     aten.linalg_cholesky_ex.default: lambda a, *_: a.shape[-1] ** 3 // 3 * a.shape[:-2].numel(),
     aten.cholesky_solve.default: lambda b, a, *_: a.shape[-1] ** 2 * b.shape[-1] * a.shape[:-2].numel(),
     aten._linalg_svd.default: lambda a, *_: 9 * a.shape[-1] * a.shape[-2] * min(a.shape[-2:]) * a.shape[:-2].numel(),

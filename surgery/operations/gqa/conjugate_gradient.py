@@ -24,7 +24,10 @@ class Quadratic(Protocol):
         """b [heads, d, n], and c."""
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
-        """C and M with H close to C ⊗ M: C holds a number for each head and channel [heads, d], and M is [n, n]."""
+        """C and M with H close to C ⊗ M: C holds a number for each head and channel [heads, d], and M is [n, n].
+
+        Both are on the device that solves.
+        """
 
 
 CHECK_EVERY = 3  # steps between two validation losses; computing one takes a quarter of a step
@@ -58,23 +61,22 @@ def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: in
     Args:
         problem: L on the training samples.
         validation: L on the validation samples.
-        start: W_0 [heads, d, n], float64.
+        start: W_0 [heads, d, n], float64. It may be on another device than the problem's, and so is the solution.
         steps: the largest number of steps.
         damping: strength of the identity in the preconditioner, above 0.
     """
     import torch
 
     head_scale, moments = problem.preconditioner()
-    place, moments = moments.device, moments.cpu()
-    system = moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    home, start = start.device, start.to(moments.device)
+    system = moments + damping * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
     inverse, failed = torch.linalg.inv_ex(system)
     if failed:  # x is 0 on this text: there is nothing to correct
         inverse = torch.linalg.pinv(system, hermitian=True)
-    inverse = inverse.to(place)  # where every step multiplies by it
     scale = (head_scale + 1e-9 * head_scale.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:
-        return ((gradient / scale).to(place) @ inverse).to(gradient.device)
+        return (gradient / scale) @ inverse
 
     goal, constant = validation.target(start)
 
@@ -104,4 +106,6 @@ def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: in
             finished = finished or current > lowest * (1 + 1e-3)
             if current < lowest:
                 best, lowest, best_step = weight, current, step
-    return Solution(best, before / constant if constant else 0.0, lowest / constant if constant else 0.0, best_step)
+    return Solution(
+        best.to(home), before / constant if constant else 0.0, lowest / constant if constant else 0.0, best_step
+    )

@@ -216,7 +216,7 @@ class Problem:
 
     def mean_of_pairs(self, curvature: Tensor, rotation: Rotation) -> Tensor:
         """The curvature [heads, d], averaged over the two channels of each pair, since RoPE mixes them."""
-        return (curvature + curvature[:, rotation.swap.cpu()]) / 2
+        return (curvature + curvature[:, rotation.swap.to(curvature.device)]) / 2
 
 
 class QueryProblem(Problem):
@@ -265,7 +265,7 @@ class QueryProblem(Problem):
             return exact(self._mean(sample, self.keys[index].square()) - self.means[index].square()).sum(1)
 
         inputs = exact(self.objective.query_inputs)
-        curvature = sum(self.objective.map_samples(variance)).cpu() / len(inputs)
+        curvature = sum(self.objective.map_samples(variance)) / len(inputs)
         return self.mean_of_pairs(curvature, self.objective.query_rotation), inputs.T @ inputs
 
     def _rotation(self, index: int, chunk: RowChunk) -> Rotation:
@@ -321,6 +321,5 @@ class KeyProblem(Problem):
             curvature = curvature + exact(objective.grouped(queries)).square().sum(1)
             moments = moments + exact((sample.x.T * sample.weights.sum((0, 1))) @ sample.x)
         heads = len(self.queries[0])
-        return self.mean_of_pairs(
-            curvature.cpu() / (len(objective.query_inputs) * heads // objective.groups), objective.key_rotation
-        ), moments
+        curvature = curvature / (len(objective.query_inputs) * heads // objective.groups)
+        return self.mean_of_pairs(curvature, objective.key_rotation), moments

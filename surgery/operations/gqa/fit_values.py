@@ -86,13 +86,19 @@ class ValueProblem:
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
         """C [groups, d] and M [n, n] with H close to C ⊗ M."""
-        curvature = self.output.cpu().double().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
+        curvature = (
+            exact(self.columns.unflatten(1, (-1, self.output.shape[2])))
+            .square()
+            .sum(0)
+            .reshape(self.groups, -1, self.output.shape[2])
+            .mean(1)
+        )
         rows = sum(len(sample.row_weights[::4]) for sample in self.samples)
 
         def read_moments(sample: ValueSample, *_) -> Tensor:  # every fourth row is enough for these moments
             read_inputs = (sample.weights[:, ::4] @ sample.x).flatten(0, 1)
             row_weights = sample.row_weights[::4].to(read_inputs).repeat(len(sample.weights))
-            return ((read_inputs.T * row_weights) @ read_inputs).cpu().double()
+            return exact((read_inputs.T * row_weights) @ read_inputs)
 
         return curvature, sum(self._map_samples(read_moments)) * (len(self.row_weights) / rows)
 

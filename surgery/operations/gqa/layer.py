@@ -183,16 +183,19 @@ class SharedLayer:
         return moments
 
     def _merge_keys(self, q, k, moments: Moments, record: dict):
-        """Queries [H, d, n] that read the merged keys, and these keys [groups, d, n]."""
-        anatomy, new, lost, energy = self.layer.anatomy, [], 0.0, 0.0
-        second = moments.second.cpu()
-        mean = None if anatomy.layout.sinks else moments.mean.cpu()
-        q = q.clone()
+        """Queries [H, d, n] that read the merged keys, and these keys [groups, d, n].
+
+        They are computed where the moments lie.
+        """
+        anatomy, new, lost, energy, home = self.layer.anatomy, [], 0.0, 0.0, k.device
+        second = moments.second
+        mean = None if anatomy.layout.sinks else moments.mean.to(second)
+        q, k = q.to(second.device, copy=True), k.to(second.device)
         for group in self.groups:
             sources = list(group)
             power = torch.stack([sum(q[j] @ second @ q[j].T for j in readers) for readers in group.values()])
             if not self.settings.weighted:
-                power = torch.eye(anatomy.head_dim, dtype=power.dtype).expand_as(power)
+                power = torch.eye(anatomy.head_dim).to(power).expand_as(power)
             merged = merge_keys(
                 k[sources], second, power, rotary=anatomy.rotary, positions=anatomy.positions, mean=mean
             )
@@ -201,7 +204,7 @@ class SharedLayer:
             new.append(merged.head)
             lost, energy = lost + merged.lost, energy + merged.energy
         record["keys_lost"] = share(lost, energy)
-        return q, torch.stack(new)
+        return q.to(home), torch.stack(new).to(home)
 
     def _fit_scores(self, q, k, refit: list[str], record: dict):
         """Fit queries and keys in turn to the base's scores. Later fits take more steps, as they undo earlier ones."""
@@ -240,8 +243,8 @@ class SharedLayer:
 
     def _merge_values(self, v, o, moments: Moments, record: dict):
         """The merged values [groups, d, n], and the output columns [D, H, d] that read them."""
-        new, lost, energy, second = [], 0.0, 0.0, moments.second.cpu()
-        o = o.clone()
+        new, lost, energy, second, home = [], 0.0, 0.0, moments.second, v.device
+        v, o = v.to(second.device), o.to(second.device, copy=True)
         for group in self.groups:
             readers = torch.stack([sum(o[:, j].T @ o[:, j] for j in queries) for queries in group.values()])
             merged = merge_values(v[list(group)], second, readers)
@@ -250,7 +253,7 @@ class SharedLayer:
             new.append(merged.head)
             lost, energy = lost + merged.lost, energy + merged.energy
         record["values_lost"] = share(lost, energy)
-        return torch.stack(new), o
+        return torch.stack(new).to(home), o.to(home)
 
     def _fit_values(self, new: AttentionLayer, v, weights: list[torch.Tensor], record: dict) -> AttentionLayer:
         """The layer with its values refitted to the output of the base's attention.
