@@ -114,7 +114,7 @@ def _through_cache(model, items: list[Choice]) -> torch.Tensor:
     choices, real = _padded([choice for item in items for choice in item.choices], model.device)
     logps = _log_probabilities(prompted.logits[:, -1:], choices[:, :1], owners)
     if choices.shape[1] > 1:
-        prompted[CACHE].batch_select_indices(owners)
+        prompted[CACHE].batch_select_indices(owners.cpu())  # the cache's layers may be on several devices
         inputs = _inputs(model, choices[:, :-1], torch.cat([mask[owners], real[:, :-1]], dim=1))
         logits = model(**inputs, **{CACHE: prompted[CACHE]}, use_cache=True).logits
         logps = torch.cat([logps, _log_probabilities(logits, choices[:, 1:])], dim=1)

@@ -14,7 +14,7 @@ from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.edit import own_config, snapshot
 from surgery.architecture.surgery_block import export, layer_entries
 from surgery.config.options import RunOptions
-from surgery.conversion.estimate import measuring_bytes, needs_whole
+from surgery.conversion.estimate import measuring_bytes, use_of
 from surgery.conversion.plan import Plan, Step, make_plan, planned_change, problems_after, problems_of
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
@@ -206,7 +206,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
         tokenizer = None if plan.streams else read_tokenizer(base)
     except SurgeryError as error:  # raised later, and only if an operation needs the tokenizer
         tokenizer = error
-    measured = measured_in_place(model, whole=needs_whole(plan), beside=measuring_bytes(plan))
+    measured = measured_in_place(model, use=use_of(plan), beside=measuring_bytes(plan))
     with nullcontext({}) if plan.streams else measured as measured_in:
         records = [
             checked_record(operation, operation.apply(model, context))

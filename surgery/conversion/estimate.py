@@ -21,7 +21,7 @@ from surgery.evaluation.check import FILES, FRESH
 from surgery.io.safetensors import TORCH_NAMES, stored_bytes
 from surgery.machine.device import LOAD_OVERHEAD
 from surgery.machine.offload import ModelSizes
-from surgery.machine.placement import AUTO, CPU, DTYPES, current, place_for
+from surgery.machine.placement import AUTO, CPU, DTYPES, GRADIENTS, LAYERS, Use, current, place_for
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
 
@@ -105,9 +105,10 @@ class DeviceUse:
     """What a conversion takes of a GPU.
 
     Attributes:
-        device: its name in PyTorch.
+        device: its name in PyTorch, or the names of those over which the model is spread.
         streamed: whether the model's layers are there one at a time, since the model is larger.
-        memory_bytes: bytes of the model that are there, with activations, and of the measurement.
+        memory_bytes: bytes of the model that are there, with activations, and of the measurement; of several devices
+            the sum.
     """
 
     device: str
@@ -124,16 +125,17 @@ class DeviceUse:
         if plan.streams:
             return None
         sizes = _sizes(plan)
-        place = place_for(sizes.whole, None if needs_whole(plan) else sizes.streamed, measuring_bytes(plan))
+        place = place_for(sizes, use_of(plan), measuring_bytes(plan))
         if place.device.type == CPU:
             return None
         size = sizes.streamed if place.streamed else sizes.whole
-        return cls(str(place.device), place.streamed, int(LOAD_OVERHEAD * size) + measuring_bytes(plan))
+        beside = len(place.devices) * measuring_bytes(plan)
+        return cls(", ".join(map(str, place.devices)), place.streamed, int(LOAD_OVERHEAD * size) + beside)
 
 
-def needs_whole(plan: Plan) -> bool:
-    """Whether a step of the plan measures with gradients through all layers."""
-    return any(step.operation.whole_model for step in plan.steps)
+def use_of(plan: Plan) -> Use:
+    """What the plan's measurements do with the model."""
+    return GRADIENTS if any(step.operation.whole_model for step in plan.steps) else LAYERS
 
 
 def measuring_bytes(plan: Plan) -> int:

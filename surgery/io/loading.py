@@ -64,11 +64,13 @@ def eval_mode(model) -> Iterator[None]:
 _MODES, _in_eval_mode = Lock(), {}  # model -> how many use it, and its modules' modes
 
 
-def load_for_run(folder: str | Path, *, allow_pickle: bool = False, whole: bool = False, beside: int = 0) -> Any:
+def load_for_run(
+    folder: str | Path, *, allow_pickle: bool = False, use: placement.Use = placement.PASSES, beside: int = 0
+) -> Any:
     """Load a model as `load_model` does, on the device and in the dtype of this run (`machine.placement`).
 
     Args:
-        whole, beside: as for `placement.put`.
+        use, beside: as for `placement.put`.
 
     Raises:
         SurgeryError: as for `load_model`.
@@ -76,7 +78,7 @@ def load_for_run(folder: str | Path, *, allow_pickle: bool = False, whole: bool 
     """
     with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
         return placement.put(
-            load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()), whole=whole, beside=beside
+            load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()), use=use, beside=beside
         )
 
 

@@ -1,13 +1,16 @@
-"""A model that is larger than the GPU: its layers lie in main memory, and one at a time runs on the GPU.
+"""A model that is larger than the GPU: it is spread over several, or its layers run on one, one at a time.
 
-All that is not a layer (embeddings, the last norm, the head) stays on the GPU. A layer is moved there when it is
-called, and leaves when another one is called. So a calibration that runs one layer on all texts moves each layer once,
-and a forward pass of the whole model moves all of them.
+A model that is spread has whole layers on each GPU, and all else on the first (Accelerate's device map).
+
+The layers of a model that is streamed lie in main memory. All that is not a layer (embeddings, the last norm, the
+head) stays on the GPU. A layer is moved there when it is called, and leaves when another one is called. So a
+calibration that runs one layer on all texts moves each layer once, and a forward pass of the whole model moves all of
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +136,34 @@ class StreamedLayers:
         self.leave()
         for hook in self._hooks:
             hook.remove()
+
+
+def spread(model: nn.Module, rest: torch.device, layers: Sequence[torch.device]) -> nn.Module:
+    """Put each layer of a model on its device, and all else on `rest`. Inputs are moved to where they are read."""
+    from accelerate import dispatch_model
+
+    where = dict(zip(layers_of(model), layers, strict=True))
+    stays = getattr(model, "_skip_keys_device_placement", None)  # the cache, whose layers lie where their layers do
+    return dispatch_model(model, dict(_device_map("", model, where, rest)), main_device=rest, skip_keys=stays)
+
+
+def _device_map(path: str, module: nn.Module, layers: dict[nn.Module, torch.device], rest: torch.device):
+    """Pairs of a module's path and its device: the layers, and the largest modules without layers."""
+    if module in layers or layers.keys().isdisjoint(module.modules()):
+        yield path, layers.get(module, rest)
+        return
+    for name, child in module.named_children():
+        yield from _device_map(f"{path}.{name}" if path else name, child, layers, rest)
+
+
+def end_spreading(model: nn.Module) -> None:
+    """Let a model that was spread be one that can be moved as others."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    if vars(model).pop("hf_device_map", None) is not None:
+        remove_hook_from_submodules(model)
+        for name in ("to", "cuda", "xpu", "npu"):  # Accelerate's, which warn
+            vars(model).pop(name, None)
 
 
 def _move_rest(module: nn.Module, layers: set[nn.Module], device: torch.device) -> None:

@@ -4,19 +4,23 @@ A public function sets the placement for its length (`placed`), and whatever loa
 (`run_dtype`, `put`). So an option of the command line reaches all models of a run. A model that a script has loaded
 stays where it is.
 
-"auto" takes the GPU with the most free memory, and the CPU if no GPU has enough. A model that is larger than the GPU
-is streamed: its layers go there one at a time (`machine.offload`). A device that is named must have room for that.
+"auto" takes the GPU with the most free memory, and the CPU if no GPU has enough. A model that is larger than every GPU
+is spread over several, or streamed: its layers go to one GPU one at a time (`machine.offload`). A device that is named
+must have room for that.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from surgery.errors import MachineError, SettingError, shown
 from surgery.machine.device import LOAD_OVERHEAD, is_out_of_memory, made_on_cpu
@@ -24,9 +28,16 @@ from surgery.machine.device import LOAD_OVERHEAD, is_out_of_memory, made_on_cpu
 if TYPE_CHECKING:
     import torch
 
+    from surgery.machine.offload import ModelSizes
+
 AUTO, CPU = "auto", "cpu"
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # name -> bytes of a number
 GIB = 2**30
+GRADIENTS, PASSES, LAYERS = "gradients", "passes", "layers"
+Use = Literal["gradients", "passes", "layers"]
+"""What a run does with a model: gradients flow through all layers, texts pass through all, or all texts pass through
+one layer before the next. A model that is too large for a GPU is spread over several for the first two, and streamed
+for the last; for passes it is streamed where several have no room either."""
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -98,12 +109,12 @@ def run_dtype() -> Any:
     return getattr(torch, name)
 
 
-def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
-    """Move a model that was just loaded to the device of this run; layer by layer if it does not fit as a whole.
+def put(model: Any, *, use: Use = PASSES, beside: int = 0) -> Any:
+    """Move a model that was just loaded to the device of this run, or to several, or layer by layer.
 
     Args:
-        whole: its layers may not be streamed, since gradients will flow through all of them.
-        beside: bytes that the run needs there in addition to the model and its activations.
+        use: what the run does with it, which decides between the last two.
+        beside: bytes that the run needs on each device in addition to the model and its activations.
 
     Raises:
         SurgeryError: a device was named, and the model is quantised.
@@ -111,7 +122,7 @@ def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
     """
     import torch
 
-    from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers
+    from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers, spread
 
     if getattr(model, "is_quantized", False):  # its kernels decide where it runs
         if current().device == AUTO or _of_kind(torch.device(current().device), [model.device]):
@@ -121,14 +132,15 @@ def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
             where=f"--device {current().device}",
             fix="leave --device out, or name the model before its quantisation",
         )
-    sizes = ModelSizes.of(model)
-    place = place_for(sizes.whole, None if whole or not sizes.layers else sizes.streamed, beside)
+    place = place_for(ModelSizes.of(model), use, beside)
     if place.device.type == CPU:
         return model
     try:
         if place.streamed:
             vars(model)[STREAMED] = StreamedLayers(model, place.device)
             return model
+        if place.layers:
+            return spread(model, place.device, place.layers)
         return model.to(place.device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -137,16 +149,16 @@ def put(model: Any, *, whole: bool = False, beside: int = 0) -> Any:
 
 
 @contextmanager
-def measured_in_place(model: Any, *, whole: bool = False, beside: int = 0) -> Iterator[dict[str, str]]:
+def measured_in_place(model: Any, *, use: Use = LAYERS, beside: int = 0) -> Iterator[dict[str, str]]:
     """A block that measures and edits a model on the device and in the dtype of this run.
 
     Afterwards the model is on the CPU, in its own dtype. Weights that the block left as they were have their own bits
     again, also if the run's dtype is narrower. The block gets what is not as on the CPU: "device", "dtype".
 
     Args:
-        whole, beside: as for `put`.
+        use, beside: as for `put`.
     """
-    from surgery.machine.offload import end_streaming
+    from surgery.machine.offload import end_spreading, end_streaming
 
     dtype, before = run_dtype(), {}
     if dtype != AUTO:  # buffers, such as the frequencies of RoPE, stay as exact as they are
@@ -154,14 +166,16 @@ def measured_in_place(model: Any, *, whole: bool = False, beside: int = 0) -> It
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     try:
-        put(model, whole=whole, beside=beside)
+        put(model, use=use, beside=beside)
         kind = _device_of(model).type
         yield ({} if kind == CPU else {"device": kind}) | ({} if dtype == AUTO else {"dtype": current().dtype})
     finally:
-        device = _device_of(model)
+        devices = {each.device for each in model.parameters()}
         end_streaming(model)
+        end_spreading(model)
         model.to(CPU)
-        give_back(device)
+        for device in devices:
+            give_back(device)
         if before:
             _restore(model, before, dtype)
 
@@ -187,26 +201,34 @@ class Place:
     """Where a model runs.
 
     Attributes:
-        device: the device.
+        device: the device; of a model that is spread, that of all that is not a layer.
         streamed: its layers lie in main memory, and one at a time is on the device (`machine.offload`).
+        layers: the device of each layer, if the model is spread over several.
     """
 
     device: torch.device
     streamed: bool = False
+    layers: tuple[torch.device, ...] = ()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices of the model, in the order of their layers."""
+        return tuple(dict.fromkeys((self.device, *self.layers)))
 
 
 def device_for(weights: int) -> torch.device:
     """The device of this run for a model of so many bytes, which is there as a whole; raises as `place_for`."""
-    return place_for(weights).device
+    from surgery.machine.offload import ModelSizes
+
+    return place_for(ModelSizes((), weights)).device
 
 
-def place_for(whole: int, streamed: int | None = None, beside: int = 0) -> Place:
-    """Where a model runs: on the device of this run as a whole if it fits, else streamed, else on the CPU.
+def place_for(sizes: ModelSizes, use: Use = PASSES, beside: int = 0) -> Place:
+    """Where a model runs: on the device of this run as a whole if it fits, else spread or streamed, else on the CPU.
 
     Args:
-        whole: bytes of the model.
-        streamed: bytes of it on the device if its layers are streamed; None if they cannot be.
-        beside: bytes that the run needs there in addition.
+        sizes: of the model, which is neither spread nor streamed if its layers are not known.
+        use, beside: as for `put`.
 
     Raises:
         MachineError: it does not fit on the device that was named.
@@ -221,19 +243,55 @@ def place_for(whole: int, streamed: int | None = None, beside: int = 0) -> Place
     if (dtype := current().dtype) != AUTO and asked == AUTO:
         mine = [device for device in mine if _computes(str(device), dtype)]
     free = {device: free_on(device) for device in mine}  # another GPU may be so full that asking it fails
-    for size, by_layers in ((whole, False), (streamed, True)):
-        if size is not None and (fitting := _fitting(free, need := int(LOAD_OVERHEAD * size) + beside, mine)):
-            return Place(fitting[0], by_layers)
+    needs = int(LOAD_OVERHEAD * sizes.whole) + beside
+    if fitting := _fitting(free, needs, mine):
+        return Place(fitting[0])
+    if sizes.layers and use != LAYERS and (layers := _spread(sizes, free, beside)):
+        return Place(layers[0], layers=layers)
+    streams = bool(sizes.layers) and use != GRADIENTS
+    by_layers = int(LOAD_OVERHEAD * sizes.streamed) + beside
+    if streams and (fitting := _fitting(free, by_layers, mine)):
+        return Place(fitting[0], streamed=True)
     if asked == AUTO:
         return Place(torch.device(CPU))
-    needs = int(LOAD_OVERHEAD * whole) + beside
     words = f"the model needs about {_size(needs)}"
-    if streamed is not None:
-        words += f", or {_size(need)} layer by layer"
+    if streams:
+        words += f", or {_size(by_layers)} layer by layer"
     what = f"{words}, and {_size(max(free[device] or 0 for device in mine))} are free"
     free |= {device: free_on(device) for device in there if device not in free}
     exists = [f"{device}: {_size(free[device] or 0)} free" for device in free]
     raise _full(mine[0] if len(mine) == 1 else asked, what, exists, next(map(str, _fitting(free, needs, free)), ""))
+
+
+def _spread(sizes: ModelSizes, free: dict[torch.device, int | None], beside: int) -> tuple[torch.device, ...]:
+    """The device of each layer on as few devices as have room together, in turn; () if all have not.
+
+    The devices' shares of the layers are as their free memory. The first one also has what is not a layer.
+    """
+    rooms = {device: (room or 0) - beside for device, room in free.items()}
+    ordered = sorted(rooms, key=lambda device: -rooms[device])
+    if ordered:
+        rooms[ordered[0]] -= int(LOAD_OVERHEAD * sizes.rest)
+    for count in range(2, len(ordered) + 1):
+        chosen = ordered[:count]
+        if min(rooms[device] for device in chosen) <= 0:
+            break
+        layers = _in_turn([int(LOAD_OVERHEAD * size) for size in sizes.layers], {d: rooms[d] for d in chosen})
+        if layers:
+            return layers
+    return ()
+
+
+def _in_turn(sizes: list[int], rooms: dict[torch.device, int]) -> tuple[torch.device, ...]:
+    """The device of each layer, in proportion to the devices' room; () if one of them would be too full."""
+    ends = list(accumulate(rooms.values()))
+    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    devices = list(rooms)
+    places = [devices[bisect_left(ends, middle / sum(sizes) * ends[-1])] for middle in middles]
+    used = Counter()
+    for device, size in zip(places, sizes, strict=True):
+        used[device] += size
+    return tuple(places) if all(used[device] <= rooms[device] for device in devices) else ()
 
 
 def _fitting(free: dict[torch.device, int | None], need: int, among: Iterable[torch.device]) -> list[torch.device]:

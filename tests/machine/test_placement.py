@@ -11,8 +11,12 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import MachineError, SettingError
 from surgery.machine import placement
+from surgery.machine.offload import ModelSizes
 from surgery.machine.placement import (
     GIB,
+    GRADIENTS,
+    LAYERS,
+    PASSES,
     Place,
     Placement,
     current,
@@ -49,18 +53,56 @@ def test_auto_takes_the_gpu_with_most_room(gpus):
     assert device_for(GIB) == CUDA[1]
     assert device_for(6 * GIB) == CUDA[1], "1.3 times 6 GiB fit"
     assert device_for(7 * GIB).type == "cpu"
-    assert place_for(5 * GIB, beside=2 * GIB) == Place(torch.device("cpu"))
+    assert place_for(ModelSizes((), 5 * GIB), beside=2 * GIB) == Place(torch.device("cpu"))
+
+
+def of_layers(gib: float, count: int, rest: float = 0.0) -> ModelSizes:
+    return ModelSizes((int(gib * GIB),) * count, int(rest * GIB))
 
 
 def test_what_does_not_fit_is_streamed(gpus):
     gpus(2, 8)
-    assert place_for(30 * GIB, 5 * GIB) == Place(CUDA[1], streamed=True)
-    assert place_for(5 * GIB, 1 * GIB) == Place(CUDA[1])
-    assert place_for(30 * GIB, 7 * GIB) == Place(torch.device("cpu"))
+    assert place_for(of_layers(2, 14, rest=1), LAYERS) == Place(CUDA[1], streamed=True)
+    assert place_for(of_layers(0.5, 10), LAYERS) == Place(CUDA[1])
+    assert place_for(of_layers(3, 10, rest=1), LAYERS) == Place(torch.device("cpu"))
+    assert place_for(of_layers(2, 14, rest=1), PASSES) == Place(CUDA[1], streamed=True), "two have no room either"
+    assert place_for(of_layers(2, 14, rest=1), GRADIENTS) == Place(torch.device("cpu"))
     with placed_on("cuda:0"):
-        assert place_for(30 * GIB, GIB) == Place(CUDA[0], streamed=True)
+        assert place_for(of_layers(0.5, 60), LAYERS) == Place(CUDA[0], streamed=True)
         with pytest.raises(MachineError, match=r"or 3\.9 GiB layer by layer"):
-            place_for(30 * GIB, 3 * GIB)
+            place_for(of_layers(1.5, 20), LAYERS)
+        with pytest.raises(MachineError) as refused:
+            place_for(of_layers(0.5, 60), GRADIENTS)
+        assert "layer by layer" not in str(refused.value)
+
+
+def test_what_does_not_fit_on_one_is_spread_in_proportion_to_their_room(gpus):
+    gpus(6, 12)
+    model = of_layers(1, 12, rest=0.5)
+    expected = Place(CUDA[1], layers=(CUDA[1],) * 8 + (CUDA[0],) * 4)
+    assert place_for(model, PASSES) == place_for(model, GRADIENTS) == expected
+    assert expected.devices == (CUDA[1], CUDA[0])
+    assert place_for(model, LAYERS) == Place(CUDA[1], streamed=True)
+    assert place_for(of_layers(1, 14), GRADIENTS) == Place(torch.device("cpu")), "1.3 times 14 GiB are above 18"
+    assert place_for(model, GRADIENTS, beside=2 * GIB) == Place(torch.device("cpu")), "each needs what is beside"
+    with placed_on("cuda"):
+        assert place_for(model) == expected
+    with placed_on("cuda:1"):
+        assert place_for(model) == Place(CUDA[1], streamed=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_spread_never_overfills_and_keeps_the_order(seed):
+    draw = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 9, (13,), generator=draw).tolist()
+    rooms = {device: int(room) for device, room in zip(CUDA, torch.randint(30, 60, (2,), generator=draw), strict=True)}
+    places = placement._in_turn(sizes, rooms)
+    if not places:
+        assert sum(sizes) > sum(rooms.values()) - max(sizes), "it gives up only where a layer may not fit"
+        return
+    used = {device: sum(size for size, place in zip(sizes, places, strict=True) if place == device) for device in CUDA}
+    assert all(used[device] <= rooms[device] for device in CUDA)
+    assert list(dict.fromkeys(places)) == CUDA, "both are used, one after the other"
 
 
 def test_a_named_device_is_taken(gpus):

@@ -99,6 +99,17 @@ def test_a_model_that_is_too_large_is_streamed(names):
         assert found["moh"]["peak_bytes"] < found["moh"]["model"] / 3
 
 
+@pytest.mark.parametrize("use", ["passes", "gradients"])
+def test_a_model_is_spread_over_two_devices(use):
+    """Passes read texts; what needs gradients has the CPU as its other device, on which half of the work is done."""
+    found = measured("--spread", use, SECOND_DEVICE_COUNT="2")
+    assert found
+    for name, of_one in found.items():
+        assert of_one["devices"] == 2, name
+        assert of_one["difference"] <= 1e-5, (name, of_one)
+        assert of_one["share"] == 1 if use == "passes" else 0.3 < of_one["share"] < 0.7, (name, of_one)
+
+
 NO_FLOAT64 = {"SECOND_DEVICE_NO_FLOAT64": "1"}
 
 
@@ -145,7 +156,7 @@ with Work() as work:
     _ = x @ torch.ones(3, 4)
     view = made[:1]
     del made
-    assert work.alive == 4 * (3 * 5 + 2 * 5) - 4 * 3 * 5, "a view keeps the bytes"
+    assert work.alive[0] == 4 * (3 * 5 + 2 * 5) - 4 * 3 * 5, "a view keeps the bytes"
 assert (work.second.total(), work.cpu.total(), work.peak) == (2 * 3 * 5, 2 * 3 * 4, 100)
 assert torch.equal((there.to(torch.complex64) * 1j).conj().imag.cpu(), -x)
 """

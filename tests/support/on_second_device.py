@@ -12,6 +12,10 @@ With `--streamed`: the same conversions on a device with a tenth less memory tha
 that has enough; and the bytes that `surgery plan` says. With `--eight-b` besides, the model is eight layers of the
 shape of Llama 3.1 8B, the operations are those of `EIGHT_B` (or some of them by name), the device has a tenth less
 memory than the weights take, and there is no device that has enough (half an hour and 18 GB of memory).
+
+With `--spread`: what is done with a model that is spread over two devices that are too small for it, in two runs.
+`--spread passes`, under SECOND_DEVICE_COUNT=2, has what reads texts. `--spread gradients` has what needs gradients;
+there the CPU takes the place of the other device, since PyTorch's back-ends in Python have gradients on one device.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from second_device import NAME, Work
+from second_device import NAME, UNLIMITED, Work
 
 # isort: split
 from families import build
@@ -37,7 +42,9 @@ from tokenizers_of_bytes import byte_tokenizer
 
 import surgery
 from surgery.calibration.sinks import survey_sinks
+from surgery.conversion import estimate
 from surgery.evaluation.conversation import reply
+from surgery.machine import placement
 from surgery.machine.device import LOAD_OVERHEAD
 from surgery.machine.offload import ModelSizes
 from surgery.machine.placement import placed_on
@@ -223,6 +230,65 @@ def streamed(steps: dict[str, dict], sizes: dict = LARGER, beside: bool = True) 
     return found
 
 
+READ = ("duo_attention", "moh", "act")  # results that are read on two devices
+PASSES = ("score far-mass", "score ablation", "score induction", "inspect --sinks", "try")
+BY_GRADIENTS = ("prune_heads", "zero_tuning", "act")  # operations
+
+
+@contextmanager
+def two_devices(gradients: bool) -> Iterator[list[int]]:
+    """Two devices of which none counts as large enough for a model; yields a list of how many each model is on."""
+    counts, real = [], (placement.accelerators, placement._fitting, placement.free_on, placement.place_for)
+
+    def place_for(*args, **kwargs) -> placement.Place:
+        place = real[-1](*args, **kwargs)
+        counts.append(len(place.devices))
+        return place
+
+    placement.place_for = estimate.place_for = place_for
+    placement._fitting, placement.free_on = (lambda *_: []), (lambda _: UNLIMITED)
+    if gradients:
+        placement.accelerators = lambda: [torch.device(NAME, 0), torch.device("cpu")]
+    try:
+        yield counts
+    finally:
+        placement.accelerators, placement._fitting, placement.free_on, placement.place_for = real
+        estimate.place_for = real[-1]
+
+
+def runs_when_spread(root: Path, base: Path, gradients: bool) -> dict[str, Callable[[str], object]]:
+    """What is done with a model that is spread -> a function that does it on a device, as in `verbs_of`."""
+    probes = probes_of(base, root)
+    if gradients:
+        scores = {f"score {name}" for name, method in METHODS.items() if method.gradients}
+        return {name: run for name, run in probes.items() if name in scores} | {
+            name: lambda device, name=name: applied(OPERATIONS[name], base, root / f"{name}-{device}", device)
+            for name in BY_GRADIENTS
+        }
+    runs = {name: probes[name] for name in PASSES}
+    for name in READ:
+        applied(OPERATIONS[name], base, root / name, "cpu")
+        runs |= {f"{name}: {verb}": run for verb, run in verbs_of(root / name, base).items() if verb != "check"}
+    return runs
+
+
+def spread(gradients: bool) -> dict[str, dict]:
+    """What is done with a model that is spread over two devices -> how, and the difference to the CPU."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        base = root / "base"
+        build("Llama", **SIZES).eval().save_pretrained(base)
+        byte_tokenizer().save_pretrained(base)
+        for name, run in runs_when_spread(root, base, gradients).items():
+            expected = run("cpu")
+            with Work() as work, two_devices(gradients) as counts:
+                result = run("auto" if gradients else NAME)
+            measure = difference if name in BY_GRADIENTS else furthest
+            found[name] = {"devices": max(counts), "difference": measure(result, expected)} | counted(work)
+    return found
+
+
 def on_both(run: Callable[[str], object]) -> dict:
     """What a verb finds on the second device, beside the CPU. A fresh process of it counts into a file."""
     expected = run("cpu")
@@ -315,7 +381,9 @@ def main() -> None:
     names = names or list(EIGHT_B if "--eight-b" in options else OPERATIONS)
     if "--router-on-cpu" in options:
         put_router_on_cpu()
-    if "--streamed" in options:
+    if "--spread" in options:
+        json.dump(spread(names == ["gradients"]), sys.stdout)
+    elif "--streamed" in options:
         eight_b = "--eight-b" in options
         known = EIGHT_B if eight_b else OPERATIONS
         steps = {name: known[name] for name in names}

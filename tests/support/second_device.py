@@ -6,8 +6,8 @@ Importing this file registers PyTorch's PrivateUse1 device in this process, for 
 An operation on a tensor of this device and one of the CPU is an error, as on a GPU. Only numbers (tensors without
 dimensions) and lists of indices may come from the CPU. `Work` counts what runs on which device.
 
-With the environment's SECOND_DEVICE_NO_FLOAT64 it has no float64, as Apple's GPUs. With
-`Work(memory=...)` more is an error, as on a GPU.
+With the environment's SECOND_DEVICE_NO_FLOAT64 it has no float64, as Apple's GPUs. With SECOND_DEVICE_COUNT there are
+several, which do not share operands either. With `Work(memory=...)` more bytes on one are an error, as on a GPU.
 
 How it works: a tensor is a wrapper, which names the device, and keeps a CPU tensor. What PyTorch dispatches to the
 wrapper is computed with what it keeps. Tensors that PyTorch makes from nothing on this device have no wrapper yet, and
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 NAME = "second"
 LACKING = (torch.float64, torch.complex128) if os.environ.get("SECOND_DEVICE_NO_FLOAT64") else ()
+COUNT = int(os.environ.get("SECOND_DEVICE_COUNT", "1"))
 UNLIMITED = 1 << 40
 aten = torch.ops.aten
 FROM_CPU = {  # operations that may read a CPU tensor: copies, and indices
@@ -51,7 +52,7 @@ SOLVERS = {
 
 
 class _Backend:
-    """What `torch.second` offers: there is one such device."""
+    """What `torch.second` offers. The current device is always the first."""
 
     def is_available(self) -> bool:
         return True
@@ -62,7 +63,7 @@ class _Backend:
         return 0
 
     def device_count(self) -> int:
-        return 1
+        return COUNT
 
     def _is_in_bad_fork(self) -> bool:
         return False
@@ -73,7 +74,8 @@ class _Backend:
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Bytes that are free, and those of the whole memory."""
         work = Work._counting
-        return (work.memory - work.alive, work.memory) if work else (UNLIMITED, UNLIMITED)
+        index = torch.device(device or NAME).index or 0
+        return (work.memory - work.alive[index], work.memory) if work else (UNLIMITED, UNLIMITED)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -83,11 +85,12 @@ class Work(TorchDispatchMode):
     """Counts multiply-adds by device: `with Work() as work: ...`, then `work.share` and `work.on_cpu`.
 
     Args:
-        memory: bytes of the second device.
+        memory: bytes of a second device.
 
     Attributes:
         second, cpu: operation -> multiply-adds.
-        peak: the most bytes alive on the second device.
+        alive: index of a second device -> bytes there.
+        peak: the most bytes alive on one of them.
     """
 
     _counting: Work | None = None
@@ -97,7 +100,8 @@ class Work(TorchDispatchMode):
         self.memory = memory
         self.second: Counter[str] = Counter()
         self.cpu: Counter[str] = Counter()
-        self.alive = self.peak = 0
+        self.alive: Counter[int] = Counter()
+        self.peak = 0
 
     def __enter__(self) -> Work:
         Work._counting = self
@@ -119,19 +123,20 @@ class Work(TorchDispatchMode):
         second, cpu = sum(self.second.values()), sum(self.cpu.values())
         return second / max(second + cpu, 1)
 
-    def born(self, tensor: torch.Tensor) -> None:
-        """Count the bytes of a new tensor's storage until it is freed. Views and what has a size of 0 add nothing."""
+    def born(self, tensor: torch.Tensor, index: int) -> None:
+        """Count the bytes of a new tensor's storage on a device until it is freed; views and empty ones have none."""
         storage = tensor.untyped_storage()
         if getattr(storage, "counted", None) is None and (size := storage.nbytes()):
             storage.counted = True
-            if self.alive + size > self.memory:
-                raise RuntimeError(f"the second device is out of memory: {self.alive:,} bytes are used, {size:,} more")
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._died, size)
+            used = self.alive[index]
+            if used + size > self.memory:
+                raise RuntimeError(f"the second device is out of memory: {used:,} bytes are used, {size:,} more")
+            self.alive[index] += size
+            self.peak = max(self.peak, self.alive[index])
+            weakref.finalize(storage, self._died, size, index)
 
-    def _died(self, size: int) -> None:
-        self.alive -= size
+    def _died(self, size: int, index: int) -> None:
+        self.alive[index] -= size
 
 
 def _multiply_adds(func, args, kwargs, out) -> int:
@@ -152,12 +157,12 @@ class Second(torch.Tensor):
     held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor):
+    def __new__(cls, held: torch.Tensor, index: int):
         if held.dtype in LACKING:
             raise TypeError("the second device has no float64")
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device=torch.device(NAME, 0), dispatch_sizes_strides_policy="sizes",
+            layout=held.layout, device=torch.device(NAME, index), dispatch_sizes_strides_policy="sizes",
         )  # fmt: skip
         made.held = held
         return made
@@ -202,14 +207,18 @@ def _run(func, args: tuple, kwargs: dict[str, Any]):
         _held(target).copy_(_held(source))
         return target
     if func is aten._conj.default:  # a lazy view, whose mark the wrapper would not have
-        return _wrapped(aten.conj_physical(args[0].held), {})
+        return _wrapped(aten.conj_physical(args[0].held), {}, args[0].device.index)
     if func is aten._neg_view.default:
-        return _wrapped(aten.neg(args[0].held), {})
+        return _wrapped(aten.neg(args[0].held), {}, args[0].device.index)
     device = kwargs.get("device")
     stays = device is None or torch.device(device).type == NAME
     if device is not None and stays:
         kwargs = kwargs | {"device": "cpu"}
-    wrappers = {id(each.held): each for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, Second)}
+    operands = [each for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, Second)]
+    if func in FROM_CPU and not isinstance(args[0], Second):
+        raise RuntimeError(f"{func.name()}: a tensor on the {args[0].device.type} is indexed from the second device")
+    wrappers = {id(each.held): each for each in operands}
+    index = _index_of(func, operands) if device is None else torch.device(device).index or 0
     held_args, held_kwargs = _pytree.tree_map(lambda each: _operand(func, each), (args, kwargs))
     if func is aten.histc.default:  # the CPU's has no whole numbers; a GPU's has
         held_args = (held_args[0].float(), *held_args[1:])
@@ -217,14 +226,22 @@ def _run(func, args: tuple, kwargs: dict[str, Any]):
         out = func(*held_args, **held_kwargs)
     if Work._counting is not None:
         Work._counting.second[func.name()] += _multiply_adds(func, held_args, held_kwargs, out)
-    return _pytree.tree_map(lambda each: _wrapped(each, wrappers), out) if stays else out
+    return _pytree.tree_map(lambda each: _wrapped(each, wrappers, index), out) if stays else out
+
+
+def _index_of(func, operands: list[Second]) -> int:
+    """Which of the second devices computes."""
+    found = {each.device.index for each in operands} or {0}
+    if len(found) > 1:
+        raise RuntimeError(f"{func.name()}: operands are on several second devices: {sorted(found)}")
+    return found.pop()
 
 
 def _copied(source: torch.Tensor, *, device=None, **options) -> torch.Tensor:
     """`source.to(device, ...)`, which is a copy."""
-    goes = isinstance(source, Second) if device is None else torch.device(device).type == NAME
+    goal = source.device if device is None else torch.device(device)
     copy = aten._to_copy.default(_held(source), **options)
-    return _wrapped(copy, {}) if goes else copy
+    return _wrapped(copy, {}, goal.index or 0) if goal.type == NAME else copy
 
 
 def _held(each):
@@ -238,14 +255,14 @@ def _operand(func, each):
     return _held(each)
 
 
-def _wrapped(each, wrappers: dict[int, Second]):
+def _wrapped(each, wrappers: dict[int, Second], index: int):
     if not isinstance(each, torch.Tensor):
         return each
     if id(each) in wrappers:  # in place
         return wrappers[id(each)]
     if Work._counting is not None:
-        Work._counting.born(each)
-    return Second(each)
+        Work._counting.born(each, index)
+    return Second(each, index)
 
 
 def _kernel(op):

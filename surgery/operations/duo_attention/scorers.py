@@ -38,7 +38,7 @@ from surgery.errors import (
     wanted,
 )
 from surgery.io.key_values import read_key_values
-from surgery.machine.placement import AUTO, current
+from surgery.machine.placement import AUTO, GRADIENTS, PASSES, current
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def score_to_file(
     with parent_folder(output):
         if not resume:
             state.unlink(missing_ok=True)
-        loaded = load_for_run(source.path, whole=method_named(method).gradients)
+        loaded = load_for_run(source.path, use=GRADIENTS if method_named(method).gradients else PASSES)
         tokenizer = read_tokenizer(source.path)
         options = settings | ({"state": state} if resumable else {})
         scores = score(loaded, tokenizer, method, name=source.name, progress=progress, **options)
