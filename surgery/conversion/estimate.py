@@ -21,7 +21,7 @@ from surgery.evaluation.check import FILES, FRESH
 from surgery.io.safetensors import TORCH_NAMES, stored_bytes
 from surgery.machine.device import LOAD_OVERHEAD
 from surgery.machine.offload import ModelSizes
-from surgery.machine.placement import AUTO, CPU, DTYPES, GRADIENTS, LAYERS, Use, current, place_for
+from surgery.machine.placement import AUTO, CPU, DTYPES, GRADIENTS, LAYERS, PASSES, Place, Use, current, place_for
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
 
@@ -55,7 +55,7 @@ class Estimate:
         output_bytes: bytes of the result's weights.
         disk_bytes: most bytes that the run needs on the disk at once.
         threads: number of PyTorch's threads that `seconds` assumes; None where nothing is computed with a model.
-        device: the GPU that measures and scores; None: the CPU does.
+        device: the GPU that measures, or only scores where nothing is measured; None: the CPU does.
     """
 
     stages: tuple[StageEstimate, ...]
@@ -105,32 +105,35 @@ class DeviceUse:
     """What a conversion takes of a GPU.
 
     Attributes:
-        device: its name in PyTorch, or the names of those over which the model is spread.
+        device: its name in PyTorch; of a model that is spread over several, the first one.
         streamed: whether the model's layers are there one at a time, since the model is larger.
         memory_bytes: bytes of the model that are there, with activations, and of the measurement; of several devices
             the sum.
+        spread: the names of all devices, if the model is spread.
     """
 
     device: str
     streamed: bool
     memory_bytes: int
+    spread: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan) -> DeviceUse | None:
-        """The GPU of this run, if the model is measured on one.
+    def of(cls, plan: Plan, scored: bool) -> DeviceUse | None:
+        """The GPU of this run, if the model is measured or scored on one.
 
         Raises:
             MachineError: the device that was named has no room for the model.
         """
-        if plan.streams:
+        if plan.streams and not scored:
             return None
         sizes = _sizes(plan)
-        place = place_for(sizes, use_of(plan), measuring_bytes(plan))
+        place = place_for(sizes, PASSES if plan.streams else use_of(plan), measuring_bytes(plan))
         if place.device.type == CPU:
             return None
         size = sizes.streamed if place.streamed else sizes.whole
         beside = len(place.devices) * measuring_bytes(plan)
-        return cls(", ".join(map(str, place.devices)), place.streamed, int(LOAD_OVERHEAD * size) + beside)
+        spread = tuple(map(str, place.devices)) if place.layers else ()
+        return cls(str(place.device), place.streamed, int(LOAD_OVERHEAD * size) + beside, spread)
 
 
 def use_of(plan: Plan) -> Use:
@@ -179,21 +182,25 @@ class _Stages:
     def __init__(self, plan: Plan, left_out: Collection[str] = ()):
         self.plan, self.anatomy, self.weights, self.left_out = plan, plan.before, plan.output_bytes, left_out
         self.threads: int | None = None
-        self.device = DeviceUse.of(plan)
         config = plan.before.config.get_text_config()
         self.vocabulary = getattr(config, "vocab_size", None) or 0
         asked = () if "score" in left_out else self._asked()  # a probe may read the tokenizer, which imports PyTorch
         self.probes = sorted(asked, key=lambda probe: not probe.main)
+        self.device = DeviceUse.of(plan, bool(self.probes))
         self.load = LOADING + self.weights / LOADED_BYTES
         self.loaded = PROCESS_BYTES + self.weights
 
-    @cached_property
-    def speed(self) -> float:
-        """Floating-point operations per second."""
+    def _speed(self, device: str) -> float:
+        """Floating-point operations per second on a device."""
         import torch
 
-        self.threads = torch.get_num_threads() if self.device is None else None
-        return flops_per_second(*widths(self.anatomy), CPU if self.device is None else self.device.device)
+        if device == CPU:
+            self.threads = torch.get_num_threads()
+        return flops_per_second(*widths(self.anatomy), device)
+
+    @cached_property
+    def _scored_on(self) -> Place:
+        return place_for(_sizes(self.plan), PASSES)
 
     def all(self) -> Iterator[StageEstimate]:
         """All stages, in the order of `pipeline.py`."""
@@ -235,7 +242,8 @@ class _Stages:
         yield StageEstimate("writing", "write", writing, self.loaded)
 
     def _measured(self, measurement: Measurement, group: str, memory: float) -> StageEstimate:
-        seconds = measurement.seconds or measurement.flops / self.speed
+        device = CPU if self.device is None else self.device.device
+        seconds = measurement.seconds or measurement.flops / self._speed(device)
         return StageEstimate(measurement.stage, group, seconds, memory + measurement.memory)
 
     def _check(self) -> Iterator[StageEstimate]:
@@ -253,9 +261,12 @@ class _Stages:
                 yield StageEstimate(stage, "score", 2 / len(stages) * self._of_one_model(probe), self._memory(probe))
 
     def _of_one_model(self, probe: Probe) -> float:
-        effort = probe.effort
-        reading = forward_flops(self.anatomy, effort.read, effort.length) / self.speed
-        return self.load + reading + effort.written * self.weights / bytes_per_second()
+        effort, place = probe.effort, self._scored_on
+        device = str(place.device)
+        reading = forward_flops(self.anatomy, effort.read, effort.length) / self._speed(device)
+        # A streamed model's weights are read from main memory for each token.
+        writing = effort.written * self.weights / bytes_per_second(CPU if place.streamed else device)
+        return self.load + reading + writing
 
     def _memory(self, probe: Probe) -> float:
         """Bytes of a loaded model, of the logits of a text (main probe) or its cache, and of one layer's attention."""

@@ -39,12 +39,14 @@ def flops_per_second(hidden: int, inner: int, device: str = "cpu") -> float:
 
 
 @functools.lru_cache
-def bytes_per_second() -> float:
-    """Bytes of weights that are read per second, which limits the speed of generating token by token."""
+def bytes_per_second(device: str = "cpu") -> float:
+    """Bytes of weights that a device reads per second, which limits the speed of generating token by token."""
     import torch
 
     side = int(STREAMED**0.5)
-    weight, state = torch.ones(side, side), torch.ones(side)
+    weight, state = torch.ones(side, side, device=device), torch.ones(side, device=device)
+    if torch.device(device).type != "cpu":
+        return EFFICIENCY * 4 * side * side / _quickest_there(lambda: (weight @ state)[None])
     return EFFICIENCY * 4 * side * side / _quickest(lambda: weight @ state)
 
 

@@ -108,6 +108,8 @@ def test_a_model_is_spread_over_two_devices(use):
         assert of_one["devices"] == 2, name
         assert of_one["difference"] <= 1e-5, (name, of_one)
         assert of_one["share"] == 1 if use == "passes" else 0.3 < of_one["share"] < 0.7, (name, of_one)
+    planned = [of_one["planned"]["device"]["spread"] for of_one in found.values() if "planned" in of_one]
+    assert planned == ([] if use == "passes" else 3 * [["second:0", "cpu"]])
 
 
 NO_FLOAT64 = {"SECOND_DEVICE_NO_FLOAT64": "1"}

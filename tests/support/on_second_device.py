@@ -281,11 +281,14 @@ def spread(gradients: bool) -> dict[str, dict]:
         build("Llama", **SIZES).eval().save_pretrained(base)
         byte_tokenizer().save_pretrained(base)
         for name, run in runs_when_spread(root, base, gradients).items():
-            expected = run("cpu")
+            expected, measures = run("cpu"), name in BY_GRADIENTS
             with Work() as work, two_devices(gradients) as counts:
                 result = run("auto" if gradients else NAME)
-            measure = difference if name in BY_GRADIENTS else furthest
+            measure = difference if measures else furthest
             found[name] = {"devices": max(counts), "difference": measure(result, expected)} | counted(work)
+            if measures:
+                with two_devices(gradients):
+                    found[name]["planned"] = surgery.plan(recipe_of(OPERATIONS[name]), str(base)).to_dict()["estimate"]
     return found
 
 

@@ -28,8 +28,9 @@ def cost(estimate: Estimate) -> None:
     out = console()
     hanging(out, "time:", f"about {about(estimate.seconds)}{threads}" + (f" ({parts})" if parts else ""), INDENT)
     if use := estimate.device:
-        how = ", one layer at a time" if use.streamed else ", whole layers on each" if "," in use.device else ""
-        hanging(out, "device:", f"{use.device}{how}: about {byte_size(use.memory_bytes)} there", INDENT)
+        where = " and ".join(use.spread) or use.device
+        how = ", whole layers on each" if use.spread else ", one layer at a time" if use.streamed else ""
+        hanging(out, "device:", f"{where}{how}: about {byte_size(use.memory_bytes)} there", INDENT)
     hanging(out, "memory:", f"about {byte_size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})", INDENT)
     kept = f"; {byte_size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
     hanging(out, "disk:", f"{byte_size(estimate.output_bytes)}{kept}", INDENT)
