@@ -11,7 +11,6 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
 from surgery.config.arguments import (
     base_on_disk,
-    no_model,
     refuse_folder_settings,
     refuse_no_base,
     refuse_no_function,
@@ -24,7 +23,7 @@ from surgery.config.arguments import (
 )
 from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
-from surgery.conversion.fit import fits
+from surgery.conversion.fit import anatomy_of
 from surgery.conversion.plan import Plan, make_plan
 from surgery.data.text import Text
 from surgery.engines.run import export as export
@@ -35,8 +34,7 @@ from surgery.evaluation.evaluate import evaluate_choices as evaluate_choices
 from surgery.evaluation.evaluate import evaluate_needles as evaluate_needles
 from surgery.evaluation.run import refuse_unknown_items
 from surgery.io.safetensors import header_table
-from surgery.machine.device import made_on_cpu
-from surgery.machine.placement import placed
+from surgery.machine.placement import Placement, current, placed, refuse_for_loaded
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
@@ -44,7 +42,7 @@ from surgery.search.sweep import sweep as sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from surgery.config.heal import Heal
     from surgery.healing.plan import HealPlan
@@ -57,45 +55,43 @@ if TYPE_CHECKING:
     AnyTokenizer = PreTrainedTokenizerBase
 
 
-def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), **fields: Any) -> Plan:
+@placed
+def plan(
+    recipe: AnyRecipe,
+    model: AnyModel,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    **fields: Any,
+) -> Plan:
     """Work out what a recipe would do. No weight is read.
 
     Args:
         recipe: name, path or data of a recipe.
         model: a folder, `smollm2-135m`, a Hub id (`org/name@revision`), or a loaded model.
         overrides: changes to the recipe as "key=value" texts.
+        device, dtype: as for `apply`; the plan's estimate is for them.
         fields: changes to the recipe as keywords (`kv_heads=1`).
 
     Raises:
         SurgeryError: the recipe is at fault, or it does not fit this model; the error lists every reason.
+        MachineError: the device that was named is not there, or has no room.
     """
     refuse_swapped(recipe, model)
     resolved = recipes.load(recipe, texts(overrides), **fields)
     if resolved.evaluate is not None:
         refuse_unknown_items(resolved.evaluate.asked, resolved.evaluate.limits)
     if not isinstance(model, str | Path):
+        refuse_for_loaded()
         return make_plan(resolved, anatomy_of(model), type(model).__name__)
     from surgery.io.hub import resolve
 
     source = resolve(str(model), weights=False)
-    return make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name, source.path)
-
-
-def anatomy_of(model: AnyModel | PretrainedConfig) -> Anatomy:
-    """The anatomy of a folder, a name, a Hub id, a loaded model or a config; no weight is read."""
-    if not isinstance(model, str | Path):
-        if not hasattr(model, "config") and not hasattr(model, "get_text_config"):
-            raise no_model(model)
-        return Anatomy.of(model)
-    from surgery.io.hub import resolve
-
-    source = resolve(str(model), weights=False)
-    return Anatomy.of(source.path, header_table(source.headers))
-
-
-def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
-    """For each shipped recipe, the reasons why it cannot be applied to a model with this anatomy ([]: it can)."""
-    return {fit.entry.name: list(fit.problems) for fit in fits(anatomy)}
+    made = make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name, source.path)
+    if made.before.tensors and current() != Placement():
+        made.estimate  # noqa: B018 - it is kept, and after this call the device is no longer known
+    return made
 
 
 @placed
@@ -235,7 +231,7 @@ def applied(
     return pipeline.AppliedBlock(resolved, model, tokenizer, RunOptions(progress=progress))
 
 
-@made_on_cpu()
+@placed
 def heal(
     model: AnyModel,
     base: AnyModel | None = None,
@@ -249,6 +245,8 @@ def heal(
     gate: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
     on_plan: Callable[[HealPlan], None] | None = None,
     **fields: Any,
@@ -257,20 +255,19 @@ def heal(
 
     A folder that `surgery.apply` wrote is healed into a new folder, `output`. The new folder is checked, compared with
     the base and the converted model on the text of its recipe, and documented. A model in memory is trained in place;
-    `surgery.save` writes it. If the training of a model in memory fails, the model is restored: main memory holds a
-    copy of the weights that train and of the weights that updates are merged into.
+    `surgery.save` writes it. If that fails, it is restored from a copy of the weights that change.
 
     Args:
         model: a folder that `surgery.apply` wrote, or a model that it edited.
         base: the model that was converted: a folder, name or Hub id. With a loaded model it may be a loaded model too,
             which is left frozen. Default: the base that the record names.
         settings: the settings, as in the `heal:` block of a recipe; default: that block of the model's own recipe.
-        overrides: changes to the settings as "key=value" texts.
-        fields: changes to the settings as keywords (`method="full", tokens=1e6`).
+        overrides, fields: changes to the settings as "key=value" texts, and as keywords (`method="full"`).
         tokenizer: the tokenizer of a model in memory.
         check, evaluate, gate: as for `apply`.
         resume: continue from the last complete checkpoint of an unfinished run; settings, data and models must match.
         overwrite: replace `output`, and restart an unfinished run. Text that the base wrote for that run is reused.
+        device, dtype: as for `apply`; the Trainer trains on the first GPU or on "cpu", in `heal.precision`.
         progress, on_plan: as for `apply`; `on_plan` gets a `HealPlan`.
 
     Returns:
@@ -287,8 +284,8 @@ def heal(
     refuse_no_path("output", output)
     refuse_no_tokenizer(tokenizer)
     refuse_no_base(base)
-    options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
     refuse_no_function(progress=progress, on_plan=on_plan)
+    options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
     typed = [*texts(overrides), *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
         refuse_folder_settings("healed", output=output, resume=resume, overwrite=overwrite)

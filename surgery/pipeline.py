@@ -35,7 +35,7 @@ from surgery.io.hub import resolve
 from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
-from surgery.machine.placement import AUTO, Placement, current, placed_on
+from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
 from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
@@ -121,9 +121,7 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
     from surgery.calibration.gradients import with_gradients
 
     class_before, base = type(model).__name__, None
-    if current() != Placement():
-        what = "device and dtype are for a name or folder, and this is a loaded model, which stays where it is"
-        raise SurgeryError(what, fix="move it before: model.to(...)", code="invalid-argument")
+    refuse_for_loaded()
     if recipe.heal is not None:
         base = preflight_in_memory(recipe.heal, _judged_by(recipe, model), model, tokenizer)
     with with_gradients():  # a weight that is made in a script's inference mode could never train

@@ -159,7 +159,7 @@ def test_inspect_plans_with_the_models_limits():
     """What `inspect` says of a recipe is what `apply` does before it writes: of 512 positions, of one KV head."""
     from families import TINY
 
-    from surgery.api import anatomy_of, fitting_recipes
+    from surgery.conversion.fit import anatomy_of, fitting_recipes
 
     def fits(**fields):
         return fitting_recipes(anatomy_of(TINY["llama"](**fields)))

@@ -25,7 +25,7 @@ from measured import Measured
 from results import FOLDER
 
 import surgery
-from surgery.api import anatomy_of, fitting_recipes
+from surgery.conversion.fit import anatomy_of, fitting_recipes
 from surgery.errors import CheckError, SurgeryError
 
 HEAD_SCORES = ("duo_attention.calibration_samples=2", "duo_attention.calibration_length=768")

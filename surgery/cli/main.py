@@ -72,8 +72,21 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-# Verbs that take --device and --dtype. Training goes where the Trainer goes, and engines prove on the CPU.
-PLACED = ("inspect", "score", "plan", "apply", "check", "eval", "try", "reproduce", "compare", "sweep", "report")
+# Verbs that take --device and --dtype. Engines prove on the CPU.
+PLACED = (
+    "inspect",
+    "score",
+    "plan",
+    "apply",
+    "heal",
+    "check",
+    "eval",
+    "try",
+    "reproduce",
+    "compare",
+    "sweep",
+    "report",
+)
 
 for verb, (run, line) in VERBS.items():
     run = placed(run) if verb in PLACED else run

@@ -21,7 +21,19 @@ from surgery.evaluation.check import FILES, FRESH
 from surgery.io.safetensors import TORCH_NAMES, stored_bytes
 from surgery.machine.device import LOAD_OVERHEAD
 from surgery.machine.offload import ModelSizes
-from surgery.machine.placement import AUTO, CPU, DTYPES, GRADIENTS, LAYERS, PASSES, Place, Use, current, place_for
+from surgery.machine.placement import (
+    AUTO,
+    CPU,
+    DTYPES,
+    GRADIENTS,
+    LAYERS,
+    PASSES,
+    Place,
+    Use,
+    accelerators,
+    current,
+    place_for,
+)
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
 
@@ -190,13 +202,13 @@ class _Stages:
         self.load = LOADING + self.weights / LOADED_BYTES
         self.loaded = PROCESS_BYTES + self.weights
 
-    def _speed(self, device: str) -> float:
-        """Floating-point operations per second on a device."""
+    def _speed(self, device: str, dtype: str = "float32") -> float:
+        """Floating-point operations per second on a device; on the CPU always those of float32."""
         import torch
 
         if device == CPU:
-            self.threads = torch.get_num_threads()
-        return flops_per_second(*widths(self.anatomy), device)
+            self.threads, dtype = torch.get_num_threads(), "float32"
+        return flops_per_second(*widths(self.anatomy), device, dtype)
 
     @cached_property
     def _scored_on(self) -> Place:
@@ -209,7 +221,7 @@ class _Stages:
         if heal := plan.heal:
             yield from self._scores()
             for each in heal.measurements():
-                yield self._measured(each, "heal", PROCESS_BYTES + heal.memory_bytes)
+                yield self._measured(each, "heal", PROCESS_BYTES + heal.memory_bytes, _training_device())
             yield StageEstimate("writing", "heal", self.weights / WRITTEN_BYTES, PROCESS_BYTES + heal.memory_bytes)
         yield from self._check()
         yield from self._scores()
@@ -238,11 +250,13 @@ class _Stages:
             if step.operation.streams:
                 yield StageEstimate("rewriting layers", "measure", REWRITTEN_LAYER * layers, self.loaded)
             for each in step.change.measurements:
-                yield self._measured(each, "measure", self.loaded)
+                device = CPU if self.device is None else self.device.device
+                if self.device and self.device.streamed and each.writes:
+                    device = CPU
+                yield self._measured(each, "measure", self.loaded, device)
         yield StageEstimate("writing", "write", writing, self.loaded)
 
-    def _measured(self, measurement: Measurement, group: str, memory: float) -> StageEstimate:
-        device = CPU if self.device is None else self.device.device
+    def _measured(self, measurement: Measurement, group: str, memory: float, device: str) -> StageEstimate:
         seconds = measurement.seconds or measurement.flops / self._speed(device)
         return StageEstimate(measurement.stage, group, seconds, memory + measurement.memory)
 
@@ -263,10 +277,12 @@ class _Stages:
     def _of_one_model(self, probe: Probe) -> float:
         effort, place = probe.effort, self._scored_on
         device = str(place.device)
-        reading = forward_flops(self.anatomy, effort.read, effort.length) / self._speed(device)
-        # A streamed model's weights are read from main memory for each token.
-        writing = effort.written * self.weights / bytes_per_second(CPU if place.streamed else device)
-        return self.load + reading + writing
+        stored = TORCH_NAMES.get(self.anatomy.dtype, "float32")
+        dtype = stored if current().dtype == AUTO else current().dtype
+        reading = forward_flops(self.anatomy, effort.read, effort.length) / self._speed(device, dtype)
+        # A streamed model's weights come from main memory for each text that is read, and for each token.
+        passes = effort.written + place.streamed * effort.read / max(1, effort.length)
+        return self.load + reading + passes * self.weights / bytes_per_second(CPU if place.streamed else device)
 
     def _memory(self, probe: Probe) -> float:
         """Bytes of a loaded model, of the logits of a text (main probe) or its cache, and of one layer's attention."""
@@ -274,6 +290,12 @@ class _Stages:
         logits = 8 * length * self.vocabulary if probe.main else 2 * self.anatomy.kv_bytes_at(length)
         logits += probe.effort.logits * self.vocabulary * BYTES.get(self.anatomy.dtype, 4)
         return self.loaded + logits + 3 * 4 * layer.heads * length**2
+
+
+def _training_device() -> str:
+    """Where the Trainer trains: on the first GPU, or on the CPU."""
+    gpus = [] if current().device == CPU else accelerators()
+    return str(gpus[0]) if gpus else CPU
 
 
 def _streaming_bytes(plan: Plan) -> float:

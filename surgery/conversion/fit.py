@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
+from surgery.config.arguments import no_model
 from surgery.config.catalogue import Entry, entries
 from surgery.conversion.plan import Plan, conflicts, make_plan
 from surgery.errors import SurgeryError
+from surgery.io.safetensors import header_table
 from surgery.operations.base import NATIVE
 
 
@@ -35,6 +39,23 @@ class Fit:
             return facts | {"needs_base": self.needs_base}
         cache = {key: self.plan.summary()[key] for key in ("kv_bytes_per_token", "kv_bytes_fixed")}
         return facts | {"tier": self.plan.tier, "changes": self.plan.changes} | cache
+
+
+def anatomy_of(model: str | Path | Any) -> Anatomy:
+    """The anatomy of a folder, a name, a Hub id, a loaded model or a config; no weight is read."""
+    if not isinstance(model, str | Path):
+        if not hasattr(model, "config") and not hasattr(model, "get_text_config"):
+            raise no_model(model)
+        return Anatomy.of(model)
+    from surgery.io.hub import resolve
+
+    source = resolve(str(model), weights=False)
+    return Anatomy.of(source.path, header_table(source.headers))
+
+
+def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
+    """For each shipped recipe, the reasons why it cannot be applied to a model with this anatomy ([]: it can)."""
+    return {fit.entry.name: list(fit.problems) for fit in fits(anatomy)}
 
 
 def fits(anatomy: Anatomy) -> list[Fit]:

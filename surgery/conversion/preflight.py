@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import stored_dtypes
 from surgery.config.options import ENGINES, RunOptions
+from surgery.conversion.estimate import DeviceUse
 from surgery.errors import OutputExistsError, SurgeryError, UnsupportedModelError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.io.files import REPORT, read_json
@@ -24,6 +25,7 @@ from surgery.io.output_folder import (
     refuse_to_replace,
 )
 from surgery.io.pickle import only_pickled
+from surgery.machine.placement import AUTO, current
 
 if TYPE_CHECKING:
     from surgery.config.evaluate import Evaluate
@@ -49,6 +51,8 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     OutputFolder(out, base, "")  # raises if it is the base, lies in it or contains it
     if recipe.heal is not None:
         _refuse_taken_for_healing(out, options)
+    if current().device != AUTO:
+        DeviceUse.of(plan, scored=False)  # raises where the device that was named has no room
     if options.on_plan:
         options.on_plan(plan)
     if options.evaluate and recipe.evaluate is not None:

@@ -34,7 +34,7 @@ from surgery.errors import ModelError, ModelMismatchError, SettingError
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.device import fast_in_bfloat16
-from surgery.machine.offload import STREAMED
+from surgery.machine.offload import whole_on_cpu
 from surgery.machine.placement import has_float64
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE
@@ -67,6 +67,11 @@ def sample(
         SurgeryError: as for `Begin.of`.
         MachineError: the disk is full or not writable; saved batches stay.
     """
+    with whole_on_cpu(model):
+        return _documents(model, tokenizer, heal, tokens, folder, batch, progress)
+
+
+def _documents(model, tokenizer, heal, tokens: int, folder: Path | None, batch: int, progress) -> list[list[int]]:
     length, device = fitting_length(model, heal.length), model.device
     begin = Begin.of(model, tokenizer, heal.chat, length)
     writer = fast_writer(model)
@@ -122,8 +127,6 @@ def fast_writer(model):
     """
     if hasattr(model, "make_cache") or Anatomy.of(model).runtime_problem() or hasattr(model, "hf_device_map"):
         return model
-    if STREAMED in vars(model):  # its layers can be at one place only
-        return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     if model.device.type == "cpu" and fast_in_bfloat16():  # buffers stay: RoPE's frequencies must be exact
         shared |= {id(tensor): _rounded(tensor) for tensor in model.parameters() if tensor.dtype == torch.float32}
@@ -173,7 +176,7 @@ def _write(
             break
         if 4 * ended.sum() >= len(ended):  # else ended rows would still be computed
             running = (~ended).nonzero()[:, 0]
-            state[CACHE].batch_select_indices(running)
+            state[CACHE].batch_select_indices(running.cpu())  # its layers may be on several devices
             live, new, ended = live[running], new[running], ended[running]
             speakers.keep(running)
     return rows, lengths

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
@@ -22,7 +23,7 @@ from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import NO_MEMORY, too_big
-from surgery.machine.placement import current, device_for
+from surgery.machine.placement import AUTO, DTYPES, current, device_for
 from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
 from surgery.report.report import Report
@@ -92,7 +93,7 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
         status, detail = check_runtime_code(folder)
         items.append(Item("runtime files", status, detail))
         own_code = status == PASSED
-    weights = max(checkpoint.size, Checkpoint(base).size if base is not None else 0)
+    weights = max(_loaded_bytes(each) for each in (checkpoint, Checkpoint(base) if base is not None else checkpoint))
     reason = no_class(folder) or too_big(weights, memory)
     if not reason:
         begin(progress, FRESH)
@@ -102,6 +103,14 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
     if base is not None:
         items.append(Item("logits against base", NOT_RUN, reason))
     return [*items, Item("layers one by one", *run_layers(folder, anatomy, checkpoint))]
+
+
+def _loaded_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's weights in the dtype of this run."""
+    dtype = current().dtype
+    if dtype == AUTO:
+        return checkpoint.size
+    return sum(DTYPES[dtype] * prod(each.shape) for each in checkpoint.tensors.values())
 
 
 def _place(weights: int) -> dict[str, str]:

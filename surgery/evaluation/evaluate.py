@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from surgery.config.arguments import no_model, refuse_no_function, refuse_no_text, refuse_no_tokenizer
 from surgery.errors import SurgeryError
-from surgery.machine.placement import AUTO, current, placed
+from surgery.machine.placement import AUTO, current, placed, refuse_for_loaded
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE, Report
 
@@ -214,6 +214,8 @@ def _evaluate(
         refuse_another(model, report)
     chosen, out, beside = _chosen(probe, settings, report), _source(model), _source(base, "base")
     options = {"tokenizer": tokenizer, "progress": progress}
+    if any(side is not None and not isinstance(side, Path) for side in (out, beside)):
+        refuse_for_loaded()
     if report is not None:
         return evaluate_in_memory(report, out, beside, chosen, **options)
     result = (chosen or _usual()).measure(out, beside, **options)

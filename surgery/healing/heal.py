@@ -51,6 +51,7 @@ from surgery.io.loading import read_tokenizer
 from surgery.io.model_folder import carry_files, model_table
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
+from surgery.machine.placement import refuse_for_loaded
 from surgery.machine.progress import begin
 from surgery.report.report import Report
 
@@ -263,6 +264,7 @@ def heal_model(
     from surgery.healing.run import HealRun, train, trained_of
     from surgery.healing.trackers import close_earlier
 
+    refuse_for_loaded()
     report = report_in_memory(model)
     heal, judged_by = read_settings(report.data["recipe"], settings, overrides)
     if not callable(tokenizer):

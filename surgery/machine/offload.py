@@ -10,7 +10,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,25 @@ def end_streaming(model: nn.Module) -> None:
     """Let a model's layers stay on the CPU, if they were streamed."""
     if (streamed := vars(model).pop(STREAMED, None)) is not None:
         streamed.end()
+
+
+@contextmanager
+def whole_on_cpu(model: nn.Module) -> Iterator[None]:
+    """A block in which a model that is streamed is on the CPU; another one stays where it is.
+
+    A streamed model writes text faster there: each token needs all layers, and the CPU reads weights faster than they
+    move to a GPU.
+    """
+    streamed = vars(model).get(STREAMED)
+    if streamed is None:
+        yield
+        return
+    end_streaming(model)
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        vars(model)[STREAMED] = StreamedLayers(model, streamed.device)
 
 
 class StreamedLayers:

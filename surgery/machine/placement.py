@@ -99,6 +99,16 @@ def placed(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]
     return run
 
 
+def refuse_for_loaded() -> None:
+    """Raise where a run has a loaded model, and names a device or a dtype: such a model stays as it is."""
+    if current() != Placement():
+        raise SettingError(
+            "device and dtype are for a name or folder, and this is a loaded model, which stays where it is",
+            fix="move it before: model.to(...)",
+            code="invalid-argument",
+        )
+
+
 def run_dtype() -> Any:
     """The dtype in which models are loaded: of torch, or "auto"."""
     name = current().dtype
@@ -161,7 +171,8 @@ def measured_in_place(model: Any, *, use: Use = LAYERS, beside: int = 0) -> Iter
     from surgery.machine.offload import end_spreading, end_streaming
 
     dtype, before = run_dtype(), {}
-    if dtype != AUTO:  # buffers, such as the frequencies of RoPE, stay as exact as they are
+    quantised = getattr(model, "is_quantized", False)
+    if dtype != AUTO and not quantised:  # buffers, such as the frequencies of RoPE, stay as exact as they are
         before = {name: each.data for name, each in model.named_parameters() if each.is_floating_point()}
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
@@ -173,7 +184,8 @@ def measured_in_place(model: Any, *, use: Use = LAYERS, beside: int = 0) -> Iter
         devices = {each.device for each in model.parameters()}
         end_streaming(model)
         end_spreading(model)
-        model.to(CPU)
+        if not quantised:  # which stays where Transformers put it
+            model.to(CPU)
         for device in devices:
             give_back(device)
         if before:
@@ -240,8 +252,8 @@ def place_for(sizes: ModelSizes, use: Use = PASSES, beside: int = 0) -> Place:
         return Place(torch.device(CPU))
     there = accelerators()
     mine = there if asked == AUTO else _of_kind(torch.device(asked), there)
-    if (dtype := current().dtype) != AUTO and asked == AUTO:
-        mine = [device for device in mine if _computes(str(device), dtype)]
+    if (dtype := current().dtype) != AUTO:
+        mine = [device for device in mine if _has_room_and(dtype, device)] if asked == AUTO else mine
     free = {device: free_on(device) for device in mine}  # another GPU may be so full that asking it fails
     needs = int(LOAD_OVERHEAD * sizes.whole) + beside
     if fitting := _fitting(free, needs, mine):
@@ -336,7 +348,7 @@ def free_on(device: torch.device) -> int | None:
     import torch
 
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     module = torch.get_device_module(device)
     if (ask := getattr(module, "mem_get_info", None)) is None:
         return None
@@ -366,6 +378,14 @@ def exact(tensor: torch.Tensor) -> torch.Tensor:
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64; Apple's GPUs do not."""
     return device.type in (CPU, "cuda") or _computes(str(device), "float64")
+
+
+def _has_room_and(dtype: str, device: torch.device) -> bool:
+    """Whether a device computes in a dtype; False for one that is too full for a trial."""
+    try:
+        return _computes(str(device), dtype)
+    except MachineError:
+        return False
 
 
 @functools.lru_cache
@@ -400,7 +420,12 @@ def _refuse(device: str, dtype: str) -> None:
         exists = ", ".join(map(str, [CPU, *accelerators()]))
         what = f"PyTorch sees no such device: {device}"
         raise MachineError(what, where="--device", exists=exists, fix="--device auto")
-    if dtype != AUTO and device != AUTO and not _computes(str(named), dtype):
+    if dtype == AUTO or device == AUTO:
+        return
+    mine = [named] if named.type == CPU or named.index is not None else _of_kind(named, accelerators())
+    if len(mine) > 1 and (with_room := [each for each in mine if _has_room_and(dtype, each)]):
+        mine = with_room
+    if not _computes(str(mine[0]), dtype):
         raise MachineError(
             f"{device} does not compute in {dtype}", where="--dtype", fix="--dtype float32, or leave it out"
         )

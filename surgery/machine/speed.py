@@ -24,14 +24,15 @@ STREAMED = 1 << 24  # size of a weight that is too large for a CPU's cache
 
 
 @functools.lru_cache
-def flops_per_second(hidden: int, inner: int, device: str = "cpu") -> float:
-    """Floating-point operations per second that a model of these widths reaches in float32.
+def flops_per_second(hidden: int, inner: int, device: str = "cpu", dtype: str = "float32") -> float:
+    """Floating-point operations per second that a model of these widths reaches.
 
     On the CPU that is on PyTorch's threads.
     """
     import torch
 
-    left, right = torch.ones(ROWS, hidden, device=device), torch.ones(hidden, inner, device=device)
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    left, right = torch.ones(ROWS, hidden, **options), torch.ones(hidden, inner, **options)
     if torch.device(device).type != "cpu":
         return EFFICIENCY * 2 * ROWS * hidden * inner / _quickest_there(lambda: left @ right)
     one = 2 * ROWS * hidden * inner / _quickest(lambda: left @ right)

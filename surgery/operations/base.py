@@ -68,6 +68,7 @@ class Measurement:
         memory: bytes in addition to the model.
         seconds: used instead of `flops` where the stage has a time limit, or where only its time is known.
         memory_on_gpu: bytes on a GPU in addition to the model; None: as many as `memory`.
+        writes: whether the model writes text; one that is streamed does that on the CPU.
     """
 
     stage: str
@@ -75,6 +76,7 @@ class Measurement:
     memory: float = 0.0
     seconds: float = 0.0
     memory_on_gpu: float | None = None
+    writes: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from families import COMMON, build, one_thread  # noqa: F401 (a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 
 import surgery as package
-from surgery.api import fitting_recipes
+from surgery.conversion.fit import fitting_recipes
 
 WINDOW, TOKEN = 24, 2 * 16 * 4  # bytes of a token's key and value in one layer: head size 16, float32
 SIZES = COMMON | {

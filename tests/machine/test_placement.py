@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.conversion import convert, estimate
 from surgery.errors import MachineError, SettingError
+from surgery.evaluation import check as check_module
+from surgery.io import loading
+from surgery.io.safetensors import Checkpoint
 from surgery.machine import placement
-from surgery.machine.offload import ModelSizes
+from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers, end_spreading, spread, whole_on_cpu
 from surgery.machine.placement import (
     GIB,
     GRADIENTS,
@@ -27,7 +32,9 @@ from surgery.machine.placement import (
     placed_on,
     put,
 )
+from surgery.operations.duo_attention import scorers
 
+CPU = torch.device("cpu")
 CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
@@ -127,6 +134,188 @@ def test_a_full_device_is_refused_and_the_other_one_named(gpus):
         device_for(30 * GIB)
     assert "8.0 GiB are free" in str(refused.value)
     assert "--device cpu" in refused.value.fix
+
+
+def test_a_gpu_that_is_too_full_for_a_trial_of_the_dtype_is_passed_over(gpus, monkeypatch):
+    gpus(0.001, 70)
+
+    def computes(device: str, dtype: str) -> bool:
+        if device in ("cuda:0", "cuda"):
+            raise MachineError("out of memory", code="out-of-memory")
+        return True
+
+    monkeypatch.setattr(placement, "_computes", computes)
+    for asked in ("auto", "cuda"):
+        with placed_on(asked, "bfloat16"):
+            assert device_for(GIB) == CUDA[1]
+    with pytest.raises(MachineError), placed_on("cuda:0", "bfloat16"):
+        pass
+
+
+def test_free_memory_counts_what_this_process_keeps_unused(monkeypatch):
+    said = {
+        "mem_get_info": lambda device: (5, 16),
+        "memory_reserved": lambda device: 7,
+        "memory_allocated": lambda _: 4,
+    }
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(**said))
+    assert placement.free_on(CUDA[0]) == 5 + 7 - 4
+
+    def full(device):
+        raise RuntimeError("CUDA error: out of memory")
+
+    said["mem_get_info"] = full
+    assert placement.free_on(CUDA[0]) == 0
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 16)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 3)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 13)  # with what it keeps
+    assert placement.free_on(torch.device("mps")) == 13
+
+
+def test_memory_is_given_back(monkeypatch):
+    emptied = []
+    module = SimpleNamespace(empty_cache=lambda: emptied.append(True))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    placement.give_back(CUDA[1])
+    assert emptied == [True]
+    placement.give_back(torch.device("cpu"))
+    assert emptied == [True]
+
+
+def test_a_streamed_model_is_whole_on_the_cpu_in_a_block():
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+    with whole_on_cpu(model):
+        pass
+    assert STREAMED not in vars(model), "it is not streamed"
+    streamed = vars(model)[STREAMED] = StreamedLayers(model, torch.device("cpu"))
+    model.requires_grad_(False)
+    model.layers[0](torch.ones(1, 3))
+    assert streamed.there is model.layers[0]
+    with whole_on_cpu(model):
+        assert STREAMED not in vars(model)
+        model.layers[1](torch.ones(1, 3))
+        assert streamed.there is None, "its hooks are gone"
+    assert vars(model)[STREAMED].device == streamed.device
+
+
+def test_a_streamed_model_refuses_gradients():
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(3, 3)])
+    StreamedLayers(model, torch.device("cpu"))
+    with pytest.raises(MachineError, match="gradients need the whole model"):
+        model.layers[0](torch.ones(1, 3))
+    with torch.no_grad():
+        model.layers[0](torch.ones(1, 3))
+
+
+def test_a_model_that_was_spread_can_be_moved_like_any_other():
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+    model.norm = torch.nn.LayerNorm(3)
+    spread(model, torch.device("cpu"), [torch.device("cpu"), torch.device("meta")])
+    assert [layer.weight.device.type for layer in model.layers] == ["cpu", "meta"]
+    assert model.hf_device_map == {"layers.0": torch.device("cpu"), "layers.1": torch.device("meta"), "norm": CPU}
+    end_spreading(model)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert not {"hf_device_map", "to", "cuda"} & vars(model).keys()
+
+
+PRUNE = {"op": "prune_heads", "granularity": "kv_group", "per_layer": 1}
+
+
+def measuring(step: dict) -> dict:
+    return {"version": 1, "name": "made", "operations": [step], "evaluate": None}
+
+
+@pytest.mark.parametrize(("step", "use"), [(PRUNE, GRADIENTS), (PRUNE | {"scores": "magnitude"}, LAYERS)])
+def test_a_conversion_asks_for_what_its_measurements_need(step, use, model, tmp_path, monkeypatch):
+    asked = {}
+
+    def seen(model, **options):
+        asked.update(options)
+        return measured_in_place(model, **options)
+
+    monkeypatch.setattr(convert, "measured_in_place", seen)
+    report = surgery.apply(measuring(step), str(model), output=tmp_path / "out", check=False)
+    assert report.folder
+    assert asked == {"use": use, "beside": estimate.measuring_bytes(surgery.plan(measuring(step), str(model)))}
+
+
+def test_scores_by_gradients_ask_for_the_whole_model(model, tmp_path, monkeypatch):
+    asked = []
+
+    def load(source, *, use):
+        asked.append(use)
+        raise LookupError
+
+    monkeypatch.setattr(loading, "load_for_run", load)
+    for method in ("gates", "far-mass"):
+        with pytest.raises(LookupError):
+            scorers.score_to_file(str(model), tmp_path / "scores.json", method)
+    assert asked == [GRADIENTS, PASSES]
+
+
+def test_a_plan_takes_the_speed_of_the_device(gpus, model, monkeypatch):
+    speeds = {"cpu": 1e6, "cuda:1": 1e9}
+    monkeypatch.setattr(estimate, "flops_per_second", lambda hidden, inner, device, dtype: speeds[device])
+    monkeypatch.setattr(estimate, "bytes_per_second", lambda device: speeds[device])
+    recipe = measuring(PRUNE) | {"evaluate": {}}
+    rewrite = measuring({"op": "gqa", "kv_heads": 1, "method": "mean"}) | {"evaluate": {}}
+    seconds = {}
+    for device in ("cpu", "cuda"):
+        gpus(1, 8)
+        made = surgery.plan(recipe, str(model), device=device).estimate.groups()
+        only_scored = surgery.plan(rewrite, str(model), device=device).estimate.groups()
+        seconds[device] = [made["measure"][0], made["score"][0], only_scored["score"][0]]
+    for name, slow, quick in zip(("measured", "scored", "only scored"), seconds["cpu"], seconds["cuda"], strict=True):
+        assert slow > 2 * quick, name
+
+
+def test_a_loaded_model_takes_no_device_and_no_dtype(model):
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    for call in (
+        lambda: surgery.evaluate(loaded, dtype="float64"),
+        lambda: surgery.evaluate(model, loaded, device="cpu"),
+        lambda: surgery.plan("gqa", loaded, device="cpu"),
+        lambda: surgery.apply("gqa", loaded, dtype="bfloat16"),
+        lambda: surgery.heal(loaded, device="cpu"),
+    ):
+        with pytest.raises(SettingError, match="this is a loaded model, which stays where it is"):
+            call()
+
+
+def test_a_named_device_without_room_is_refused_before_anything_is_written(gpus, model, tmp_path):
+    gpus(0.00001)
+    step = {"op": "prune_heads", "granularity": "kv_group", "per_layer": 1}
+    recipe = {"version": 1, "name": "made", "operations": [step], "evaluate": None}
+    with pytest.raises(MachineError, match="out of memory on cuda:0: the model needs about"):
+        surgery.apply(recipe, str(model), output=tmp_path / "out", device="cuda:0")
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(MachineError, match="out of memory on cuda:0"):
+        surgery.plan(recipe, str(model), device="cuda:0")
+
+
+def test_training_goes_to_the_first_gpu_alone(gpus, model, tmp_path):
+    gpus(8, 8)
+    heal = {"method": "full", "loss": "ce", "data": "builtin", "steps": 1, "length": 64, "batch_tokens": 64}
+    recipe = {
+        "version": 1, "name": "made", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}], "heal": heal,
+        "evaluate": None,
+    }  # fmt: skip
+    with pytest.raises(SettingError, match="training goes to the first cuda device") as refused:
+        surgery.apply(recipe, str(model), output=tmp_path / "out", device="cuda:1")
+    assert "CUDA_VISIBLE_DEVICES=1" in str(refused.value)
+
+
+def test_check_counts_a_model_in_the_dtype_of_the_run(model):
+    checkpoint = Checkpoint(model)
+    numbers = sum(tensor.numel() for tensor in load_file(Path(model) / "model.safetensors").values())
+    assert check_module._loaded_bytes(checkpoint) == checkpoint.size
+    with placed_on("cpu", "float64"):
+        assert check_module._loaded_bytes(checkpoint) == 8 * numbers
 
 
 def test_a_device_whose_room_is_unknown_is_taken(gpus):

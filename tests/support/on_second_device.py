@@ -79,8 +79,13 @@ CHECKED = ("gqa", "duo_attention")  # `check` starts processes, which takes seco
 HEADS = {"samples": 2, "length": 320, "sinks": 2, "window": 8}  # of `surgery score`
 
 
-def recipe_of(step: dict) -> dict:
-    return {"version": 1, "name": "made", "operations": [step], "evaluate": None}
+def recipe_of(steps: dict | list[dict]) -> dict:
+    return {
+        "version": 1,
+        "name": "made",
+        "operations": steps if isinstance(steps, list) else [steps],
+        "evaluate": None,
+    }
 
 
 def converted(step: dict, device: str):
@@ -118,7 +123,7 @@ def compared(step: dict) -> dict:
     return {"difference": difference(found, expected), "devices": devices} | counted(work)
 
 
-def applied(step: dict, base: Path, out: Path, device: str) -> dict:
+def applied(step: dict | list[dict], base: Path, out: Path, device: str) -> dict:
     """`surgery apply --device` into a folder; returns the weights that it wrote."""
     surgery.apply(recipe_of(step), str(base), output=out, check=False, device=device)
     return load_file(out / "model.safetensors")
@@ -223,6 +228,7 @@ def streamed(steps: dict[str, dict], sizes: dict = LARGER, beside: bool = True) 
                 with Work(memory=parts.whole // 4), placed_on(NAME):
                     passed = surgery.check(root / slug).passed  # on the CPU, since the device has no room
                 found[name] |= {
+                    "evaluated": streamed_eval(root / slug, base, parts.whole),
                     "difference": difference(weights, expected),
                     "whole_peak": whole.peak,
                     "passed": passed,
@@ -230,9 +236,25 @@ def streamed(steps: dict[str, dict], sizes: dict = LARGER, beside: bool = True) 
     return found
 
 
+def streamed_eval(out: Path, base: Path, memory: int) -> dict:
+    """`surgery eval` on a device that is too small for the models, beside the CPU."""
+
+    def figures(device: str) -> object:
+        return surgery.evaluate(out, base, windows=2, length=64, device=device).to_dict()
+
+    with Work(memory=memory) as work:
+        found = figures(NAME)
+    return {"difference": furthest(found, figures("cpu"))} | counted(work)
+
+
 READ = ("duo_attention", "moh", "act")  # results that are read on two devices
 PASSES = ("score far-mass", "score ablation", "score induction", "inspect --sinks", "try")
-BY_GRADIENTS = ("prune_heads", "zero_tuning", "act")  # operations
+BY_GRADIENTS = {name: OPERATIONS[name] for name in ("prune_heads", "zero_tuning", "act")}
+for _text in ("builtin", "self"):  # the second step alone would be streamed
+    BY_GRADIENTS[f"prune_heads and gqa on {_text}"] = [
+        OPERATIONS["prune_heads"],
+        OPERATIONS["gqa"] | {"kv_heads": 1, "calibration_length": 200, "calibration_text": _text},
+    ]
 
 
 @contextmanager
@@ -262,8 +284,10 @@ def runs_when_spread(root: Path, base: Path, gradients: bool) -> dict[str, Calla
     if gradients:
         scores = {f"score {name}" for name, method in METHODS.items() if method.gradients}
         return {name: run for name, run in probes.items() if name in scores} | {
-            name: lambda device, name=name: applied(OPERATIONS[name], base, root / f"{name}-{device}", device)
-            for name in BY_GRADIENTS
+            name: lambda device, name=name, steps=steps: applied(
+                steps, base, root / f"{name}-{device}".replace(" ", "-"), device
+            )
+            for name, steps in BY_GRADIENTS.items()
         }
     runs = {name: probes[name] for name in PASSES}
     for name in READ:
@@ -278,7 +302,7 @@ def spread(gradients: bool) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         base = root / "base"
-        build("Llama", **SIZES).eval().save_pretrained(base)
+        build("Llama", **(SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4})).eval().save_pretrained(base)
         byte_tokenizer().save_pretrained(base)
         for name, run in runs_when_spread(root, base, gradients).items():
             expected, measures = run("cpu"), name in BY_GRADIENTS
@@ -288,7 +312,9 @@ def spread(gradients: bool) -> dict[str, dict]:
             found[name] = {"devices": max(counts), "difference": measure(result, expected)} | counted(work)
             if measures:
                 with two_devices(gradients):
-                    found[name]["planned"] = surgery.plan(recipe_of(OPERATIONS[name]), str(base)).to_dict()["estimate"]
+                    found[name]["planned"] = surgery.plan(recipe_of(BY_GRADIENTS[name]), str(base)).to_dict()[
+                        "estimate"
+                    ]
     return found
 
 

@@ -21,6 +21,7 @@ STEPS = 12  # steps of a solver for one fit
 EARLY = 0.25  # share of STEPS that the first fit of scores takes if other fits follow
 LAYERS, NARROW = 2, 2048  # layers fitted in parallel on a CPU if they have fewer channels and the base's inputs
 RIDGES = 5  # solutions for one output projection, including the last fit; in practice a few more or fewer
+WRITING = "calibration text"  # a stage
 KERNELS = 0.6e9  # bytes: in bfloat16, attention of one query on a CPU keeps compiled products for all lengths
 UNUSED = 1.15  # memory that the allocator holds, as a multiple of the memory in use
 
@@ -77,12 +78,14 @@ class Calibration:
         """The stages with `merged` merged layers: the model writes text, layers are tried alone, layers are merged."""
         memory, on_gpu = self.memory(anatomy, merged), self.memory(anatomy, merged, gpu=True)
         flops = {
-            "calibration text": 3 * anatomy.parameters * self.written,
+            WRITING: 3 * anatomy.parameters * self.written,
             "trying layers alone": self._trial_flops(anatomy),
             "merging layers": self.flops(anatomy, merged),
         }
         return tuple(
-            Measurement(stage, count, memory, memory_on_gpu=on_gpu) for stage, count in flops.items() if count
+            Measurement(stage, count, memory, memory_on_gpu=on_gpu, writes=stage == WRITING)
+            for stage, count in flops.items()
+            if count
         )
 
     def _trial_flops(self, anatomy: Anatomy) -> float:

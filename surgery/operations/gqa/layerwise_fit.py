@@ -88,7 +88,7 @@ class Sharing:
         load_attention: as `load_layer`, for attention alone; the MLP must still be fitted.
 
     Attributes:
-        mlps: refitted weights of MLPs, by parameter name.
+        mlps: refitted weights of MLPs, by parameter name, on the CPU and in the dtype of the model.
     """
 
     def __init__(
@@ -177,7 +177,8 @@ class Sharing:
             record = record | mlp_record
             self.save_layer(layer_index, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
         if weight is not None:
-            self.mlps[self._mlp(layer_index)[0]] = weight
+            name, _ = self._mlp(layer_index)
+            self.mlps[name] = weight.to("cpu", self.model.get_parameter(name).dtype)
         return pack(new), record
 
     @property
@@ -245,8 +246,9 @@ class Sharing:
     def _layer_inputs(self, layer_index: int, layer: AttentionLayer, inputs_only: bool) -> LayerInputs:
         """Run a layer on the base's states and record its inputs; `inputs_only`: without samples to fit."""
         inputs, module = LayerInputs(), self.hook.modules[layer_index]
+        device = next(self.states.run.blocks[layer_index].parameters()).device
         for index in range(len(self.sequences)):
-            state = self.states.base[index][0]
+            state = self.states.base[index][0].to(device)
             inputs.rms.append(state.float().square().mean(-1).sqrt())
             inputs.base.append(call := self.states.base_step(layer_index, index))
             converted_call = (
