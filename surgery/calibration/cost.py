@@ -31,3 +31,13 @@ def activation_bytes(anatomy: Anatomy, length: int) -> int:
     """Bytes of one layer's activations in float32 for one text, with the attention of all pairs of its tokens."""
     layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
     return 4 * length * (8 * hidden + 3 * inner + 3 * layer.heads * length)
+
+
+def logit_bytes(anatomy: Anatomy, length: int) -> int:
+    """Bytes of a text's logits in float32: themselves, their logarithm, and what is computed from it."""
+    return 4 * 3 * length * (getattr(anatomy.config.get_text_config(), "vocab_size", None) or 0)
+
+
+def gradient_bytes(anatomy: Anatomy, length: int) -> int:
+    """Bytes that gradients through all layers keep of one text, in float32, with its logits."""
+    return len(anatomy.layers) * activation_bytes(anatomy, length) + 2 * logit_bytes(anatomy, length)

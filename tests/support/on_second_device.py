@@ -348,7 +348,9 @@ def verbs(names: list[str]) -> dict[str, dict]:
             expected = applied(OPERATIONS[name], base, root / f"{slug}-cpu", "cpu")
             with Work() as work:
                 weights = applied(OPERATIONS[name], base, root / slug, NAME)
+            planned = surgery.plan(recipe_of(OPERATIONS[name]), str(base), device=NAME).estimate.device
             found[name] = {"apply": {"difference": difference(weights, expected)} | counted(work)}
+            found[name]["apply"]["planned"] = planned.memory_bytes if planned else 0
             of_verbs = verbs_of(root / slug, base)
             if name not in CHECKED:
                 del of_verbs["check"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops
+from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from surgery.errors import RecipeMismatchError, SurgeryError
 from surgery.operations.base import (
@@ -193,10 +193,12 @@ class DuoAttention(Operation):
         one = sum(forward_flops(anatomy, length, length) for length in lengths) / len(lengths)
         if "steps" in settings:
             full = max(samples, settings["steps"]) if settings["full"] == "base" else min(samples, settings["steps"])
-            return (Measurement("training gates", one * (full + GRADIENT * settings["steps"])),)
+            flops = one * (full + GRADIENT * settings["steps"])
+            return (Measurement("training gates", flops, memory_on_gpu=gradient_bytes(anatomy, max(lengths))),)
         # An ablation runs two texts from each head's layer on, which is half of a forward pass on average.
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
-        on_gpu = max(activation_bytes(anatomy, length) for length in lengths)
+        of_text = gradient_bytes if METHODS[self.scores].gradients else activation_bytes
+        on_gpu = of_text(anatomy, max(lengths)) + logit_bytes(anatomy, max(lengths))
         return (Measurement("measuring heads", one * samples * forwards, memory_on_gpu=on_gpu),)
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from surgery.architecture.layer import groups_of, query_names, shown_names
-from surgery.calibration.cost import GRADIENT, forward_flops
+from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes, widths
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
 from surgery.machine.progress import within
@@ -242,10 +242,19 @@ class PruneHeads(Operation):
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         if not known and (forwards := self._forwards(anatomy)):
             tokens = self._scorings(anatomy) * self.score_samples * length
-            yield Measurement("measuring heads", forwards * forward_flops(anatomy, tokens, length))
+            of_text = gradient_bytes if self.whole_model else activation_bytes
+            on_gpu = of_text(anatomy, length) + logit_bytes(anatomy, length)
+            flops = forwards * forward_flops(anatomy, tokens, length)
+            yield Measurement("measuring heads", flops, memory_on_gpu=on_gpu)
         if self.refit and self._removes_something(anatomy):
             tokens = self.calibration_samples * length
-            yield Measurement("refitting output projections", 2 * forward_flops(anatomy, tokens, length))
+            layer, (hidden, _) = anatomy.layers[0], widths(anatomy)
+            width = layer.heads * layer.head_dim
+            sums = 8 * (3 * width**2 + 3 * width * hidden)  # of both products and what solves them, in float64
+            on_gpu = 2 * 4 * tokens * hidden + sums + activation_bytes(anatomy, length)
+            yield Measurement(
+                "refitting output projections", 2 * forward_flops(anatomy, tokens, length), memory_on_gpu=on_gpu
+            )
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         total = sum(layer.heads for layer in before.layers)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.architecture.layer import groups_of, query_names, shown_names
-from surgery.calibration.cost import forward_flops
+from surgery.calibration.cost import activation_bytes, forward_flops, gradient_bytes, logit_bytes
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import RecipeMismatchError
 from surgery.operations.base import SURGICAL, ApplyContext, InWords, Measurement, Operation, PlannedChange, WholeNumber
@@ -205,6 +205,14 @@ class SinkCalibration(Variants, Operation):
         samples, length = (getattr(self, name) for name in ("calibration_samples", "calibration_length"))
         length = min(length, anatomy.positions or length)
         return forward_flops(anatomy, samples / 2 * length, length)
+
+    def _text_bytes(self, anatomy: Anatomy) -> int:
+        """Bytes on a GPU of one calibration text, with gradients if the measurement needs them."""
+        length = self.calibration_length
+        length = min(length, anatomy.positions or length)
+        if self.whole_model:
+            return gradient_bytes(anatomy, length)
+        return activation_bytes(anatomy, length) + logit_bytes(anatomy, length)
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy

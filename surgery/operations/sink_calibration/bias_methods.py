@@ -157,7 +157,8 @@ class ZeroTuning(Reweighting):
         grid = len(self.grid) if self.grid else GAMMAS
         tried = {"heads": 3 * grid, "uniform": 2 * grid, "layers": 2 * grid * len(anatomy.layers)}[self.groups]
         forwards = 1 + tried + GRADIENT * (self.groups == "heads") + 2
-        return (Measurement("trying gammas", forwards * self.searched_half(anatomy)),)
+        flops = forwards * self.searched_half(anatomy)
+        return (Measurement("trying gammas", flops, memory_on_gpu=self._text_bytes(anatomy)),)
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:
         return super().calibration_data(model, context) if self.labelled is None else self.questions(model, context)
@@ -263,7 +264,8 @@ class Act(Reweighting):
         if self.trials == "each":
             tried = 1 + sum(map(len, self._targets(anatomy).values()))
         stages["choosing heads"] = (1 + tried + 2) * self.searched_half(anatomy)
-        return tuple(Measurement(stage, flops) for stage, flops in stages.items())
+        on_gpu = self._text_bytes(anatomy)
+        return tuple(Measurement(stage, flops, memory_on_gpu=on_gpu) for stage, flops in stages.items())
 
     def described(self, anatomy: Anatomy, targets: Targets, many: str) -> tuple[str, list[str]]:
         chosen = "the heads by their slope" if self.trials == "slope" else "each head tried alone"

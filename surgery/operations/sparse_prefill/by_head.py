@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from surgery.calibration.cost import forward_flops
+from surgery.calibration.cost import activation_bytes, forward_flops
 from surgery.operations.base import ApplyContext, Measurement
 from surgery.operations.sparse_prefill.base import FromOne, Share, SparsePrefill
 
@@ -38,7 +38,8 @@ class ByHead(SparsePrefill):
         """The texts go through the model once, and the attention of every head is compared with each pattern."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
-        return (Measurement("measuring patterns", flops),) if self.searches else ()
+        on_gpu = activation_bytes(anatomy, length)
+        return (Measurement("measuring patterns", flops, memory_on_gpu=on_gpu),) if self.searches else ()
 
     def problems_of_search(self, anatomy: Anatomy) -> list[str]:
         if self.searches and any(layer.streaming for layer in anatomy.layers):
