@@ -18,7 +18,10 @@ from typing import Any
 
 LOAD_OVERHEAD = 1.3  # ratio of a loaded model's memory, including activations, to its bytes on disk
 BFLOAT16 = ("avx512_bf16", "amx_bf16")
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+# The last words are those of CUDA's libraries: CUBLAS_STATUS_ALLOC_FAILED, CUSOLVER_..., CUDNN_...
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def fast_in_bfloat16() -> bool:
