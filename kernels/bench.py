@@ -1,6 +1,7 @@
 """How fast the kernels are: `python -m surgery.kernels.bench`. Speed is a ratio to PyTorch's attention in one run.
 
-Without a GPU there is nothing to time: then it says what would serve each kind of tensor, and stops.
+Without a GPU there is nothing to time: then it says what would serve each kind of tensor, and stops. On a GPU that the
+kernels do not support it stops with an error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .estimators import antidiagonal_mass, block_means, pooled_mass
 from .gathered_heads import gathered_heads
 from .split_decode import HeadTable, Ring, split_decode
 from .streaming_prefill import streaming_prefill
-from .surgery_triton import executor, failed
+from .surgery_triton import executor, failed, unsupported
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 128  # the attention of Llama-3.1-8B and many others
 SINKS, WINDOW = 64, 256
@@ -111,7 +112,10 @@ def main() -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             print(f"  {str(dtype).removeprefix('torch.')}: {executor('cpu', dtype, SIZE)}")
         return
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {executor('cuda', torch.bfloat16, SIZE)}")
+    card = torch.cuda.get_device_name()
+    if reason := unsupported("cuda", torch.bfloat16, SIZE):
+        raise SystemExit(f"nothing was timed on {card}, since every figure would be PyTorch's: {reason}")
+    print(f"{card}, torch {torch.__version__}; {executor('cuda', torch.bfloat16, SIZE)}")
     print(f"bfloat16, 1 x {HEADS} heads on {KV_HEADS} KV heads of {SIZE}, blocks of {BLOCK}; medians\n")
     print("| tokens | what | ms | SDPA ms | SDPA / this |")
     print("| --- | --- | --- | --- | --- |")

@@ -151,7 +151,8 @@ def started(kernel: str, device, launch, kind: str = "") -> bool:
     try:
         launch()
     except Exception as error:  # Triton, a C compiler or a driver can raise anything
-        if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
+        # Triton's driver has no class for a lack of memory: RuntimeError("Triton Error [CUDA]: out of memory")
+        if INTERPRETED or isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             raise
         first = not any(other[:2] == place[:2] for other in _broken)
         _broken[place] = in_a_line(error)

@@ -218,3 +218,45 @@ def test_a_block_that_no_tile_divides_gets_the_reference():
     out, lse = block_sparse_prefill(query, key, value, block_list(block=20))
     assert out.isfinite().all()
     assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 101376"), False),
+    ],
+)
+def test_a_lack_of_gpu_memory_is_raised(monkeypatch, recwarn, error, raised):
+    from surgery.kernels import surgery_triton as common
+
+    monkeypatch.setattr(common, "_broken", {})
+    monkeypatch.setattr(common, "INTERPRETED", False)
+
+    def launch():
+        raise error
+
+    if raised:
+        with pytest.raises(type(error), match="out of memory"):
+            common.started("split_decode", "cuda:0", launch)
+        assert common.failed() == []
+    else:
+        assert not common.started("split_decode", "cuda:0", launch)
+        assert len(common.failed()) == 1
+
+
+def test_bench_stops_on_a_gpu_without_kernels(monkeypatch, capsys):
+    from surgery.kernels import bench
+    from surgery.kernels import surgery_triton as common
+
+    monkeypatch.setattr(sys, "argv", ["bench", "4096"])
+    monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.9.0"))
+    monkeypatch.setattr(common, "target", lambda device: "sm_75")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(bench, "prefill", lambda length, dtype: [("a reference", 1.0, 1.0)])
+    monkeypatch.setattr(bench, "decode", lambda length, dtype: [])
+    with pytest.raises(SystemExit, match=r"nothing was timed on Tesla T4.* compiled for sm_75 \(known: sm_80"):
+        bench.main()
+    assert capsys.readouterr().out == ""
