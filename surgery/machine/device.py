@@ -1,8 +1,8 @@
 """The machine's processor and memory: its instructions, free memory, and the peak memory of a block of code.
 
 The peak is the most memory that a block takes in addition to the memory in use before it. On a GPU, PyTorch counts it.
-On Linux it is the growth of resident memory, from the kernel's high-water mark, which is reset first. Elsewhere
-(macOS, Windows, a /proc that is not writable) it is not measured, and is None.
+On Linux's CPUs it is the growth of resident memory, from the kernel's high-water mark, which is reset first. Elsewhere
+(macOS, Windows, a /proc that is not writable, Apple's GPUs) it is not measured, and is None.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 LOAD_OVERHEAD = 1.3  # ratio of a loaded model's memory, including activations, to its bytes on disk
 BFLOAT16 = ("avx512_bf16", "amx_bf16")
@@ -70,34 +73,38 @@ class PeakMemory:
     """
 
     def __init__(self, device=None):
-        self.cuda = device if getattr(device, "type", "cpu") == "cuda" else None
+        self.gpu = device if getattr(device, "type", "cpu") != "cpu" else None
         self.bytes: int | None = None
         self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        if self.cuda is not None:
-            import torch
-
-            torch.cuda.synchronize(self.cuda)
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-            self._before = torch.cuda.memory_allocated(self.cuda)
-        else:
+        if self.gpu is None:
             _give_back()
             self._before = _resident("VmRSS") if _reset_mark() else None
+        elif hasattr(module := _module_of(self.gpu), "reset_peak_memory_stats"):  # not that of Apple's GPUs
+            module.synchronize(self.gpu)
+            module.reset_peak_memory_stats(self.gpu)
+            self._before = module.memory_allocated(self.gpu)
         return self
 
     def __exit__(self, *exception) -> None:
         if self._before is None:
             return
-        if self.cuda is not None:
-            import torch
-
-            torch.cuda.synchronize(self.cuda)
-            peak = torch.cuda.max_memory_allocated(self.cuda)
+        if self.gpu is not None:
+            module = _module_of(self.gpu)
+            module.synchronize(self.gpu)
+            peak = module.max_memory_allocated(self.gpu)
         else:
             peak = _resident("VmHWM")
         self.bytes = None if peak is None else max(peak - self._before, 0)
+
+
+def _module_of(device: torch.device) -> Any:
+    """PyTorch's module for a kind of GPU: `torch.cuda`, `torch.xpu`, `torch.mps`."""
+    import torch
+
+    return torch.get_device_module(device)
 
 
 def _give_back() -> None:
@@ -140,6 +147,18 @@ def processor() -> str:
         if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
             return names[0]
     return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a CPU or GPU, as far as PyTorch and the system know it: "NVIDIA H100 80GB HBM3", "Apple M2"."""
+    if device.type == "cpu":
+        return processor()
+    if device.type == "mps":
+        import torch
+
+        return getattr(torch.backends.mps, "get_name", lambda: "mps")()  # older versions of torch lack this
+    module = _module_of(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
 
 
 def accelerator() -> str:

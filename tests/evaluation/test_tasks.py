@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on(model, merged, choosing, writing, monkeypatc
     assert len(asked) == max(kept) - min(kept), "what was answered is not asked again"
 
 
-def test_answers_are_of_one_model_and_one_tokenizer(model, merged):
+def test_answers_are_of_one_model_one_tokenizer_and_one_kind_of_device(model, merged, monkeypatch):
     tokenizer = read_tokenizer(model)
     names = {asking.answers_file(model, tokenizer, 1), asking.answers_file(merged, tokenizer, 1)}
     names.add(asking.answers_file(model, tokenizer, 2))
@@ -261,6 +261,10 @@ def test_answers_are_of_one_model_and_one_tokenizer(model, merged):
     edit_tensors(model, change)
     names.add(asking.answers_file(model, read_tokenizer(merged), 1))
     assert len(names) == 5
+    for kind in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(asking, "accelerators", lambda kind=kind: [torch.device(kind, 0)])
+        names.add(asking.answers_file(model, read_tokenizer(merged), 1))
+    assert len(names) == 8
 
 
 def test_a_loaded_base_beside_a_folder(model, merged, choosing):

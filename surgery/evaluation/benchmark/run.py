@@ -26,7 +26,7 @@ from surgery.evaluation.benchmark.models import (
     split_figures,
 )
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
-from surgery.machine.device import PeakMemory, is_out_of_memory
+from surgery.machine.device import PeakMemory, device_name, is_out_of_memory
 from surgery.machine.placement import AUTO, current, device_for, placed_on
 from surgery.machine.progress import begin
 
@@ -276,13 +276,13 @@ def wait(device) -> None:
 
 
 def machine_name(device) -> str:
-    """Processor, number of threads and version of torch, on one line."""
+    """GPU, or processor and number of threads, and version of torch, on one line."""
     import platform
 
     import torch
 
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    if device.type != "cpu":
+        return f"{device_name(device)}, torch {torch.__version__}"
     name = f"{platform.machine()} CPU"
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -21,7 +21,7 @@ from surgery.io.files import sha256
 from surgery.io.hub_errors import brief
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.machine.device import is_out_of_memory
-from surgery.machine.placement import AUTO, current
+from surgery.machine.placement import AUTO, CPU, accelerators, current
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,8 +166,8 @@ def answers_file(folder: Path, tokenizer: Any, batch: int) -> Path:
 
     folders = [Path(each) for package in (surgery.runtime, surgery.kernels) for each in package.__path__]
     code = [f"{file.name} {sha256(file)}" for parent in folders for file in sorted(parent.glob("*.py"))]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = [device, *(each for each in vars(current()).values() if each != AUTO)]
+    kind = next((device.type for device in accelerators()), CPU)
+    place = [kind, *(each for each in vars(current()).values() if each != AUTO)]
     parts = [FORMAT, version(), torch.__version__, transformers.__version__, *place, str(batch), *code]
     parts += [model_identity(folder), tokenizer_identity(tokenizer)]
     parent = cache_folder() / "answers"
