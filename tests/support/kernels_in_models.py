@@ -101,7 +101,10 @@ CASES = {
 AUTOCAST = ("duo under autocast", "pooled, gamma, under autocast")  # of float16
 HALF = {"duo in float16": torch.float16, "gamma, split, in bfloat16": torch.bfloat16}
 HALF |= {"moh, gamma, in float16": torch.float16, "xattention in float16": torch.float16}
-QUICK = ("duo", "uneven groups, split", "gamma, split", "moh, gamma", "pooled, gamma", "xattention")
+QUICK = (
+    "duo", "duo of sliding layers", "duo with soft-capped scores", "uneven groups, split", "gamma, split",
+    "moh, gamma", "pooled, gamma", "xattention",
+)  # fmt: skip
 
 
 # Ways in which a case differs from `expected`'s rule.
