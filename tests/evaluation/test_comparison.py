@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from conftest import TEXT, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
@@ -275,6 +276,7 @@ def test_speed_is_beside_the_base(made, model, text, monkeypatch):
         assert row["prompt"] > 0
         assert row["decode"] > 0
     assert found.to_dict()["rows"][0] == {"model": "the base", "prompt": 1.0, "decode": 1.0}
+    assert f"torch {torch.__version__}" in found.records[str(models[0])]["speed"]["machine"]
 
 
 def test_the_command_prints_draws_and_says_json(surgery, made, model, text):

@@ -103,8 +103,10 @@ def search_dense_below(
     from surgery.evaluation.benchmark.run import device_of, machine_name
     from surgery.io.loading import load_model, read_tokenizer
 
-    torch_device, sample_text = device_of(device), load_text(text, "calibration")
-    model = load_model(Path(out)).to(torch_device).eval()
+    device_of(device)  # a wrong name is told before the model loads
+    sample_text, model = load_text(text, "calibration"), load_model(Path(out))
+    torch_device = device_of(device, model)
+    model.to(torch_device).eval()
     entries = [layer.get("sparse") for layer in (getattr(model.config, "surgery", None) or {"layers": []})["layers"]]
     sparse_layers = [layer_index for layer_index, entry in enumerate(entries) if entry]
     if not sparse_layers:

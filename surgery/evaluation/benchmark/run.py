@@ -27,7 +27,8 @@ from surgery.evaluation.benchmark.models import (
 )
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
 from surgery.machine.device import PeakMemory, device_name, is_out_of_memory
-from surgery.machine.placement import AUTO, current, device_for, placed_on
+from surgery.machine.offload import ModelSizes
+from surgery.machine.placement import AUTO, CPU, current, device_for, placed_on
 from surgery.machine.progress import begin
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ BY_TEXT = (
     "how many blocks the sparse prefill reads follows from text and weights: random ones have it read far more. A "
     "density is kept in any case (a recipe with density=0.2 gamma=null)"
 )
+
+
+NO_ROOM = "no GPU has room for both models: the CPU was timed"
 
 
 def _base_info(stock) -> dict:
@@ -122,7 +126,7 @@ def bench(
     from surgery.io.loading import read_config
 
     _refuse(lengths, rounds, decode, synthetic, layers, ratio)
-    lengths, torch_device = tuple(dict.fromkeys(lengths)), device_of(device)
+    lengths, emptiest = tuple(dict.fromkeys(lengths)), device_of(device)  # a wrong name is told before models load
     folder, positions = resolve(str(base), weights=not synthetic).path, max(lengths) + 1 + decode
     configs = read_config(folder), read_config(out)
     notes = compare(*configs, base, out)
@@ -136,11 +140,10 @@ def bench(
     prompts, info["prompts"], reason = make_prompts(None if synthetic else folder, vocabulary, lengths)
     notes += [f"the prompts are random tokens, not text: {reason}"] if reason else []
     notes += [BY_TEXT] if sparse and sparse["by_text"] and (synthetic or reason) else []
-    with _out_of_memory(torch_device):
-        for each in (stock, model):
-            _read_weights(each.to(torch_device).eval())
-        with _short_collections():
-            timings = _all_rounds(_contenders(stock, model), prompts, rounds, decode, torch_device, progress)
+    torch_device = _move(device, stock, model)
+    notes += [NO_ROOM] if torch_device.type == CPU != emptiest.type else []
+    with _out_of_memory(torch_device, "shorter --lengths"), _short_collections():
+        timings = _all_rounds(_contenders(stock, model), prompts, rounds, decode, torch_device, progress)
     return Benchmark(machine_name(torch_device), info, split, gate, rounds, decode, timings, notes, sparse)
 
 
@@ -224,28 +227,36 @@ def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
         raise SettingError("layers and ratio are of random models", where="bench", fix="add --synthetic")
 
 
-def device_of(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU if there is one.
+def device_of(name: str, *models: Any) -> torch.device:
+    """The device of this name for models that are there at the same time; "auto" is a GPU if one has room for them.
 
     Raises:
         SurgeryError: it is not the name of a device.
-        MachineError: PyTorch sees no such device.
+        MachineError: PyTorch sees no such device, or it has no room for the models.
     """
     with placed_on(current().device if name == AUTO else name):
-        return device_for(0)
+        return device_for(sum(ModelSizes.of(model).whole for model in models))
+
+
+def _move(name: str, *models: Any) -> torch.device:
+    """Move models to the device of this name, and return the device."""
+    device = device_of(name, *models)
+    fix = "a machine with more memory, or --synthetic --layers N" if device.type == CPU else "--device cpu"
+    with _out_of_memory(device, fix):
+        for model in models:
+            _read_weights(model.to(device).eval())
+    return device
 
 
 @contextmanager
-def _out_of_memory(device):
+def _out_of_memory(device, fix: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         what = (str(error) or "no more to be had").splitlines()[0]
-        raise MachineError(
-            f"out of memory: {what}", where=str(device), fix="shorter --lengths", code="out-of-memory"
-        ) from error
+        raise MachineError(f"out of memory: {what}", where=str(device), fix=fix, code="out-of-memory") from error
 
 
 @contextmanager

@@ -339,4 +339,5 @@ def _speed(path: Path, base: Path, progress: Progress | None) -> dict:
     names = {"prefill": "prefill_vs_stock", "decode": "decode_vs_stock"}
     ratio = {name: row[key] for name, key in names.items()}
     ranges = {name: row["ranges"].get(key) for name, key in names.items()}
-    return finite({"status": "done", "tokens": PROMPT, "rounds": ROUNDS, "ratio": ratio, "ranges": ranges})
+    record = {"status": "done", "tokens": PROMPT, "rounds": ROUNDS, "machine": result.machine}
+    return finite(record | {"ratio": ratio, "ranges": ranges})

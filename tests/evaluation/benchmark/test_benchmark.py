@@ -15,7 +15,9 @@ from surgery.evaluation.benchmark.models import even_split, spaced_layers, synth
 from surgery.evaluation.benchmark.result import Benchmark, Timing, plot
 from surgery.evaluation.benchmark.run import FULL, SPLIT, STOCK, bench
 from surgery.evaluation.lengths import parse_lengths
+from surgery.io.loading import load_model
 from surgery.machine import device as peak_memory
+from surgery.machine import placement
 from surgery.machine.device import PeakMemory
 
 ELEMENT, LAYERS, KV_HEADS, HEAD = 2, 2, 3, 8  # bytes of a bfloat16, and the tiny Llama's sizes
@@ -320,6 +322,39 @@ def test_refused(refused, model, split):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_a_device_that_is_not_there(refused, model, split):
     refused("bench", split, "--base", model, "--device", "cuda", says=["no such device: cuda"], code=5)
+
+
+def test_the_gpu_has_room_for_both_models(monkeypatch, model, split):
+    """The emptiest GPU has room for one of the two: auto times the CPU and says so, and a name is refused."""
+    device = torch.device("cuda", 0)
+    size = sum(weight.nbytes for weight in load_model(model).parameters())
+    monkeypatch.setattr(placement, "accelerators", lambda: [device])
+    monkeypatch.setattr(placement, "free_on", lambda device: int(2 * size))
+    assert speed.device_of("auto").type == "cuda"
+    done = bench(split, model, lengths=(16,), rounds=1, decode=1)
+    assert done.notes == [speed.NO_ROOM]
+    assert done.machine == speed.machine_name(torch.device("cpu"))
+    with pytest.raises(MachineError, match="out of memory on cuda:0") as refused:
+        bench(split, model, lengths=(16,), rounds=1, decode=1, device="cuda")
+    assert refused.value.fix == "--device cpu"
+    monkeypatch.setattr(placement, "free_on", lambda device: int(3 * size))
+    assert speed.device_of("auto", *[load_model(folder) for folder in (model, split)]) == device
+
+
+def test_what_helps_where_memory_ends(monkeypatch, model, split):
+    """Shorter prompts help the timing, not the weights."""
+
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(speed, "_all_rounds", full)
+    with pytest.raises(MachineError, match="CUDA out of memory") as refused:
+        bench(split, model, lengths=(16,))
+    assert refused.value.fix == "shorter --lengths"
+    monkeypatch.setattr(speed, "_read_weights", full)
+    with pytest.raises(MachineError, match="CUDA out of memory") as refused:
+        bench(split, model, lengths=(16,))
+    assert "--lengths" not in refused.value.fix
 
 
 def test_another_base_is_refused_or_noted(refused, surgery, model, split):
