@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import MachineError, SurgeryError
@@ -27,6 +28,9 @@ from surgery.machine.placement import AUTO, DTYPES, current, device_for
 from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
 from surgery.report.report import Report
+
+if TYPE_CHECKING:
+    import torch
 
 PROBE_LENGTH, GENERATED = 24, 8
 FILES, FRESH = "checking files", "checking in a fresh process"  # stages
@@ -211,10 +215,7 @@ def check_loading(
     """
     import torch
 
-    positions = anatomy.positions or PROBE_LENGTH
-    used_parts = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
-    wanted_length = max([PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used_parts)])
-    length = min(wanted_length, positions - GENERATED)
+    length = _probe_length(anatomy, torch.device((place or {}).get("device", "cpu")))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(anatomy.config.vocab_size, (1, length), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as scratch:
@@ -238,6 +239,21 @@ def check_loading(
         if base is not None:
             items.append(_compare_with_base(results, [job["logits"] for job in jobs]))
     return items
+
+
+def _probe_length(anatomy: Anatomy, device: torch.device) -> int:
+    """Tokens of the text that a check reads: enough to show what each part of the model does."""
+    import torch
+
+    from surgery.kernels.surgery_triton import unsupported
+    from surgery.runtime.surgery_gated_compute import ROWS
+
+    used_parts = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
+    lengths = [PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used_parts)]
+    by_kernels = device.type == "cuda" and unsupported(device, torch.float16, 64) is None
+    if by_kernels and any("gate" in entry for _, entry in used_parts):
+        lengths.append(ROWS)  # in a shorter text a gate leaves no row out, and its kernel is not launched
+    return min(max(lengths), (anatomy.positions or PROBE_LENGTH) - GENERATED)
 
 
 def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> list[dict]:

@@ -22,8 +22,11 @@ from surgery.evaluation.check_layers import compare_shapes, names_in_memory, run
 from surgery.evaluation.probes.perplexity import Perplexity
 from surgery.io import loading as scoring
 from surgery.io.safetensors import Checkpoint
+from surgery.kernels import surgery_triton
 from surgery.machine.device import too_big
 from surgery.runtime.modeling_surgery import patch
+from surgery.runtime.surgery_gated_compute import ROWS
+from surgery.runtime.surgery_gates import Gate
 
 EVIL = "import pathlib\npathlib.Path({!r}).write_text('ran')\n"
 
@@ -41,6 +44,28 @@ def split(model) -> Path:
     out = model.parent / "split"
     loaded.save_pretrained(out)
     return out
+
+
+def test_the_text_is_long_enough_for_a_gates_kernel(model, split, monkeypatch):
+    """Where a GPU has kernels: a gate leaves rows out of texts from `ROWS` tokens on. Elsewhere the check is short."""
+    gate = {"kind": "moh", "unit": "head", "shared": [0], "active": 1}
+    loaded, gated = surgery.load(model), model.parent / "gated"
+    of_heads = Gate.of(gate, [3] * 3)
+    patch(loaded, {"layers": [{"gate": gate, "parameters": of_heads.shapes(loaded.config.hidden_size)}] * 2})
+    loaded.save_pretrained(gated)
+    asked = []
+    monkeypatch.setattr(checking, "load_in_fresh_process", lambda jobs: asked.extend(jobs) or [{"error": "x"}] * 2)
+
+    def length(folder: Path, device: str) -> int:
+        asked.clear()
+        checking.check_loading(folder, Anatomy.of(folder), None, place={"device": device})
+        return len(asked[0]["tokens"][0])
+
+    monkeypatch.setattr(surgery_triton, "unsupported", lambda *_: None)
+    assert [length(gated, device) for device in ("cpu", "cuda:1")] == [checking.PROBE_LENGTH, ROWS]
+    assert [length(split, device) for device in ("cpu", "cuda:1")] == [checking.PROBE_LENGTH + 6] * 2
+    monkeypatch.setattr(surgery_triton, "unsupported", lambda *_: "no kernel was ever compiled for sm_75")
+    assert length(gated, "cuda:1") == checking.PROBE_LENGTH
 
 
 # --- code and pickles of a folder ---------------------------------------------------------------------------------
