@@ -9,6 +9,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from surgery.errors import MachineError
+
 LOADING_SECONDS = 180  # the first import of torch after an installation is slow
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub", "pydantic", "typer",
@@ -31,7 +33,7 @@ def examine() -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES} | {"vllm": vllm_environment.installed_version()},
-        "devices": _devices(torch),
+        "devices": _devices(),
         "threads": torch.get_num_threads(),
         "memory_free": free_memory(),
         "disk_free": {"here": shutil.disk_usage(".").free, "cache": _free(Path(cache_folder()))},
@@ -94,13 +96,34 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _devices(torch) -> list[str]:
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
-        devices.append("mps")
+def _devices() -> list[dict]:
+    """What `--device` takes here: its name there, the hardware's name, its free bytes, and whether it has some dtypes.
+
+    None: it is not known.
+    """
+    import torch
+
+    from surgery.machine.device import device_name, free_memory
+    from surgery.machine.placement import CPU, accelerators, free_on
+
+    devices = []
+    for device in (torch.device(CPU), *accelerators()):
+        named = device.type if device.type in (CPU, "mps") else str(device)
+        free = free_memory() if device.type == CPU else free_on(device)
+        computes = {dtype: _computes(named, dtype) for dtype in ("bfloat16", "float64")}
+        devices.append({"device": named, "name": device_name(device), "memory_free": free, **computes})
     return devices
+
+
+def _computes(device: str, dtype: str) -> bool | None:
+    """Whether a device computes in a dtype; None where it is too full to try."""
+    from surgery.machine.placement import placed_on
+
+    try:
+        with placed_on(device, dtype):
+            return True
+    except MachineError as error:
+        return None if error.code == "out-of-memory" else False
 
 
 def _kernels() -> dict[str, str]:

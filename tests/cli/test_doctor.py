@@ -48,6 +48,44 @@ def test_another_package_of_that_name(monkeypatch):
     assert "uninstall both" in said[0]
 
 
+def test_it_lists_what_device_takes(monkeypatch, capsys):
+    """Also an Intel GPU, which PyTorch calls xpu; and a GPU that is too full for a trial of its dtypes."""
+    import torch
+
+    from surgery.cli.render.tables import doctor as printed
+    from surgery.cli.render.tables import doctor_verdict
+    from surgery.errors import MachineError
+    from surgery.machine import device as machine
+    from surgery.machine import placement
+
+    def computes(name, dtype):
+        if name == "xpu:1":
+            raise MachineError("out of memory on xpu:1", code="out-of-memory")
+        return (name, dtype) not in {("xpu:0", "float64"), ("mps", "float64")}
+
+    gpus = [torch.device("xpu", 0), torch.device("xpu", 1)]
+    monkeypatch.setattr(placement, "accelerators", lambda: gpus)
+    monkeypatch.setattr(placement, "free_on", lambda device: None if device.index else 3 * 10**9)
+    monkeypatch.setattr(placement, "_computes", computes)
+    monkeypatch.setattr(machine, "device_name", lambda device: device.type.upper())
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**9)
+    found = doctor._devices()
+    trials = [(each["bfloat16"], each["float64"]) for each in found]
+    assert [each["device"] for each in found] == ["cpu", "xpu:0", "xpu:1"]
+    assert trials == [(True, True), (True, False), (None, None)]
+    monkeypatch.setattr(doctor, "_both_ways", dict)
+    monkeypatch.setattr(doctor, "_problems", list)
+    report = doctor.examine()
+    assert doctor_verdict(report) == "Everything works here. GPU: xpu:0 (XPU), xpu:1 (XPU)."
+    printed(report)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "--device cpu (CPU): 1.0 GB free, bfloat16, float64" in lines
+    assert "--device xpu:0 (XPU): 3.0 GB free, bfloat16, no float64" in lines
+    assert "--device xpu:1 (XPU): free memory unknown, perhaps bfloat16, perhaps float64" in lines
+    gpus[:] = [torch.device("mps", 0)]
+    assert [(each["device"], each["float64"]) for each in doctor._devices()] == [("cpu", True), ("mps", False)]
+
+
 def test_it_says_what_runs_each_kernel(monkeypatch):
     import torch
 

@@ -45,13 +45,17 @@ def test_a_check_in_words(capsys, statuses, evaluated, says):
     assert capsys.readouterr().out == f"{says}\n"
 
 
+CPU = {"device": "cpu", "name": "EPYC"}
+
+
 def test_a_machine_in_words():
-    report = {"doors": {"native": "works: x", "surgical": "fails: y"}, "problems": ["p"], "devices": ["cpu"]}
+    report = {"doors": {"native": "works: x", "surgical": "fails: y"}, "problems": ["p"], "devices": [CPU]}
     assert doctor_verdict(report) == (
-        "Not everything works here: loading (surgical) fails; 1 problem named above. CPU only: no CUDA device found."
+        "Not everything works here: loading (surgical) fails; 1 problem named above. CPU only: PyTorch sees no GPU."
     )
-    whole = report | {"doors": {"native": "works: x"}, "problems": [], "devices": ["cpu", "H100", "H100"]}
-    assert doctor_verdict(whole) == "Everything works here. GPU: H100, H100."
+    gpus = [{"device": f"cuda:{number}", "name": "H100"} for number in range(2)]
+    whole = report | {"doors": {"native": "works: x"}, "problems": [], "devices": [CPU, *gpus]}
+    assert doctor_verdict(whole) == "Everything works here. GPU: cuda:0 (H100), cuda:1 (H100)."
 
 
 def test_needles_in_words():

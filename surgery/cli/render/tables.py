@@ -240,9 +240,9 @@ def doctor(report: dict) -> None:
     out.print(f"surgery {report['surgery']}, Python {report['python']}, {report['system']}")
     packages = (f"{name} {version or 'absent'}" for name, version in report["packages"].items())
     hanging(out, "packages:", ", ".join(packages), 10)
-    memory = "unknown" if report["memory_free"] is None else byte_size(report["memory_free"])
-    threads = count(report["threads"], "thread")
-    hanging(out, "devices:", f"{', '.join(report['devices'])}; {threads}; {memory} memory free", 10)
+    hanging(out, "CPU:", count(report["threads"], "thread"), 10)
+    for device in report["devices"]:
+        hanging(out, "--device", _device_words(device), 10)
     disk = report["disk_free"]
     hanging(out, "disk:", f"{byte_size(disk['here'])} free here, {byte_size(disk['cache'])} in the cache", 10)
     hanging(out, "Hub:", "offline (HF_HUB_OFFLINE)" if report["offline"] else "may be used", 10)
@@ -259,6 +259,14 @@ def doctor(report: dict) -> None:
     hanging(out, "", doctor_verdict(report), 0, "bold" if out.is_terminal else "")
 
 
+def _device_words(device: dict) -> str:
+    """A device that may be named, with its free memory and the dtypes that not every device has."""
+    known = {True: "", False: "no ", None: "perhaps "}
+    free = "free memory unknown" if device["memory_free"] is None else f"{byte_size(device['memory_free'])} free"
+    dtypes = [f"{known[device[dtype]]}{dtype}" for dtype in ("bfloat16", "float64")]
+    return f"{device['device']} ({device['name']}): {', '.join([free, *dtypes])}"
+
+
 def doctor_verdict(report: dict) -> str:
     """Whether everything works here, and on which devices."""
     faults = [name for name, state in report["doors"].items() if not state.startswith("works")]
@@ -266,8 +274,8 @@ def doctor_verdict(report: dict) -> str:
     if report["problems"]:
         faults.append(f"{count(len(report['problems']), 'problem')} named above")
     verdict = f"Not everything works here: {'; '.join(faults)}." if faults else "Everything works here."
-    others = [device for device in report["devices"] if device != "cpu"]
-    return f"{verdict} {'GPU: ' + ', '.join(others) + '.' if others else 'CPU only: no CUDA device found.'}"
+    gpus = [f"{each['device']} ({each['name']})" for each in report["devices"] if each["device"] != "cpu"]
+    return f"{verdict} {'GPU: ' + ', '.join(gpus) + '.' if gpus else 'CPU only: PyTorch sees no GPU.'}"
 
 
 def dense_below_table(search) -> None:
