@@ -23,7 +23,7 @@ from surgery.evaluation.check_layers import FAILED, NOT_RUN, PASSED, compare_sha
 from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
-from surgery.machine.device import NO_MEMORY, too_big
+from surgery.machine.device import NO_MEMORY, note_device, too_big
 from surgery.machine.placement import AUTO, DTYPES, current, device_for
 from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
@@ -120,10 +120,11 @@ def _loaded_bytes(checkpoint: Checkpoint) -> int:
 def _place(weights: int) -> dict[str, str]:
     """Device and dtype of a job (`fresh_process`); the CPU where a model of so many bytes does not fit as a whole."""
     try:
-        device = str(device_for(weights))
+        device = device_for(weights)
+        note_device(device)
     except MachineError:
         device = "cpu"
-    return {"device": device, "dtype": current().dtype}
+    return {"device": str(device), "dtype": current().dtype}
 
 
 def passed(items: list[Item]) -> bool:

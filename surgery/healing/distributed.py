@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import SettingError
 from surgery.io.output_folder import OutputFolder
+from surgery.machine.device import note_device
 from surgery.machine.placement import CPU, current
 
 if TYPE_CHECKING:
@@ -150,7 +151,9 @@ def processes():
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
+    note_device(state.device)  # where this process trains
+    return state
 
 
 class Ranks:

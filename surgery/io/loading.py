@@ -13,6 +13,7 @@ from surgery.io.files import read_json, utf8
 from surgery.io.model_folder import read_config_json
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
 from surgery.machine import placement
+from surgery.machine.device import note_device
 from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def load_for_run(
         MachineError: the device that was named has no room for it.
     """
     with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
-        return placement.put(
-            load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype()), use=use, beside=beside
-        )
+        model = load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype())
+        model = placement.put(model, use=use, beside=beside)
+    note_device(*{parameter.device: None for parameter in model.parameters()})
+    return model
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:

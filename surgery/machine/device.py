@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,11 +162,23 @@ def device_name(device: torch.device) -> str:
     return module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
 
 
-def accelerator() -> str:
-    """The name of the GPU that PyTorch has computed on, "" if there is none."""
-    import torch
+_used: ContextVar[dict[torch.device, None] | None] = ContextVar("used", default=None)
 
-    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
+
+def note_devices_from_now() -> None:
+    """Let `note_device` remember the devices of the run that begins, and forget those of a run before it."""
+    _used.set({})
+
+
+def note_device(*devices: torch.device) -> None:
+    """Remember that a model of this run is on these devices."""
+    if (used := _used.get()) is not None:
+        used.update(dict.fromkeys(devices))
+
+
+def noted_devices() -> list[torch.device]:
+    """The devices on which models of this run were, in the order of their first use."""
+    return list(_used.get() or ())
 
 
 def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
