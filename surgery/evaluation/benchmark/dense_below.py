@@ -100,13 +100,12 @@ def search_dense_below(
     """
     from surgery.data.text import load_text, windows
     from surgery.evaluation.benchmark.models import spaced_layers
-    from surgery.evaluation.benchmark.run import device_of, machine_name
+    from surgery.evaluation.benchmark.run import device_of, machine_name, move
     from surgery.io.loading import load_model, read_tokenizer
 
     device_of(device)  # a wrong name is told before the model loads
     sample_text, model = load_text(text, "calibration"), load_model(Path(out))
-    torch_device = device_of(device, model)
-    model.to(torch_device).eval()
+    torch_device = move(device, model)
     entries = [layer.get("sparse") for layer in (getattr(model.config, "surgery", None) or {"layers": []})["layers"]]
     sparse_layers = [layer_index for layer_index, entry in enumerate(entries) if entry]
     if not sparse_layers:

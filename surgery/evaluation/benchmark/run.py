@@ -140,7 +140,7 @@ def bench(
     prompts, info["prompts"], reason = make_prompts(None if synthetic else folder, vocabulary, lengths)
     notes += [f"the prompts are random tokens, not text: {reason}"] if reason else []
     notes += [BY_TEXT] if sparse and sparse["by_text"] and (synthetic or reason) else []
-    torch_device = _move(device, stock, model)
+    torch_device = move(device, stock, model)
     notes += [NO_ROOM] if torch_device.type == CPU != emptiest.type else []
     with _out_of_memory(torch_device, "shorter --lengths"), _short_collections():
         timings = _all_rounds(_contenders(stock, model), prompts, rounds, decode, torch_device, progress)
@@ -238,10 +238,10 @@ def device_of(name: str, *models: Any) -> torch.device:
         return device_for(sum(ModelSizes.of(model).whole for model in models))
 
 
-def _move(name: str, *models: Any) -> torch.device:
-    """Move models to the device of this name, and return the device."""
+def move(name: str, *models: Any) -> torch.device:
+    """Move models that were loaded to the device of this name, in eval mode, and return the device."""
     device = device_of(name, *models)
-    fix = "a machine with more memory, or --synthetic --layers N" if device.type == CPU else "--device cpu"
+    fix = "a machine with more memory" if device.type == CPU else "--device cpu"
     with _out_of_memory(device, fix):
         for model in models:
             _read_weights(model.to(device).eval())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import edit_record
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
 from surgery.evaluation.benchmark import dense_below
+from surgery.evaluation.benchmark.run import machine_name
+from surgery.machine import placement
 from surgery.report.report import Report
 from surgery.runtime.modeling_surgery import attention_modules
 
@@ -126,6 +129,14 @@ def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, 
     later = json.loads((out / "surgery.json").read_text())
     assert later["plan"] == report["plan"]
     assert later["overrides"] == report["overrides"]
+
+
+def test_a_gpu_without_room_for_the_model_is_not_taken(out, monkeypatch):
+    monkeypatch.setattr(placement, "accelerators", lambda: [torch.device("cuda", 0)])
+    monkeypatch.setattr(placement, "free_on", lambda device: 1000)
+    monkeypatch.setattr(dense_below, "_seconds", made_up(90))
+    found = dense_below.search_dense_below(out, candidates=(64,), rounds=1)
+    assert found.machine == machine_name(torch.device("cpu"))
 
 
 def test_a_value_that_was_not_tried_is_not_written(surgery, out, monkeypatch):
