@@ -132,9 +132,10 @@ def _kernels() -> dict[str, str]:
 
     from surgery.kernels.surgery_triton import executor
     from surgery.kernels.trial import KERNELS, fault
+    from surgery.machine.placement import CPU, accelerators
 
     if not torch.cuda.is_available():
-        return dict.fromkeys(KERNELS, executor("cpu"))
+        return dict.fromkeys(KERNELS, executor(next(iter(accelerators()), CPU)))
     runs = dict.fromkeys(KERNELS, "")
     for number in range(torch.cuda.device_count()):
         place = f"cuda:{number}"

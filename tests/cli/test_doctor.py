@@ -77,6 +77,10 @@ def test_it_lists_what_device_takes(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_problems", list)
     report = doctor.examine()
     assert doctor_verdict(report) == "Everything works here. GPU: xpu:0 (XPU), xpu:1 (XPU)."
+    assert set(report["kernels"].values()) <= {
+        "PyTorch: xpu:0 is no GPU of NVIDIA or AMD",
+        "PyTorch: triton is not installed (extra: kernels)",
+    }
     printed(report)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "--device cpu (CPU): 1.0 GB free, bfloat16, float64" in lines
