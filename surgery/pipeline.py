@@ -36,13 +36,13 @@ from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
-from surgery.machine.placement import AUTO, CPU, current, placed_on, refuse_for_loaded
+from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
 from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
 from surgery.report.page import Answers, render_page
-from surgery.report.report import MEASURED_IN, Report, measured_dtype
+from surgery.report.report import Report, measured_dtype
 from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
 
@@ -378,7 +378,7 @@ def _skip_gate(report: Report, options: RunOptions) -> None:
 def _close(report: Report, options: RunOptions) -> Report:
     _skip_gate(report, options)
     if isinstance(options.progress, StageClock):
-        report.data[KEY] = timing(options.progress, (report.data.get(MEASURED_IN) or {}).get("device", CPU))
+        report.data[KEY] = timing(options.progress)
     report.save()
     return report
 

@@ -13,7 +13,6 @@ from surgery.io.files import read_json, utf8
 from surgery.io.model_folder import read_config_json
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
 from surgery.machine import placement
-from surgery.machine.device import note_device
 from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -79,9 +78,7 @@ def load_for_run(
     """
     with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
         model = load_model(folder, allow_pickle=allow_pickle, dtype=placement.run_dtype())
-        model = placement.put(model, use=use, beside=beside)
-    note_device(*{parameter.device: None for parameter in model.parameters()})
-    return model
+        return placement.put(model, use=use, beside=beside)
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:

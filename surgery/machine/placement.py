@@ -23,7 +23,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from surgery.errors import MachineError, SettingError, shown
-from surgery.machine.device import LOAD_OVERHEAD, is_out_of_memory, made_on_cpu
+from surgery.machine.device import LOAD_OVERHEAD, is_out_of_memory, made_on_cpu, note_device
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +146,7 @@ def put(model: Any, *, use: Use = PASSES, beside: int = 0) -> Any:
     if place.device.type == CPU:
         return model
     try:
+        note_device(*place.devices)
         if place.streamed:
             vars(model)[STREAMED] = StreamedLayers(model, place.device)
             return model

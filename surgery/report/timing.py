@@ -11,17 +11,14 @@ from typing import Any
 from surgery.io.files import published, published_override, utf8
 from surgery.machine import command
 from surgery.machine.device import device_name, noted_devices, peak_memory, processor
-from surgery.machine.placement import CPU, accelerators, current
+from surgery.machine.placement import CPU
 from surgery.machine.progress import StageClock
 
 KEY = "timing"  # in surgery.json
 
 
-def timing(clock: StageClock, measured_on: str = CPU) -> dict[str, Any]:
+def timing(clock: StageClock) -> dict[str, Any]:
     """The content of `timing`.
-
-    Args:
-        measured_on: the kind of device on which the model was measured, as `measured_in` in surgery.json has it.
 
     Returns:
         A dict. seconds: stage -> wall seconds; total_seconds; peak_memory_bytes: of this process since it started
@@ -36,22 +33,16 @@ def timing(clock: StageClock, measured_on: str = CPU) -> dict[str, Any]:
         "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 1),
         "peak_memory_bytes": peak_memory(),
-        "device": _used_gpus(measured_on) or CPU,
+        "device": _used_gpus() or CPU,
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "command": _published_command(),
     }
 
 
-def _used_gpus(measured_on: str) -> str:
+def _used_gpus() -> str:
     """The names of the GPUs on which models of this run were, "" if there were none."""
-    used = [device for device in noted_devices() if device.type != CPU]
-    names = list(dict.fromkeys(map(device_name, used)))
-    if measured_on not in (CPU, *(device.type for device in used)):  # it is not noted on which GPU of that kind
-        there = [device for device in accelerators() if device.type == measured_on]
-        named = [device for device in there if str(device) == current().device]
-        names.append(" or ".join(dict.fromkeys(map(device_name, named or there))))
-    return ", ".join(names)
+    return ", ".join(dict.fromkeys(device_name(device) for device in noted_devices() if device.type != CPU))
 
 
 def _published_command() -> str | None:

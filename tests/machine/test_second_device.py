@@ -70,6 +70,8 @@ OF_BASES = [
 def test_a_verb_works_there_and_finds_what_the_cpu_finds(of_verbs, name, verb):
     found = of_verbs[name][verb]
     assert found["difference"] <= 1e-5
+    if verb == "apply":
+        assert found["peak_bytes"] <= found["planned"]
     if verb == "apply" and name in WITHOUT_TEXT:
         assert not found["multiply_adds"]
     else:

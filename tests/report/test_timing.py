@@ -14,7 +14,7 @@ from surgery.healing import distributed
 from surgery.io.loading import load_for_run
 from surgery.machine import placement
 from surgery.machine.device import note_device, note_devices_from_now, noted_devices
-from surgery.machine.placement import placed_on
+from surgery.machine.placement import Place
 from surgery.machine.progress import StageClock
 from surgery.report import timing as module
 
@@ -28,33 +28,26 @@ def cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: CARDS[str(device or "cuda:0")])
     monkeypatch.setattr(placement, "accelerators", lambda: devices)
-    monkeypatch.setattr(module, "accelerators", lambda: devices)
     note_devices_from_now()
 
 
-def device(measured_on: str = "cpu") -> str:
-    return module.timing(StageClock(), measured_on)["device"]
+def device() -> str:
+    return module.timing(StageClock())["device"]
 
 
 def test_it_is_the_gpu_of_the_models():
     note_device(torch.device("cpu"))
     assert device() == "cpu", "auto left it there"
     note_device(torch.device("cuda:1"), torch.device("cuda:2"))
-    assert device() == device("cuda") == "H100"
+    assert device() == "H100"
     note_device(torch.device("cuda:0"))
     assert device() == "H100, RTX 2080"
     note_devices_from_now()
     assert device() == "cpu", "of a new run"
 
 
-def test_a_measurement_tells_the_kind_alone():
-    assert device("cuda") == "RTX 2080 or H100"
-    with placed_on("cuda:1"):
-        assert device("cuda") == "H100"
-
-
 def test_what_runs_a_model_notes_where(model, monkeypatch):
-    monkeypatch.setattr(placement, "put", lambda model, **_: model.to("meta"))
+    monkeypatch.setattr(placement, "place_for", lambda *_: Place(torch.device("meta")))
     load_for_run(model)
     assert noted_devices() == [torch.device("meta")]
     monkeypatch.setattr(check, "device_for", lambda weights: torch.device("cuda:2"))
@@ -69,6 +62,5 @@ def test_the_record_of_a_run():
     report = SimpleNamespace(data={"gate": {"limits": {}}}, save=lambda: None)
     options = pipeline._timed(RunOptions())
     assert pipeline._close(report, options).data["timing"]["device"] == "cpu"
-    report.data["measured_in"] = {"device": "cuda"}
     note_device(torch.device("cuda:1"))
     assert pipeline._close(report, options).data["timing"]["device"] == "H100"
