@@ -33,6 +33,7 @@ from surgery.machine.placement import (
     accelerators,
     current,
     place_for,
+    refuse_for_quantised,
 )
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
@@ -134,9 +135,11 @@ class DeviceUse:
         """The GPU of this run, if the model is measured or scored on one.
 
         Raises:
+            SurgeryError: a device was named, and the model is quantised.
             MachineError: the device that was named has no room for the model.
         """
-        if plan.streams and not scored:
+        refuse_for_quantised(plan.before.config)
+        if (plan.streams and not scored) or getattr(plan.before.config, "quantization_config", None):
             return None
         sizes = _sizes(plan)
         place = place_for(sizes, PASSES if plan.streams else use_of(plan), measuring_bytes(plan))

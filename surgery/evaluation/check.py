@@ -24,7 +24,7 @@ from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import NO_MEMORY, note_device, too_big
-from surgery.machine.placement import AUTO, DTYPES, current, device_for
+from surgery.machine.placement import AUTO, DTYPES, current, device_for, refuse_for_quantised
 from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
 from surgery.report.report import Report
@@ -97,6 +97,7 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
         status, detail = check_runtime_code(folder)
         items.append(Item("runtime files", status, detail))
         own_code = status == PASSED
+    refuse_for_quantised(anatomy.config)
     weights = max(_loaded_bytes(each) for each in (checkpoint, Checkpoint(base) if base is not None else checkpoint))
     reason = no_class(folder) or too_big(weights, memory)
     if not reason:

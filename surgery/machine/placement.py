@@ -135,13 +135,9 @@ def put(model: Any, *, use: Use = PASSES, beside: int = 0) -> Any:
     from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers, spread
 
     if getattr(model, "is_quantized", False):  # its kernels decide where it runs
-        if current().device == AUTO or _of_kind(torch.device(current().device), [model.device]):
-            return model
-        raise SettingError(
-            f"this model is quantised, and stays where Transformers put it: {model.device}",
-            where=f"--device {current().device}",
-            fix="leave --device out, or name the model before its quantisation",
-        )
+        if current().device != AUTO and not _of_kind(torch.device(current().device), [model.device]):
+            raise _quantised(str(model.device))
+        return model
     place = place_for(ModelSizes.of(model), use, beside)
     if place.device.type == CPU:
         return model
@@ -305,6 +301,20 @@ def _in_turn(sizes: list[int], rooms: dict[torch.device, int]) -> tuple[torch.de
     for device, size in zip(places, sizes, strict=True):
         used[device] += size
     return tuple(places) if all(used[device] <= rooms[device] for device in devices) else ()
+
+
+def refuse_for_quantised(config: Any) -> None:
+    """Raise where a run names a GPU, and its model will be quantised: Transformers puts it where its kernels are."""
+    if current().device not in (AUTO, CPU) and getattr(config, "quantization_config", None):
+        raise _quantised("the CPU, or the device of its kernels")
+
+
+def _quantised(where: str) -> SettingError:
+    return SettingError(
+        f"this model is quantised, and stays where Transformers put it: {where}",
+        where=f"--device {current().device}",
+        fix="leave --device out, or name the model before its quantisation",
+    )
 
 
 def _fitting(free: dict[torch.device, int | None], need: int, among: Iterable[torch.device]) -> list[torch.device]:

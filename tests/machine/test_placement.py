@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -384,6 +385,43 @@ def test_a_quantised_model_stays_where_it_is(gpus):
     assert put(model) is model
     with placed_on("cuda:0"), pytest.raises(SettingError, match="this model is quantised, and stays where"):
         put(model)
+
+
+def test_a_quantised_base_is_refused_where_a_device_is_named(gpus, model, tmp_path):
+    gpus(8)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": ["self_attn"]}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match="this model is quantised, and stays where Transformers put it"):
+        surgery.plan(measuring(PRUNE), str(model), device="cuda:0")
+    assert surgery.plan(measuring(PRUNE), str(model)).estimate.device is None
+
+
+def test_a_quantised_model_is_neither_rounded_nor_moved():
+    model = torch.nn.Linear(2, 2).double()
+    model.is_quantized, model.device = True, torch.device("cpu")
+
+    def moved(*_):
+        raise LookupError
+
+    model.to = moved
+    with placed_on("auto", "bfloat16"), measured_in_place(model):
+        assert model.weight.dtype == torch.float64
+
+
+def test_a_model_that_is_loaded_for_a_block_says_its_needs_and_gives_its_memory_back(model, monkeypatch):
+    asked, given_back = [], []
+
+    def put(model, **options):
+        asked.append(options)
+        return model
+
+    monkeypatch.setattr(placement, "put", put)
+    monkeypatch.setattr(placement, "give_back", given_back.append)
+    with loading.loaded(model, beside=123):
+        assert not given_back
+    assert asked == [{"use": PASSES, "beside": 123}]
+    assert given_back == [CPU]
 
 
 def test_weights_come_back_in_their_own_dtype_and_the_unchanged_ones_bit_for_bit():
