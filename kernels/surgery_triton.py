@@ -101,7 +101,7 @@ def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     name = target(device)
     if name is None:
-        return f"{device} is no GPU of NVIDIA or AMD"
+        return "there is no GPU" if torch.device(device).type == "cpu" else f"{device} is no GPU of NVIDIA or AMD"
     if name not in SHARED:
         return f"no kernel was ever compiled for {name} (known: {', '.join(k for k in SHARED if k != 'interpreter')})"
     if dtype not in DTYPES:
