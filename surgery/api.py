@@ -246,7 +246,6 @@ def heal(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
-    dtype: str = "auto",
     progress: Progress | None = None,
     on_plan: Callable[[HealPlan], None] | None = None,
     **fields: Any,
@@ -267,7 +266,7 @@ def heal(
         check, evaluate, gate: as for `apply`.
         resume: continue from the last complete checkpoint of an unfinished run; settings, data and models must match.
         overwrite: replace `output`, and restart an unfinished run. Text that the base wrote for that run is reused.
-        device, dtype: as for `apply`; the Trainer trains on the first GPU or on "cpu", in `heal.precision`.
+        device: where a folder is healed and scored: the first GPU ("cuda"), or "cpu".
         progress, on_plan: as for `apply`; `on_plan` gets a `HealPlan`.
 
     Returns:

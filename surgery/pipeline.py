@@ -111,9 +111,10 @@ def heal_to_folder(
     options = _timed(options)
     report = Report.of(folder)
     heal, evaluate = read_settings(report.data["recipe"], settings, overrides)
-    healed = heal_folder(report, base, heal, evaluate, output, options, overrides)
-    if healed.report is not None:
-        _judge_healed(healed, report, evaluate, options)
+    with placed_on(current().device, measured_dtype(report.data)):  # figures of two dtypes are not compared
+        healed = heal_folder(report, base, heal, evaluate, output, options, overrides)
+        if healed.report is not None:
+            _judge_healed(healed, report, evaluate, options)
     return healed.report
 
 

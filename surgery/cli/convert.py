@@ -11,6 +11,7 @@ import typer
 
 from surgery.cli import completion, interrupt
 from surgery.cli.options import (
+    Device,
     HealSettings,
     Json,
     ModelName,
@@ -25,6 +26,7 @@ from surgery.cli.options import (
     emit,
 )
 from surgery.errors import SurgeryError
+from surgery.machine.placement import AUTO
 
 if TYPE_CHECKING:
     from surgery.conversion.plan import Plan
@@ -136,6 +138,7 @@ def heal(
         Path | None, typer.Option("--output", "-o", metavar="HEALED", help="Write the result to this folder.")
     ] = None,
     base: Teacher = None,
+    device: Device = AUTO,
     no_check: NoCheck = False,
     no_eval: NoEval = False,
     no_gate: NoGate = False,
@@ -171,6 +174,7 @@ def heal(
             gate=not no_gate,
             resume=resume,
             overwrite=overwrite,
+            device=device,
             progress=progress,
             on_plan=show_plan,
         )

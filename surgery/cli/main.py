@@ -78,7 +78,6 @@ PLACED = (
     "score",
     "plan",
     "apply",
-    "heal",
     "check",
     "eval",
     "try",

@@ -123,6 +123,8 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
             records=records,
         )
         data |= {"plan_hash": plan_hash, "files": files, "left_behind": left_behind, "history": history_of(base)}
+        if streaming and current().dtype != AUTO:  # it is scored in this dtype
+            measured_in = {"dtype": current().dtype}
         data |= {MEASURED_IN: measured_in} if measured_in else {}
         for state in partial.glob(f"*{SUFFIX}"):  # state of measurements; the records hold their results now
             state.unlink()

@@ -34,6 +34,7 @@ from surgery.machine.placement import (
     current,
     place_for,
     refuse_for_quantised,
+    refuse_for_training,
 )
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
@@ -153,7 +154,8 @@ class DeviceUse:
 
 def use_of(plan: Plan) -> Use:
     """What the plan's measurements do with the model."""
-    return GRADIENTS if any(step.operation.whole_model for step in plan.steps) else LAYERS
+    asked = {step.operation.model_use for step in plan.steps}
+    return next((use for use in (GRADIENTS, PASSES) if use in asked), LAYERS)
 
 
 def measuring_bytes(plan: Plan) -> int:
@@ -202,6 +204,8 @@ class _Stages:
         asked = () if "score" in left_out else self._asked()  # a probe may read the tokenizer, which imports PyTorch
         self.probes = sorted(asked, key=lambda probe: not probe.main)
         self.device = DeviceUse.of(plan, bool(self.probes))
+        if plan.heal is not None:
+            refuse_for_training()
         self.load = LOADING + self.weights / LOADED_BYTES
         self.loaded = PROCESS_BYTES + self.weights
 
@@ -261,6 +265,8 @@ class _Stages:
 
     def _measured(self, measurement: Measurement, group: str, memory: float, device: str) -> StageEstimate:
         seconds = measurement.seconds or measurement.flops / self._speed(device)
+        if device != CPU and self.device and self.device.streamed:
+            seconds += measurement.passes * self.weights / bytes_per_second(CPU)
         return StageEstimate(measurement.stage, group, seconds, memory + measurement.memory)
 
     def _check(self) -> Iterator[StageEstimate]:

@@ -245,16 +245,16 @@ def check_loading(
 
 def _probe_length(anatomy: Anatomy, device: torch.device) -> int:
     """Tokens of the text that a check reads: enough to show what each part of the model does."""
-    import torch
-
-    from surgery.kernels.surgery_triton import unsupported
-    from surgery.runtime.surgery_gated_compute import ROWS
-
     used_parts = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
     lengths = [PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used_parts)]
-    by_kernels = device.type == "cuda" and unsupported(device, torch.float16, 64) is None
-    if by_kernels and any("gate" in entry for _, entry in used_parts):
-        lengths.append(ROWS)  # in a shorter text a gate leaves no row out, and its kernel is not launched
+    if device.type == "cuda" and any("gate" in entry for _, entry in used_parts):
+        import torch
+
+        from surgery.kernels.surgery_triton import unsupported
+        from surgery.runtime.surgery_gated_compute import ROWS
+
+        if unsupported(device, torch.float16, 64) is None:
+            lengths.append(ROWS)  # in a shorter text a gate leaves no row out, and its kernel is not launched
     return min(max(lengths), (anatomy.positions or PROBE_LENGTH) - GENERATED)
 
 

@@ -150,8 +150,12 @@ def processes():
     Accelerator of its own, its timeout holds.)
     """
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
     state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
+    if on_cpu() and state.device.type != CPU and state.num_processes == 1:  # an earlier run was on a GPU
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=True, timeout=PATIENCE)
     note_device(state.device)  # where this process trains
     return state
 

@@ -15,7 +15,7 @@ from surgery.healing.distributed import Ranks
 from surgery.healing.parameters import touched
 from surgery.healing.plan import rows_each
 from surgery.io.safetensors import TORCH_NAMES
-from surgery.machine.placement import AUTO, CPU, current
+from surgery.machine.placement import refuse_for_training
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
@@ -43,23 +43,10 @@ def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
             where="heal.length",
             fix=f"heal.length={positions}",
         )
-    _refuse_other_device()
+    refuse_for_training()
     rows_each(heal, Ranks().count)
     _refuse_report_to(heal.report_to)
     _refuse_unwatchable(heal, judged_by)
-
-
-def _refuse_other_device() -> None:
-    """Raise where the run's device is a GPU, and not the one on which the Trainer trains: the first."""
-    import torch
-
-    asked = torch.device(CPU if current().device == AUTO else current().device)
-    if asked.index:
-        raise SettingError(
-            f"training goes to the first {asked.type} device that PyTorch sees",
-            where=f"--device {asked}",
-            fix=f"CUDA_VISIBLE_DEVICES={asked.index} and --device cuda" if asked.type == "cuda" else "--device cpu",
-        )
 
 
 def _refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:

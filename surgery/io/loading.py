@@ -34,9 +34,10 @@ def loaded(source: ModelSource, allow_pickle: bool = False, *, beside: int = 0) 
     with eval_mode(model):
         yield model
     if model is not source:
-        device = model.device
+        devices = {parameter.device for parameter in model.parameters()}
         del model  # the caller's name may still hold it
-        placement.give_back(device)
+        for device in devices:
+            placement.give_back(device)
 
 
 @contextmanager

@@ -10,9 +10,12 @@ them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MachineError
@@ -156,6 +159,18 @@ class StreamedLayers:
         self.leave()
         for hook in self._hooks:
             hook.remove()
+
+
+def in_turn(sizes: list[int], rooms: dict[torch.device, int]) -> tuple[torch.device, ...]:
+    """The device of each layer, in proportion to the devices' room; () if one of them would be too full."""
+    ends = list(accumulate(rooms.values()))
+    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    devices = list(rooms)
+    places = [devices[bisect_left(ends, middle / sum(sizes) * ends[-1])] for middle in middles]
+    used = Counter()
+    for device, size in zip(places, sizes, strict=True):
+        used[device] += size
+    return tuple(places) if all(used[device] <= rooms[device] for device in devices) else ()
 
 
 def spread(model: nn.Module, rest: torch.device, layers: Sequence[torch.device]) -> nn.Module:

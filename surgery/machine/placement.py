@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import functools
 import gc
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from surgery.errors import MachineError, SettingError, shown
@@ -176,7 +173,7 @@ def measured_in_place(model: Any, *, use: Use = LAYERS, beside: int = 0) -> Iter
     try:
         put(model, use=use, beside=beside)
         kind = _device_of(model).type
-        yield ({} if kind == CPU else {"device": kind}) | ({} if dtype == AUTO else {"dtype": current().dtype})
+        yield ({} if kind == CPU else {"device": kind}) | ({"dtype": current().dtype} if before else {})
     finally:
         devices = {each.device for each in model.parameters()}
         end_streaming(model)
@@ -255,8 +252,8 @@ def place_for(sizes: ModelSizes, use: Use = PASSES, beside: int = 0) -> Place:
     needs = int(LOAD_OVERHEAD * sizes.whole) + beside
     if fitting := _fitting(free, needs, mine):
         return Place(fitting[0])
-    if sizes.layers and use != LAYERS and (layers := _spread(sizes, free, beside)):
-        return Place(layers[0], layers=layers)
+    if sizes.layers and use != LAYERS and (spread := _spread(sizes, free, beside)):
+        return spread
     streams = bool(sizes.layers) and use != GRADIENTS
     by_layers = int(LOAD_OVERHEAD * sizes.streamed) + beside
     if streams and (fitting := _fitting(free, by_layers, mine)):
@@ -272,11 +269,13 @@ def place_for(sizes: ModelSizes, use: Use = PASSES, beside: int = 0) -> Place:
     raise _full(mine[0] if len(mine) == 1 else asked, what, exists, next(map(str, _fitting(free, needs, free)), ""))
 
 
-def _spread(sizes: ModelSizes, free: dict[torch.device, int | None], beside: int) -> tuple[torch.device, ...]:
-    """The device of each layer on as few devices as have room together, in turn; () if all have not.
+def _spread(sizes: ModelSizes, free: dict[torch.device, int | None], beside: int) -> Place | None:
+    """A place on as few devices as have room together, two at least; None if all have not.
 
-    The devices' shares of the layers are as their free memory. The first one also has what is not a layer.
+    The devices' shares of the layers are as their free memory. The one with most also has what is not a layer.
     """
+    from surgery.machine.offload import in_turn
+
     rooms = {device: (room or 0) - beside for device, room in free.items()}
     ordered = sorted(rooms, key=lambda device: -rooms[device])
     if ordered:
@@ -285,22 +284,23 @@ def _spread(sizes: ModelSizes, free: dict[torch.device, int | None], beside: int
         chosen = ordered[:count]
         if min(rooms[device] for device in chosen) <= 0:
             break
-        layers = _in_turn([int(LOAD_OVERHEAD * size) for size in sizes.layers], {d: rooms[d] for d in chosen})
+        layers = in_turn([int(LOAD_OVERHEAD * size) for size in sizes.layers], {d: rooms[d] for d in chosen})
         if layers:
-            return layers
-    return ()
+            return Place(ordered[0], layers=layers)
+    return None
 
 
-def _in_turn(sizes: list[int], rooms: dict[torch.device, int]) -> tuple[torch.device, ...]:
-    """The device of each layer, in proportion to the devices' room; () if one of them would be too full."""
-    ends = list(accumulate(rooms.values()))
-    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True)]
-    devices = list(rooms)
-    places = [devices[bisect_left(ends, middle / sum(sizes) * ends[-1])] for middle in middles]
-    used = Counter()
-    for device, size in zip(places, sizes, strict=True):
-        used[device] += size
-    return tuple(places) if all(used[device] <= rooms[device] for device in devices) else ()
+def refuse_for_training() -> None:
+    """Raise where a run names another device than the first of its kind, where the Trainer trains."""
+    import torch
+
+    asked = torch.device(CPU if current().device == AUTO else current().device)
+    if asked.index:
+        raise SettingError(
+            f"training goes to the first {asked.type} device that PyTorch sees",
+            where=f"--device {asked}",
+            fix=f"CUDA_VISIBLE_DEVICES={asked.index} and --device cuda" if asked.type == "cuda" else "--device cpu",
+        )
 
 
 def refuse_for_quantised(config: Any) -> None:

@@ -19,7 +19,7 @@ classes: see `variants.py`.
     carries_terms              optional            terms of earlier operations that stay valid after its weight change
     rewritten_projections      optional            projections that `rewrite` reads and changes; the others are copied
     limitations, streams       optional            overridden where they depend on the settings
-    whole_model                optional            whether measuring needs gradients through all layers
+    model_use                  optional            what measuring does with the model: layer by layer, as a whole
     unchanged_within           optional            length up to which a sequence gives the base's outputs
     milder                     optional            a setting that changes less, for a result that lost too much
     purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from surgery.data.text import CALIBRATION_TEXTS
 from surgery.errors import ModelMismatchError, SurgeryError
+from surgery.machine.placement import LAYERS, Use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +70,7 @@ class Measurement:
         seconds: used instead of `flops` where the stage has a time limit, or where only its time is known.
         memory_on_gpu: bytes on a GPU in addition to the model; None: as many as `memory`.
         writes: whether the model writes text; one that is streamed does that on the CPU.
+        passes: how often a text goes through the whole model, which moves all layers of one that is streamed.
     """
 
     stage: str
@@ -77,6 +79,7 @@ class Measurement:
     seconds: float = 0.0
     memory_on_gpu: float | None = None
     writes: bool = False
+    passes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ RENAMED = {  # former name of an operation's member -> present name
     "problems_later": "problems_after",
     "problems_of_checkpoint": "problems_before",
     "touches": "rewritten_projections",
+    "whole_model": "model_use",
 }
 
 
@@ -269,9 +273,9 @@ class Operation(BaseModel):
         return False
 
     @property
-    def whole_model(self) -> bool:
-        """Whether it measures with gradients through all layers, which must then be in the memory of one device."""
-        return False
+    def model_use(self) -> Use:
+        """What its measurement does with the model, which decides where one goes that no GPU holds."""
+        return LAYERS
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ import surgery
 from surgery.conversion import convert, estimate
 from surgery.errors import MachineError, SettingError
 from surgery.evaluation import check as check_module
+from surgery.healing import distributed
 from surgery.io import loading
 from surgery.io.safetensors import Checkpoint
 from surgery.machine import placement
-from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers, end_spreading, spread, whole_on_cpu
+from surgery.machine.offload import STREAMED, ModelSizes, StreamedLayers, end_spreading, in_turn, spread, whole_on_cpu
 from surgery.machine.placement import (
     GIB,
     GRADIENTS,
@@ -99,12 +100,32 @@ def test_what_does_not_fit_on_one_is_spread_in_proportion_to_their_room(gpus):
         assert place_for(model) == Place(CUDA[1], streamed=True)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_no_gpu_of_a_spread_is_overfilled_by_the_rest(seed, gpus):
+    draw = torch.Generator().manual_seed(seed)
+    free = [2.0 + 8.0 * float(torch.rand((), generator=draw)) for _ in CUDA]
+    gpus(*free)
+    sizes = of_layers(
+        0.5, int(torch.randint(4, 24, (), generator=draw)), rest=6 * float(torch.rand((), generator=draw))
+    )
+    place = place_for(sizes, GRADIENTS)
+    if not place.layers:
+        return
+    assert len(place.devices) == 2
+    used = dict.fromkeys(CUDA, 0.0)
+    used[place.device] += 1.3 * sizes.rest
+    for device, size in zip(place.layers, sizes.layers, strict=True):
+        used[device] += 1.3 * size
+    for device, room in zip(CUDA, free, strict=True):
+        assert used[device] <= room * GIB
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_spread_never_overfills_and_keeps_the_order(seed):
     draw = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 9, (13,), generator=draw).tolist()
     rooms = {device: int(room) for device, room in zip(CUDA, torch.randint(30, 60, (2,), generator=draw), strict=True)}
-    places = placement._in_turn(sizes, rooms)
+    places = in_turn(sizes, rooms)
     if not places:
         assert sum(sizes) > sum(rooms.values()) - max(sizes), "it gives up only where a layer may not fit"
         return
@@ -229,7 +250,12 @@ def measuring(step: dict) -> dict:
     return {"version": 1, "name": "made", "operations": [step], "evaluate": None}
 
 
-@pytest.mark.parametrize(("step", "use"), [(PRUNE, GRADIENTS), (PRUNE | {"scores": "magnitude"}, LAYERS)])
+FAR_MASS = {"op": "duo_attention", "streaming_ratio": 0.5, "scores": "far-mass", "sinks": 2, "window": 8}
+
+
+@pytest.mark.parametrize(
+    ("step", "use"), [(PRUNE, GRADIENTS), (FAR_MASS, PASSES), (PRUNE | {"scores": "magnitude"}, LAYERS)]
+)
 def test_a_conversion_asks_for_what_its_measurements_need(step, use, model, tmp_path, monkeypatch):
     asked = {}
 
@@ -271,6 +297,33 @@ def test_a_plan_takes_the_speed_of_the_device(gpus, model, monkeypatch):
         seconds[device] = [made["measure"][0], made["score"][0], only_scored["score"][0]]
     for name, slow, quick in zip(("measured", "scored", "only scored"), seconds["cpu"], seconds["cuda"], strict=True):
         assert slow > 2 * quick, name
+
+
+def test_a_plan_counts_that_layers_of_a_streamed_model_move_for_each_text(gpus, model, monkeypatch):
+    monkeypatch.setattr(estimate, "flops_per_second", lambda *_: 1e12)
+    monkeypatch.setattr(estimate, "bytes_per_second", lambda device: 1e3)
+    gpus(8)
+    whole = surgery.plan(measuring(FAR_MASS), str(model), device="cuda").estimate
+    monkeypatch.setattr(estimate, "place_for", lambda *_: Place(CUDA[0], streamed=True))
+    streamed = surgery.plan(measuring(FAR_MASS), str(model), device="cuda").estimate
+    (measurement,) = surgery.plan(measuring(FAR_MASS), str(model)).steps[0].change.measurements
+    moved = measurement.passes * streamed.output_bytes / 1e3
+    assert measurement.passes >= 1
+    assert streamed.groups()["measure"][0] - whole.groups()["measure"][0] == pytest.approx(moved)
+
+
+def test_training_is_refused_by_the_plan_too(gpus, model):
+    gpus(8, 8)
+    recipe = measuring({"op": "gqa", "kv_heads": 1, "method": "mean"}) | {"heal": {"steps": 1, "data": "builtin"}}
+    with pytest.raises(SettingError, match="training goes to the first cuda device"):
+        surgery.plan(recipe, str(model), device="cuda:1")
+
+
+def test_a_cpu_run_after_one_on_a_gpu_trains_on_the_cpu(monkeypatch):
+    state = distributed.processes()
+    monkeypatch.setitem(state._shared_state, "device", torch.device("meta"))
+    with placed_on("cpu"):
+        assert distributed.processes().device.type == "cpu"
 
 
 def test_a_loaded_model_takes_no_device_and_no_dtype(model):

@@ -25,8 +25,7 @@ from surgery.io.files import REPORT, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
-from surgery.machine.device import processor
-from surgery.machine.placement import AUTO, CPU, current, device_for, placed
+from surgery.machine.placement import AUTO, current, device_for, placed
 from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
 from surgery.report.report import Report, measured_dtype
 from surgery.version import __version__
@@ -197,7 +196,8 @@ def measure_all(
                 for measure in missing:
                     said = _named(progress, f"{measure.what} of {candidate.name}")
                     record = _measured(measure, path, base, text, shared, said)
-                    records[measure.name] = record | {"asked": _asked(measure, config, text)}
+                    on = {"on": record["machine"]} if "machine" in record else {}  # where it could be timed
+                    records[measure.name] = record | {"asked": _asked(measure, config, text) | on}
                     if record["status"] == "done":  # a reason why not may be gone the next time
                         finished["records"][measure.name] = records[measure.name]
                         write_json(file, {"format": 1, **identity, "models": kept})
@@ -264,8 +264,7 @@ def _machine() -> str:
     """What runs the models: the CPU, or the GPU of this run."""
     from surgery.evaluation.benchmark.run import machine_name
 
-    device = device_for(0)
-    return processor() if device.type == CPU else machine_name(device)
+    return machine_name(device_for(0))
 
 
 def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | None:

@@ -16,6 +16,7 @@ from pydantic import Field
 from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from surgery.errors import RecipeMismatchError, SurgeryError
+from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
 from surgery.operations.base import (
     SURGICAL,
     ApplyContext,
@@ -177,8 +178,10 @@ class DuoAttention(Operation):
         )
 
     @property
-    def whole_model(self) -> bool:
-        return self.scores in METHODS and METHODS[self.scores].gradients
+    def model_use(self) -> Use:
+        if self.scores not in METHODS:
+            return LAYERS
+        return GRADIENTS if METHODS[self.scores].gradients else PASSES
 
     def _settings(self) -> dict[str, Any]:
         """The settings of the scorer that are not None."""
@@ -199,7 +202,8 @@ class DuoAttention(Operation):
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
         of_text = gradient_bytes if METHODS[self.scores].gradients else activation_bytes
         on_gpu = of_text(anatomy, max(lengths)) + logit_bytes(anatomy, max(lengths))
-        return (Measurement("measuring heads", one * samples * forwards, memory_on_gpu=on_gpu),)
+        passes = samples * forwards
+        return (Measurement("measuring heads", one * passes, memory_on_gpu=on_gpu, passes=passes),)
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         total, count = self._able(before), sum(map(len, record["streaming"]))

@@ -17,6 +17,7 @@ from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes, widths
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
+from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
 from surgery.machine.progress import within
 from surgery.operations.base import (
     NATIVE,
@@ -95,8 +96,9 @@ class PruneHeads(Operation):
         return NATIVE if alike else SURGICAL
 
     @property
-    def whole_model(self) -> bool:
-        return self.heads is None and self.scores == "gradient"
+    def model_use(self) -> Use:
+        by_text = {"gradient": GRADIENTS, "ablation": PASSES}
+        return by_text.get(self.scores, LAYERS) if self.heads is None else LAYERS
 
     def limitations(self) -> tuple[str, ...]:
         return tuple(compress(self.LIMITATIONS, (True, self._judges(), self.refit)))
@@ -242,7 +244,7 @@ class PruneHeads(Operation):
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         if not known and (forwards := self._forwards(anatomy)):
             tokens = self._scorings(anatomy) * self.score_samples * length
-            of_text = gradient_bytes if self.whole_model else activation_bytes
+            of_text = gradient_bytes if self.model_use == GRADIENTS else activation_bytes
             on_gpu = of_text(anatomy, length) + logit_bytes(anatomy, length)
             flops = forwards * forward_flops(anatomy, tokens, length)
             yield Measurement("measuring heads", flops, memory_on_gpu=on_gpu)

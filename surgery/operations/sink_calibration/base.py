@@ -15,6 +15,7 @@ from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import activation_bytes, forward_flops, gradient_bytes, logit_bytes
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import RecipeMismatchError
+from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
 from surgery.operations.base import SURGICAL, ApplyContext, InWords, Measurement, Operation, PlannedChange, WholeNumber
 from surgery.operations.variants import Variants
 
@@ -206,11 +207,19 @@ class SinkCalibration(Variants, Operation):
         length = min(length, anatomy.positions or length)
         return forward_flops(anatomy, samples / 2 * length, length)
 
+    def _passes(self, anatomy: Anatomy, flops: float) -> float:
+        """How many calibration texts go through the model for so many floating-point operations."""
+        return flops / self._half(anatomy) * self.calibration_samples / 2
+
+    @property
+    def model_use(self) -> Use:
+        return PASSES if self.measures else LAYERS
+
     def _text_bytes(self, anatomy: Anatomy) -> int:
         """Bytes on a GPU of one calibration text, with gradients if the measurement needs them."""
         length = self.calibration_length
         length = min(length, anatomy.positions or length)
-        if self.whole_model:
+        if self.model_use == GRADIENTS:
             return gradient_bytes(anatomy, length)
         return activation_bytes(anatomy, length) + logit_bytes(anatomy, length)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from surgery.calibration.cost import GRADIENT, forward_flops
+from surgery.machine.placement import GRADIENTS, Use
 from surgery.operations.base import ApplyContext, Measurement, WholeNumber
 from surgery.operations.sink_calibration.base import (
     CalibrationLength,
@@ -119,8 +120,8 @@ class ZeroTuning(Reweighting):
         return self.gamma is None
 
     @property
-    def whole_model(self) -> bool:
-        return self.measures and self.groups == "heads"  # which are sorted by a gradient
+    def model_use(self) -> Use:
+        return GRADIENTS if self.measures and self.groups == "heads" else super().model_use  # sorted by a gradient
 
     def contradictions(self) -> Iterator[str]:
         if self.gamma is not None and {"grid", "groups", "objective"} & self.changed_fields():
@@ -158,7 +159,8 @@ class ZeroTuning(Reweighting):
         tried = {"heads": 3 * grid, "uniform": 2 * grid, "layers": 2 * grid * len(anatomy.layers)}[self.groups]
         forwards = 1 + tried + GRADIENT * (self.groups == "heads") + 2
         flops = forwards * self.searched_half(anatomy)
-        return (Measurement("trying gammas", flops, memory_on_gpu=self._text_bytes(anatomy)),)
+        on_gpu, passes = self._text_bytes(anatomy), self._passes(anatomy, flops)
+        return (Measurement("trying gammas", flops, memory_on_gpu=on_gpu, passes=passes),)
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:
         return super().calibration_data(model, context) if self.labelled is None else self.questions(model, context)
@@ -231,8 +233,8 @@ class Act(Reweighting):
         return self.beta != 1
 
     @property
-    def whole_model(self) -> bool:
-        return self.measures and self.trials == "slope"
+    def model_use(self) -> Use:
+        return GRADIENTS if self.measures and self.trials == "slope" else super().model_use
 
     def limitations(self) -> tuple[str, ...]:
         return super().limitations() + (self.OF_A_PROMPT if self.measures and self.find == "map" else ())
@@ -265,7 +267,10 @@ class Act(Reweighting):
             tried = 1 + sum(map(len, self._targets(anatomy).values()))
         stages["choosing heads"] = (1 + tried + 2) * self.searched_half(anatomy)
         on_gpu = self._text_bytes(anatomy)
-        return tuple(Measurement(stage, flops, memory_on_gpu=on_gpu) for stage, flops in stages.items())
+        return tuple(
+            Measurement(stage, flops, memory_on_gpu=on_gpu, passes=self._passes(anatomy, flops))
+            for stage, flops in stages.items()
+        )
 
     def described(self, anatomy: Anatomy, targets: Targets, many: str) -> tuple[str, list[str]]:
         chosen = "the heads by their slope" if self.trials == "slope" else "each head tried alone"

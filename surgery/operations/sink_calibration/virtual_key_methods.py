@@ -82,7 +82,8 @@ class VirtualKeys(SinkCalibration):
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         """The first token is measured on half of the texts, and the virtual keys are tested on the other half."""
         flops = 3 * self._half(anatomy)
-        return (Measurement("measuring first tokens", flops, memory_on_gpu=self._text_bytes(anatomy)),)
+        on_gpu, passes = self._text_bytes(anatomy), self._passes(anatomy, flops)
+        return (Measurement("measuring first tokens", flops, memory_on_gpu=on_gpu, passes=passes),)
 
     def kind(self) -> str:
         """The parameters that a head gets, in words."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from surgery.calibration.cost import activation_bytes, forward_flops
+from surgery.machine.placement import LAYERS, PASSES, Use
 from surgery.operations.base import ApplyContext, Measurement
 from surgery.operations.sparse_prefill.base import FromOne, Share, SparsePrefill
 
@@ -34,12 +35,18 @@ class ByHead(SparsePrefill):
     def searches(self) -> bool:
         return self.patterns is None
 
+    @property
+    def model_use(self) -> Use:
+        return PASSES if self.searches else LAYERS
+
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         """The texts go through the model once, and the attention of every head is compared with each pattern."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
         on_gpu = activation_bytes(anatomy, length)
-        return (Measurement("measuring patterns", flops, memory_on_gpu=on_gpu),) if self.searches else ()
+        passes = self.calibration_samples
+        measured = Measurement("measuring patterns", flops, memory_on_gpu=on_gpu, passes=passes)
+        return (measured,) if self.searches else ()
 
     def problems_of_search(self, anatomy: Anatomy) -> list[str]:
         if self.searches and any(layer.streaming for layer in anatomy.layers):
