@@ -433,10 +433,9 @@ def _refuse(device: str, dtype: str) -> None:
         raise MachineError(what, where="--device", exists=exists, fix="--device auto")
     if dtype == AUTO or device == AUTO:
         return
-    mine = [named] if named.type == CPU or named.index is not None else _of_kind(named, accelerators())
-    if len(mine) > 1 and (with_room := [each for each in mine if _has_room_and(dtype, each)]):
-        mine = with_room
-    if not _computes(str(mine[0]), dtype):
+    if named.type != CPU and named.index is None and len(mine := _of_kind(named, accelerators())) > 1:
+        named = next((each for each in mine if _has_room_and(dtype, each)), named)
+    if not _computes(str(named), dtype):
         raise MachineError(
             f"{device} does not compute in {dtype}", where="--dtype", fix="--dtype float32, or leave it out"
         )
