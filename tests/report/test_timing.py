@@ -52,7 +52,9 @@ def test_what_runs_a_model_notes_where(model, monkeypatch):
     assert noted_devices() == [torch.device("meta")]
     monkeypatch.setattr(check, "device_for", lambda weights: torch.device("cuda:2"))
     assert check._place(1)["device"] == "cuda:2"
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(device=torch.device("cuda:1"), num_processes=1))
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda **_: SimpleNamespace(device=torch.device("cuda:1"), num_processes=1)
+    )
     assert distributed.processes().device.index == 1
     assert [str(each) for each in noted_devices()] == ["meta", "cuda:2", "cuda:1"]
 
