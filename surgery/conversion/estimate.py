@@ -119,7 +119,7 @@ class DeviceUse:
     """What a conversion takes of a GPU.
 
     Attributes:
-        device: its name in PyTorch; of a model that is spread over several, the first one.
+        device: its name in PyTorch; of a model that is spread, the one where all that is not a layer is.
         streamed: whether the model's layers are there one at a time, since the model is larger.
         memory_bytes: bytes of the model that are there, with activations, and of the measurement; of several devices
             the sum.

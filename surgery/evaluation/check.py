@@ -98,7 +98,8 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
         items.append(Item("runtime files", status, detail))
         own_code = status == PASSED
     refuse_for_quantised(anatomy.config)
-    weights = max(_loaded_bytes(each) for each in (checkpoint, Checkpoint(base) if base is not None else checkpoint))
+    sides = [checkpoint] if base is None else [checkpoint, Checkpoint(base)]
+    weights = max(map(_loaded_bytes, sides))
     reason = no_class(folder) or too_big(weights, memory)
     if not reason:
         begin(progress, FRESH)

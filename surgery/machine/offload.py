@@ -1,6 +1,6 @@
 """A model that is larger than the GPU: it is spread over several, or its layers run on one, one at a time.
 
-A model that is spread has whole layers on each GPU, and all else on the first (Accelerate's device map).
+A model that is spread has whole layers on each GPU, and all else on the one with most room (Accelerate's device map).
 
 The layers of a model that is streamed lie in main memory. All that is not a layer (embeddings, the last norm, the
 head) stays on the GPU. A layer is moved there when it is called, and leaves when another one is called. So a
@@ -193,9 +193,9 @@ def _device_map(path: str, module: nn.Module, layers: dict[nn.Module, torch.devi
 
 def end_spreading(model: nn.Module) -> None:
     """Let a model that was spread be one that can be moved as others."""
-    from accelerate.hooks import remove_hook_from_submodules
-
     if vars(model).pop("hf_device_map", None) is not None:
+        from accelerate.hooks import remove_hook_from_submodules
+
         remove_hook_from_submodules(model)
         for name in ("to", "cuda", "xpu", "npu"):  # Accelerate's, which warn
             vars(model).pop(name, None)
