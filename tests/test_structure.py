@@ -28,8 +28,10 @@ LINES, LENGTH, PARAMETERS = 450, 60, 7
 # for it. No participle, adverb or preposition. A room in OPEN gets a file for each new entry of its registry.
 DECIDED = {
     "": "__main__ api errors pipeline version",
-    "architecture": "anatomy detect edit families layer surgery_block weights",
+    "architecture": "anatomy detect edit families latent layer surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
+    "calibration/closed_form": "conjugate_gradient cost fit_mlp fit_scores fit_values layer layer_inputs "
+    "layerwise_fit low_rank",
     "cli": "compare completion convert doctor evaluate export help inspect interrupt main measure options pages",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
@@ -55,8 +57,8 @@ DECIDED = {
     "machine": "command device offload parallel placement progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",
     "operations/duo_attention": "operation scorers",
-    "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
-    "fit_values grouping layer layer_inputs layerwise_fit low_rank merge merge_methods operation",
+    "operations/gqa": "base choose_layers closed_form closed_form_method grouping layer merge merge_methods operation",
+    "operations/mla": "closed_form joint_rank layer operation weights",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",

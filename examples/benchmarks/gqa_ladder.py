@@ -20,10 +20,10 @@ from measured import Measured
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.data.text import load_text
 from surgery.io.hub import resolve
 from surgery.operations.gqa.closed_form import REVISION
-from surgery.operations.gqa.layer_inputs import FitSettings
 
 CLOSED = {"method": "closed_form"}
 RUNGS = {

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.detect import read_anatomy
-from surgery.architecture.layer import BYTES, LayerAnatomy
+from surgery.architecture.families import FAMILIES
+from surgery.architecture.layer import BYTES, Latent, LayerAnatomy
 from surgery.errors import ModelError, RecipeMismatchError
 from surgery.io.safetensors import TORCH_NAMES
 
@@ -93,8 +94,8 @@ class Anatomy:
 
     def _kv_bytes(self, tokens: Callable[[HeadCost], float]) -> float:
         """Bytes of keys and values in the cache; `tokens` says how many tokens of a KV head count."""
-        costs = ((layer.head_dim, layer.kv_cost(self.positions)) for layer in self.layers)
-        return BYTES.get(self.dtype, 2) * sum(2 * size * sum(map(tokens, heads)) for size, heads in costs)
+        costs = ((layer.kv_width, layer.kv_cost(self.positions)) for layer in self.layers)
+        return BYTES.get(self.dtype, 2) * sum(width * sum(map(tokens, heads)) for width, heads in costs)
 
     @property
     def positions(self) -> int | None:
@@ -207,6 +208,26 @@ class Anatomy:
         first_layer = layers[0]
         edits = self._heads_edits(first_layer.heads, first_layer.kv_heads) if stock else {}
         return replace(self, layers=tuple(layers), edits=self.edits | edits)
+
+    def with_latent(self, latent: Latent, config: dict[str, Any]) -> Anatomy:
+        """This anatomy with latent attention in every layer, as a stock model of another family.
+
+        Args:
+            config: the fields of its config that differ from the base's, with its `model_type`.
+        """
+        layout = FAMILIES[config["model_type"]]
+        layers = tuple(
+            replace(
+                layer, kv_heads=1, head_dim=latent.nope + latent.rope, rotary=latent.rope, layout=layout, latent=latent
+            )
+            for layer in self.layers
+        )
+        return replace(self, model_type=config["model_type"], layers=layers, edits=self.edits | config)
+
+    @property
+    def latent(self) -> Latent | None:
+        """The latent attention of its layers, which are alike; None: they have none."""
+        return self.layers[0].latent
 
     def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
         """This anatomy with a head split: the listed KV heads of each layer see only sinks and window."""

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
-from surgery.architecture.layer import BYTES, LayerAnatomy
+from surgery.architecture.layer import BYTES, Latent, LayerAnatomy
+from surgery.architecture.weights import packed_shapes
 from surgery.errors import ModelError, UnsupportedModelError
 from surgery.io.safetensors import STORED_NAMES
 
@@ -39,7 +40,11 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     count = _positive_integer(text, "num_hidden_layers", where)
     heads = _positive_integer(text, "num_attention_heads", where)
     kv_heads = _kv_heads(text, family, heads, where)
-    head_dim = getattr(text, "head_dim", None) or _positive_integer(text, "hidden_size", where) // heads
+    latent = _latent(text, family, where)
+    if latent:
+        kv_heads, head_dim = 1, latent.nope + latent.rope
+    else:
+        head_dim = getattr(text, "head_dim", None) or _positive_integer(text, "hidden_size", where) // heads
     if heads % kv_heads:
         raise ModelError(
             f"config.json has {heads} query heads on {kv_heads} KV heads",
@@ -52,6 +57,7 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     layers = []
     for index in range(count):
         layer = _layer(config, family, tensors, f"{prefix}.{index}.{family.attn}", index, sizes, guess)
+        layer = replace(layer, latent=latent) if latent else layer
         if tensors:
             _verify(layer, tensors, config, where)
             if guess:
@@ -73,6 +79,20 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
 def _text(config):
     """The config of the language model; a composite's config holds several."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _latent(text, family: Family, where: str) -> Latent | None:
+    """The latent attention that a config describes; None for a family without."""
+    if not family.latent_norm:
+        return None
+    if getattr(text, "q_lora_rank", None):
+        raise UnsupportedModelError(
+            f"this {text.model_type} makes its queries of a vector of rank {text.q_lora_rank}",
+            where=where,
+            fix="latent attention is understood where queries are one projection (q_lora_rank: null)",
+        )
+    sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return Latent(*(_positive_integer(text, name, where) for name in sizes))
 
 
 def _layer(
@@ -217,6 +237,8 @@ def _attention_names(tensors: dict) -> str:
 def _positions(text, family: Family, index: int, guess: bool) -> str:
     if guess or family.positions in ("learned", "unknown"):
         return family.positions
+    if family.latent_norm:
+        return "interleaved" if text.rope_interleave else "half"
     if getattr(text, "alibi", False) is True:
         return "alibi"
     no_rope = getattr(text, "no_rope_layers", None)  # SmolLM3: 1 = this layer does use RoPE
@@ -226,6 +248,8 @@ def _positions(text, family: Family, index: int, guess: bool) -> str:
 def _rotary(text, family: Family, head_dim: int, index: int, guess: bool) -> int:
     if _positions(text, family, index, guess) not in ("half", "interleaved"):
         return 0
+    if family.latent_norm:
+        return text.qk_rope_head_dim
     rope = getattr(text, "rope_parameters", None) or {}
     if rope and all(isinstance(v, dict) for v in rope.values()):  # one set for each layer type (Gemma 3)
         rope = rope.get((getattr(text, "layer_types", None) or [""])[index], {})
@@ -285,6 +309,9 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
                 _refuse_quantised(config, stored_name, tensors.get(stored_name), where)
             raise ModelError(f"{stored_name} is missing", where=where, exists=_attention_names(tensors))
     hidden = None if layer.positions == "unknown" else getattr(_text(config), "hidden_size", None)  # None: a guess
+    if layer.latent:
+        _verify_latent(layer, tensors, hidden, where)
+        return
     sizes = {name: (heads * layer.head_dim, hidden) for name, heads in wanted.items()}
     sizes[layout.o] = (hidden, layer.heads * layer.head_dim)
     for name, both in sizes.items():
@@ -297,6 +324,18 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
                 exists=f"{layer.heads} query heads, {layer.kv_heads} KV heads, head size {layer.head_dim}",
                 fix="the config and the weights are of different models; fused layouts of other frameworks "
                 "(Megatron's interleave, for one) must be converted to Hugging Face's first",
+            )
+
+
+def _verify_latent(layer: LayerAnatomy, tensors: dict, hidden: int, where: str) -> None:
+    """Raise unless every tensor of a layer with latent attention has the shape that the config gives."""
+    for name, expected in packed_shapes(layer, hidden, hidden).items():
+        shape = tensors[f"{layer.path}.{name}"][1]
+        if tuple(shape) != expected:
+            raise ModelError(
+                f"{layer.path}.{name} has shape {list(shape)}, and the config gives {list(expected)}",
+                where=where,
+                fix="the config and the weights are of different models",
             )
 
 

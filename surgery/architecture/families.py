@@ -19,7 +19,9 @@ class Family:
     Attributes:
         layers: path of the layer list in the causal model, as `named_parameters` spells it.
         attn: the attention module's name within a layer.
-        q, k, v, o: names of the projections.
+        q, k, v, o: names of the projections. In latent attention `k` makes the latent vector and the rotated key, and
+            `v` makes keys and values of the vector.
+        latent_norm: name of the norm of the vector in latent attention; None: attention has no such vector.
         qkv: name of the fused module that replaces q, k and v, or None.
         layout: how the rows of `qkv` are ordered: "rows" (all q, all k, all v), "grouped" (per KV head: its
             query heads, one k, one v; with one query head per KV head this is the per-head interleave) or
@@ -44,6 +46,7 @@ class Family:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    latent_norm: str | None = None
     qkv: str | None = None
     layout: str = "separate"
     conv1d: bool = False
@@ -75,6 +78,8 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(),
     "glm4": Family(positions="interleaved"),
     "gpt_oss": Family(sinks="sinks"),
+    # latent attention: dense layers, queries that are not of low rank
+    "deepseek_v3": Family(k="kv_a_proj_with_mqa", v="kv_b_proj", latent_norm="kv_a_layernorm", kv_field=None),
     # the same, with a norm between projection and RoPE
     "qwen3": Family(qk_norm="shared"),
     "qwen3_moe": Family(qk_norm="shared"),

@@ -16,6 +16,28 @@ BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in TORCH_NAMES}
 
 
 @dataclass(frozen=True)
+class Latent:
+    """The latent attention (MLA) of a layer: the keys and values of all heads are made of one vector for each token.
+
+    Attributes:
+        rank: numbers in this vector.
+        rope: channels of the key that all heads share, which RoPE rotates.
+        nope: channels of a head's query and key that RoPE does not rotate.
+        value: channels of a head's value.
+    """
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
+
+    @property
+    def width(self) -> int:
+        """Numbers that the cache holds for each token."""
+        return self.rank + self.rope
+
+
+@dataclass(frozen=True)
 class LayerAnatomy:
     """One attention layer.
 
@@ -32,6 +54,8 @@ class LayerAnatomy:
         layout: the family's row, with Falcon's variants resolved.
         query_groups: number of query heads that read each KV head, if the numbers differ; else ().
         query_numbers, kv_numbers: the base's numbers of these heads, if some of its heads were removed; else ().
+        latent: the layer's latent attention, or None. Such a layer has one KV head here, which is what its cache
+            holds; `head_dim` is the size of a query, and `rotary` counts its last channels.
         entry: the settings of a surgery in this layer, as in the `surgery` block. The block's numbers of heads and
             shapes are not in it, because the fields above hold them.
     """
@@ -52,6 +76,7 @@ class LayerAnatomy:
     query_groups: tuple[int, ...] = ()
     query_numbers: tuple[int, ...] = ()
     kv_numbers: tuple[int, ...] = ()
+    latent: Latent | None = None
     entry: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -120,6 +145,11 @@ class LayerAnatomy:
         }
 
     @property
+    def kv_width(self) -> int:
+        """Numbers that the cache holds for each token and KV head: its key and its value."""
+        return self.latent.width if self.latent else 2 * self.head_dim
+
+    @property
     def norm_per_head(self) -> bool:
         """Whether the QK-norm has weights for each head, which follow the heads."""
         return self.qk_norm in ("per head", "modules", "whole")
@@ -128,6 +158,8 @@ class LayerAnatomy:
     def tensor_names(self) -> list[str]:
         """Names of this layer's stored tensors whose shape depends on its heads, relative to the attention module."""
         layout = self.layout
+        if layout.latent_norm:
+            return [f"{name}.weight" for name in (layout.q, layout.k, layout.latent_norm, layout.v, layout.o)]
         projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
         names = [f"{name}.weight" for name in [*projections, layout.o]]
         names += [f"{name}.bias" for name, letters in projections.items() if letters[0] in self.biases]
@@ -159,3 +191,10 @@ def norm_names(anatomy: LayerAnatomy, norm: str, heads: int) -> list[str]:
     if anatomy.qk_norm == "modules":
         return [f"{name}.norms.{head}.weight" for head in range(heads)]
     return [f"{name}.weight"]
+
+
+def pair_channels(rotary: int, positions: str) -> tuple[list[int], list[int]]:
+    """The channels that hold the real and the imaginary parts of RoPE's complex numbers."""
+    if positions == "interleaved":
+        return list(range(0, rotary, 2)), list(range(1, rotary, 2))
+    return list(range(rotary // 2)), list(range(rotary // 2, rotary))

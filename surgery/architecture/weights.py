@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery.architecture.families import Family
-    from surgery.architecture.layer import LayerAnatomy
+    from surgery.architecture.layer import Latent, LayerAnatomy
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -142,6 +142,24 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def with_bias(layer: AttentionLayer, projection: str) -> Tensor:
+    """The weight of "q", "k" or "v" in float64 [heads, d, D]. A bias is appended as a column: [heads, d, D + 1]."""
+    import torch
+
+    weight, bias = getattr(layer, projection).double(), getattr(layer, f"{projection}_bias")
+    return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
+
+
+def stacked(layer: AttentionLayer, projection: str, heads: list[Tensor]) -> dict[str, Tensor]:
+    """The inverse of `with_bias`, rounded once to the stored dtype."""
+    import torch
+
+    rows, weight, bias = torch.stack(heads), getattr(layer, projection), getattr(layer, f"{projection}_bias", None)
+    if bias is None:
+        return {projection: rows.to(weight.dtype)}
+    return {projection: rows[..., :-1].to(weight.dtype), f"{projection}_bias": rows[..., -1].to(bias.dtype)}
+
+
 def unpacked_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
     """Shapes that a layer of `anatomy` must have. `like` determines which tensors exist, and the hidden size."""
     hidden = like.q.shape[-1]
@@ -168,6 +186,8 @@ def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tup
         out: number of channels that the output projection writes.
     """
     layout, size = anatomy.layout, anatomy.head_dim
+    if anatomy.latent:
+        return _latent_shapes(anatomy, anatomy.latent, hidden, out)
     queries, kv = anatomy.heads * size, anatomy.kv_heads * size
     rows = {layout.qkv: queries + 2 * kv} if layout.qkv else {layout.q: queries, layout.k: kv, layout.v: kv}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -180,6 +200,19 @@ def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tup
     if layout.sinks:
         shapes[layout.sinks] = (anatomy.heads,)
     return {name: shapes[name] for name in anatomy.tensor_names}
+
+
+def _latent_shapes(anatomy: LayerAnatomy, latent: Latent, hidden: int, out: int) -> dict[str, tuple[int, ...]]:
+    """The result of `packed_shapes` for latent attention."""
+    heads = anatomy.heads
+    sizes = (
+        (heads * anatomy.head_dim, hidden),
+        (latent.width, hidden),
+        (latent.rank,),
+        (heads * (latent.nope + latent.value), latent.rank),
+        (out, heads * latent.value),
+    )
+    return dict(zip(anatomy.tensor_names, sizes, strict=True))
 
 
 def unread_weights(anatomy: LayerAnatomy, rewritten: Collection[str]) -> set[str]:

@@ -1,11 +1,36 @@
-"""The cost of measuring a model in floating-point operations, for the time estimates of `plan`."""
+"""The cost of measuring a model, for the estimates of `plan`: floating-point operations and bytes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A stage in which an operation measures or fits. `plan` estimates time and memory from it.
+
+    Attributes:
+        stage: its name, as progress reports it.
+        flops: floating-point operations, in float32 (one in float64 counts as two).
+        memory: bytes in addition to the model.
+        seconds: used instead of `flops` where the stage has a time limit, or where only its time is known.
+        memory_on_gpu: bytes on a GPU in addition to the model; None: as many as `memory`.
+        writes: whether the model writes text; one that is streamed does that on the CPU.
+        passes: how often a text goes through the whole model, which moves all layers of one that is streamed.
+    """
+
+    stage: str
+    flops: float
+    memory: float = 0.0
+    seconds: float = 0.0
+    memory_on_gpu: float | None = None
+    writes: bool = False
+    passes: float = 0.0
+
 
 GRADIENT = 3  # cost of a forward and a backward pass, relative to a forward pass
 

@@ -252,7 +252,7 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None
     steps, current = [], anatomy
     for operation in recipe.operations:
         problems = conflicts(operation, steps, anatomy) or missing_texts(operation)
-        problems = problems or problems_of(operation, "problems", current)
+        problems = problems or after_latent(operation, current) or problems_of(operation, "problems", current)
         if problems:
             first, *rest = (RecipeMismatchError(problem, where=source) for problem in problems)
             raise RecipeMismatchError(first.what, where=source, others=tuple(rest))
@@ -292,6 +292,13 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
     return problems_of(operation, "problems_before", anatomy)
+
+
+def after_latent(operation: Operation, current: Anatomy) -> list[str]:
+    """Why an operation cannot follow latent attention, whose heads have no keys and values of their own."""
+    if current.latent is None:
+        return []
+    return [f"{operation.op}: this model has latent attention (mla), which no operation changes: start from its base"]
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:

@@ -58,6 +58,11 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
     if not known and not _placed(plan, "heads"):
         return [f"{old.heads} query heads on {old.kv_heads} KV heads: how many stay in which layer is measured"]
     rows = [f"{arrow(old.heads, new.heads)} query heads of size {old.head_dim}"]
+    if new.latent:
+        rows.append(
+            f"{_kv(old)} → a latent vector of {new.latent.rank} numbers, a key of {new.latent.rope} rotated channels"
+        )
+        return rows + _tensor_lines(plan, old, new)
     if not placed:
         counts = " or ".join(map(str, sorted({layer.kv_heads for layer in plan.after.layers})))
         return [*rows, f"{old.kv_heads} → {counts} KV heads: which layers get which is measured"]
@@ -66,13 +71,23 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
     rows.append(f"{heads} read by {_readers(new)} query heads{earlier}")
     if known and (old.streaming or new.streaming):
         rows.append(f"{arrow(len(old.streaming), len(new.streaming))} streaming KV heads")
-    for name in new.tensor_names:
+    return rows + _tensor_lines(plan, old, new)
+
+
+def _tensor_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy) -> list[str]:
+    """A line for each stored tensor of a layer whose shape changes."""
+    rows = []
+    for name in dict.fromkeys([*old.tensor_names, *new.tensor_names]):
         full = f"{old.path}.{name}"
         before = plan.before.tensors.get(full, ("", None))[1]
         after = plan.shapes.get(full, before)
         if before != after:
             rows.append(f"{name} {arrow(_shape(before), _shape(after))}")
     return rows
+
+
+def _kv(layer: LayerAnatomy) -> str:
+    return "1 KV head" if layer.kv_heads == 1 else f"{layer.kv_heads} KV heads"
 
 
 def _placed(plan: Plan, kind: str) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, set_seed
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.latent import vectors_at_scale
 from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import SELF, documents
 from surgery.data.packing import Packed, isolates_documents
@@ -96,6 +97,7 @@ def train(model, job: HealRun) -> dict:
     job.run.mkdir(parents=True, exist_ok=True)
     with (
         with_gradients(),
+        vectors_at_scale(model),
         enough_memory(heal, job.in_memory),
         own_precision(heal),
         without_attention_dropout(model),

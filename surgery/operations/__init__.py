@@ -16,6 +16,7 @@ BUILTIN = {  # op -> module of this package : class
     "gqa": "gqa.operation:GQA",
     "head_mask": "head_mask:HeadMask",
     "mae": "moh.operation:Mae",
+    "mla": "mla.operation:MLA",
     "moh": "moh.operation:Moh",
     "prune_heads": "prune_heads.operation:PruneHeads",
     "sink_calibration": "sink_calibration.operation:SinkCalibration",

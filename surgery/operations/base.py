@@ -36,11 +36,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from surgery.calibration.cost import Measurement
 from surgery.data.text import CALIBRATION_TEXTS
 from surgery.errors import ModelMismatchError, SurgeryError
 from surgery.machine.placement import LAYERS, Use
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from surgery.architecture.anatomy import Anatomy
@@ -57,29 +59,6 @@ PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order
     "training": "A start for training, or trained",
     "exact": "Exact, or a building block",
 }
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A stage in which an operation measures or fits. `plan` estimates time and memory from it.
-
-    Attributes:
-        stage: its name, as progress reports it.
-        flops: floating-point operations, in float32 (one in float64 counts as two).
-        memory: bytes in addition to the model.
-        seconds: used instead of `flops` where the stage has a time limit, or where only its time is known.
-        memory_on_gpu: bytes on a GPU in addition to the model; None: as many as `memory`.
-        writes: whether the model writes text; one that is streamed does that on the CPU.
-        passes: how often a text goes through the whole model, which moves all layers of one that is streamed.
-    """
-
-    stage: str
-    flops: float
-    memory: float = 0.0
-    seconds: float = 0.0
-    memory_on_gpu: float | None = None
-    writes: bool = False
-    passes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -177,6 +156,21 @@ class ApplyContext:
             what = f"the tokenizer has {tokens:,} tokens, the model knows {known:,}"
             raise ModelMismatchError(what, where=where, fix="use the tokenizer of this model")
         return self.tokenizer
+
+    def calibration(
+        self, model: Any, text: tuple[str, int, int], where: str, what: str, otherwise: str = ""
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens of a calibration text, long [samples, length], and the record of the text.
+
+        Args:
+            text: its source, tokens of a sample, and number of samples.
+            where, what, otherwise: as for `tokenizer_for`.
+        """
+        from surgery.data.calibration_text import calibration_sequences, calibration_source
+
+        tokenizer = self.tokenizer_for(what, where, otherwise)
+        sequences = calibration_sequences(model, tokenizer, *text, self.folder, self.progress)
+        return sequences, calibration_source(text[0], text[2])
 
 
 # Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from surgery.operations.gqa.fit_scores import Rotation, ScoreSample
+from surgery.calibration.closed_form.fit_scores import Rotation, ScoreSample
 
 SMALL = 4  # channels of a head, inputs 5: the dense equations have 2 * 4 * 5 unknowns
 

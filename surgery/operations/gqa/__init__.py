@@ -5,15 +5,11 @@
 calibration text:
 
 1. `closed_form.py` orders the KV heads, and chooses the layers that keep their KV heads (`choose_layers.py`).
-2. `layerwise_fit.py` sends the text through the base and the converted model, layer by layer.
-3. `layer.py` converts each layer to match the base's attention (`layer_inputs.py`). It merges keys by low rank
-   (`low_rank.py`), fits queries and keys (`fit_scores.py`), merges values, fits the output projection, then values
-   (`fit_values.py`), and the output projection once more.
-4. `fit_mlp.py` refits the MLP's output projection to the base's hidden states after the layer.
+2. calibration/closed_form/layerwise_fit.py sends the text through the base and the converted model, layer by layer.
+3. `layer.py` converts each layer to match the base's attention. It merges keys by low rank, fits queries and keys,
+   merges values, fits the output projection, then values, and the output projection once more.
+4. The MLP's output projection is refitted to the base's hidden states after the layer.
 5. `closed_form.py` writes the new layers into the model (`architecture.edit.write_layers`), and conversion/convert.py
    saves it. These steps need the loaded engine. The other methods can also rewrite a checkpoint layer by layer on
    disk (`rewrite`).
-
-`conjugate_gradient.py` solves the least-squares problems of queries, keys and values in step 3. `cost.py` estimates
-time and memory for a plan.
 """

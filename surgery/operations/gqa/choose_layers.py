@@ -1,6 +1,6 @@
 """The choice of layers that keep their KV heads, by what the model loses when one layer alone shares them.
 
-Every layer is fitted to the base's inputs (`layerwise_fit.Sharing`). Then a few texts go through the base with only
+Every layer is fitted to the base's inputs (`layer.Sharing`). Then a few texts go through the base with only
 this layer converted. They are validation texts, which have also chosen the layer's ridges and are part of the last
 fit of W_O. The losses of single layers add up well enough to rank the layers: the layers that lose most keep their
 heads. MLPs are not refitted here.
@@ -15,10 +15,11 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import hook_attention
+from surgery.calibration.closed_form.cost import TRIED
+from surgery.calibration.closed_form.layer_inputs import is_validation
+from surgery.calibration.closed_form.layerwise_fit import LayerProgress
 from surgery.calibration.layerwise import kl, replayed
-from surgery.operations.gqa.cost import TRIED
-from surgery.operations.gqa.layer_inputs import is_validation
-from surgery.operations.gqa.layerwise_fit import LayerProgress, Sharing
+from surgery.operations.gqa.layer import Sharing
 
 
 def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept_layers: int) -> Anatomy:

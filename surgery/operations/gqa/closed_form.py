@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
-from surgery.data.calibration_text import calibration_sequences, calibration_source
+from surgery.calibration.closed_form.layer_inputs import FitSettings
+from surgery.calibration.closed_form.layerwise_fit import layer_of, write_mlps
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
-from surgery.operations.gqa.layer_inputs import FitSettings
-from surgery.operations.gqa.layerwise_fit import Sharing, layer_of
+from surgery.operations.gqa.layer import Sharing
 from surgery.operations.gqa.merge import permute_kv_heads
 
-if TYPE_CHECKING:
-    import torch
-
+NEEDS = "method: closed_form needs the tokenizer, for its calibration text"
 REVISION = 3  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
@@ -45,7 +43,8 @@ def share_kv_heads(
     Raises:
         SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
     """
-    before, after, (sequences, source) = context.before, context.change.after, _sequences(model, context, text)
+    before, after = context.before, context.change.after
+    sequences, source = context.calibration(model, text, "gqa", NEEDS, "; or method: mean")
     heads = Heads(model, before, orders)
 
     def files(name: str) -> LayerFiles:
@@ -77,25 +76,10 @@ def share_kv_heads(
         heads.restore()
         raise
     write_layers(model, before, after, tensors_of_layers)
-    _write_mlps(model, run.mlps)
+    write_mlps(model, run.mlps)
     each = zip(before.layers, heads.records, losses, records, strict=True)
     record = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
     return record | {"calibration": source | {"tokens": sequences.numel()}}
-
-
-def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> tuple[torch.Tensor, dict]:
-    """Tokens of the calibration text, long [samples, length], and its record."""
-    what = "method: closed_form needs the tokenizer, for its calibration text"
-    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
-    sequences = calibration_sequences(model, tokenizer, *text, context.folder, context.progress)
-    return sequences, calibration_source(text[0], text[2])
-
-
-def _write_mlps(model, weights: dict[str, torch.Tensor]) -> None:
-    """Write refitted output projections of MLPs, by parameter name; GPT-2 stores them transposed."""
-    for name, weight in weights.items():
-        old = model.get_parameter(name).data
-        old.copy_(weight if weight.shape == old.shape else weight.T)
 
 
 class Heads:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from surgery.calibration.closed_form.cost import TRIED, Calibration
 from surgery.data.text import written_samples
 from surgery.operations.base import SURGICAL, ApplyContext, Measurement
 from surgery.operations.gqa.base import GQA, MergeSeed
-from surgery.operations.gqa.cost import TRIED, Calibration
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -155,8 +155,8 @@ class ClosedForm(GQA):
             yield "scores are fitted before their soft-cap, as if there were none"
 
     def apply(self, model: Any, context: ApplyContext) -> dict[str, Any]:
+        from surgery.calibration.closed_form.layer_inputs import FitSettings
         from surgery.operations.gqa.closed_form import share_kv_heads
-        from surgery.operations.gqa.layer_inputs import FitSettings
 
         before, targets = context.before, self.targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:

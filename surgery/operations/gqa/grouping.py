@@ -6,7 +6,7 @@ from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from surgery.operations.gqa.merge import with_bias
+from surgery.architecture.weights import with_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
     """Largest inner product over rotations of keys that commute with RoPE."""
     import torch
 
-    from surgery.operations.gqa.merge import pair_channels
+    from surgery.architecture.layer import pair_channels
 
     real, imag = pair_channels(rotary, positions)
     za, zb = torch.complex(a[real], a[imag]), torch.complex(b[real], b[imag])
@@ -132,7 +132,7 @@ def merge_losses(layer: AttentionLayer) -> Tensor:
     """
     import torch
 
-    from surgery.operations.gqa.merge import pair_channels
+    from surgery.architecture.layer import pair_channels
 
     anatomy, (keys, values, queries) = layer.anatomy, (with_bias(layer, projection) for projection in "kvq")
     outputs = layer.o.double().transpose(0, 1)
@@ -170,7 +170,7 @@ def _pair_losses(moments: Tensor, weights: Tensor, shares: bool = True):
     """
     import torch
 
-    from surgery.operations.gqa.low_rank import shared_channels
+    from surgery.calibration.closed_form.low_rank import shared_channels
 
     count = weights.shape[-3]
     lost = torch.zeros(count, count, dtype=torch.float64)

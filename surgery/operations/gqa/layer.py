@@ -1,59 +1,65 @@
-"""The closed-form conversion of one layer, from its inputs on a calibration text (`layer_inputs.py`)."""
+"""The closed-form merge of the KV heads of one layer.
+
+Keys are shared (complex PCA), and queries and keys are refitted in turn to the base's scores. Values are shared (low
+rank), and they and the output projection are refitted to the output of the base's attention.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 
-from surgery.architecture.weights import AttentionLayer
-from surgery.calibration.attention_hook import AttentionHook, attention_weights
-from surgery.calibration.moments import Moments, Regression, with_ones
-from surgery.errors import UnsupportedModelError
-from surgery.machine.parallel import parallel_map
-from surgery.machine.placement import exact
-from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.cost import efforts
-from surgery.operations.gqa.fit_scores import Rotation, ScoreObjective, ScoreSample, project
-from surgery.operations.gqa.fit_values import ValueProblem, ValueSample
-from surgery.operations.gqa.layer_inputs import (
-    ROPE_SAMPLES,
-    AttentionCall,
+from surgery.architecture.layer import LayerAnatomy
+from surgery.architecture.weights import AttentionLayer, stacked, with_bias
+from surgery.calibration.attention_hook import AttentionHook
+from surgery.calibration.closed_form.conjugate_gradient import solve
+from surgery.calibration.closed_form.cost import efforts
+from surgery.calibration.closed_form.fit_scores import ScoreObjective
+from surgery.calibration.closed_form.fit_values import ValueProblem, ValueSample
+from surgery.calibration.closed_form.layer import FittedLayer, row_weights
+from surgery.calibration.closed_form.layer_inputs import (
     FitSettings,
     LayerInputs,
-    is_validation,
     scale_of,
     share,
     train_and_validation,
 )
-from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
-from surgery.operations.gqa.merge import group_members, pair_channels, stacked, with_bias
+from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
+from surgery.calibration.closed_form.low_rank import merge_keys, merge_values
+from surgery.calibration.moments import Moments
+from surgery.machine.placement import exact
+from surgery.operations.gqa.merge import group_members
 
 
-class SharedLayer:
-    """The conversion of one layer.
-
-    Args:
-        settings: what to fit, and how.
-        layer: the old weights.
-        target: the anatomy of the converted layer.
-        inputs: the layer's inputs and the base's attention on the calibration text.
-        hook: the model's hook, which knows the windows of its layers.
+class SharedLayer(FittedLayer):
+    """The conversion of one layer to fewer KV heads.
 
     Attributes:
         key_heads: the KV heads whose keys stay, in a layer with a norm after its keys; otherwise empty.
     """
 
-    def __init__(self, settings: FitSettings, layer: AttentionLayer, target, inputs: LayerInputs, hook: AttentionHook):
-        self.settings, self.layer, self.target, self.inputs, self.hook = settings, layer, target, inputs, hook
-        anatomy = layer.anatomy
-        self.groups = group_members(anatomy, target.kv_heads)
-        self._heads: dict[int, torch.Tensor] = {}
+    def __init__(
+        self,
+        settings: FitSettings,
+        layer: AttentionLayer,
+        target: LayerAnatomy,
+        inputs: LayerInputs,
+        hook: AttentionHook,
+    ):
+        super().__init__(settings, layer, target, inputs, hook)
+        self.groups = group_members(layer.anatomy, target.kv_heads)
         self.key_heads: list[int] = []
-        if not anatomy.qk_norm:
-            self.query_rotation, self.key_rotation = (self._rotation(projection) for projection in ("q", "k"))
+
+    def restored(self, tensors: dict[str, torch.Tensor], record: dict) -> AttentionLayer:
+        self.key_heads = record.get("key_heads", [])
+        return super().restored(tensors, record)
+
+    def _rotated(self, new: AttentionLayer, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if new.anatomy.qk_norm:  # queries are as they were, and keys are some of those that were
+            call = self.inputs.calls[index]
+            return call.query, call.key[self.key_heads]
+        return super()._rotated(new, index)
 
     def convert(self) -> tuple[AttentionLayer, dict]:
         """The layer with shared KV heads, and a record of the loss of each step."""
@@ -80,107 +86,6 @@ class SharedLayer:
         if "o" in settings.refit:
             new = self._fit_output(new, o, record)
         return new, record
-
-    def _map_samples(self, work: Callable) -> Iterator:
-        """The results of `work` for the index of each sample, in order."""
-        return parallel_map(work, range(len(self.inputs.samples)), device=self.inputs.x[0].device)
-
-    def set_input(self, index: int, call: AttentionCall) -> None:
-        """Set the layer's input on a sequence to that of this attention call of the converted model."""
-        self.inputs.x[index], self.inputs.calls[index] = with_ones(call.x, self.layer.q_bias is not None), call
-        self._heads.pop(index, None)
-
-    def head_outputs(self, layer: AttentionLayer, index: int) -> torch.Tensor:
-        """Outputs of the new layer's heads on a sequence [T, H, d], cached: W_Q, W_K and W_V must be final."""
-        if index not in self._heads:
-            rows = torch.arange(len(self.inputs.x[index]))
-            self._heads[index] = self._mix_values(layer, index, self._attention_weights(layer, index, rows))
-        return self._heads[index]
-
-    def _mix_values(self, layer: AttentionLayer, index: int, weights: torch.Tensor) -> torch.Tensor:
-        """Outputs of the heads [r, H, d]: a sequence's values, averaged by attention weights [H, r, T]."""
-        x = self.inputs.x[index]
-        values = project(with_bias(layer, "v"), x)
-        mixed = weights.reshape(len(values), -1, len(x)) @ values
-        return mixed.view(*weights.shape[:2], -1).transpose(0, 1)
-
-    def _attention_weights(self, layer: AttentionLayer, index: int, rows: torch.Tensor) -> torch.Tensor:
-        """The new layer's attention weights [H, r, T] of some rows of a sequence."""
-        query, key = self._rotated(layer, index)
-        return self._weights_of(query, key, index, rows)
-
-    def _weights_of(self, query: torch.Tensor, key: torch.Tensor, index: int, rows: torch.Tensor) -> torch.Tensor:
-        """Attention weights [H, r, T] of queries [H, T, d] and keys [G', T, d], both after norms and RoPE."""
-        call, limit = self.inputs.base[index], self.hook.windows[self.layer.anatomy.index]
-        options = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
-        rows = rows.to(query.device)
-        return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **options)[0]
-
-    def _rotated(self, layer: AttentionLayer, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [H, T, d] and keys [G', T, d], both after norms and RoPE."""
-        if layer.anatomy.qk_norm:
-            call = self.inputs.calls[index]
-            return call.query, call.key[self.key_heads]
-        x = self.inputs.x[index]
-        return (
-            self.query_rotation.to(x)(project(with_bias(layer, "q"), x)),
-            self.key_rotation.to(x)(project(with_bias(layer, "k"), x)),
-        )
-
-    def _rotation(self, projection: str) -> Rotation:
-        """This layer's RoPE, measured by comparing the model's queries or keys with their projections.
-
-        Args:
-            projection: "q" or "k".
-
-        Raises:
-            SurgeryError: the queries or keys are not their rotated projections.
-        """
-        anatomy, heads = self.layer.anatomy, with_bias(self.layer, projection)
-        real, imag = pair_channels(anatomy.rotary, anatomy.positions)
-        cross = power = free_cross = free_power = 0.0
-        pairs = []
-        for call in self.inputs.base[:ROPE_SAMPLES]:
-            before = project(heads, exact(with_ones(call.x, self.layer.q_bias is not None)))
-            after = exact(call.query if projection == "q" else call.key)
-            z, rotated = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
-            cross, power = cross + (rotated * z.conj()).sum(0), power + z.abs().square().sum(0)
-            rest = before[..., anatomy.rotary :], after[..., anatomy.rotary :]
-            free_cross, free_power = free_cross + (rest[0] * rest[1]).sum(), free_power + rest[0].square().sum()
-            pairs.append((before, after))
-        free = float(free_cross / free_power.clamp(min=1e-30)) if anatomy.rotary < anatomy.head_dim else 1.0
-        rotation = Rotation.of(cross / power.clamp(min=1e-30), free, anatomy.head_dim, anatomy.positions)
-        miss = sum(float((rotation(before) - after).square().sum()) for before, after in pairs)
-        energy = sum(float(after.square().sum()) for _, after in pairs)
-        if miss > 1e-4 * energy:
-            name = {"q": "queries", "k": "keys"}[projection]
-            raise UnsupportedModelError(
-                f"layer {anatomy.index}: the {name} of this model are not its projections turned by RoPE "
-                f"({(miss / energy) ** 0.5:.1%} apart)",
-                fix="use method: mean",
-            )
-        return rotation
-
-    def _input_moments(self) -> Moments:
-        """Second moments of the layer's inputs, weighted by the attention that each token receives."""
-        moments, share = Moments(exact=False), self.settings.received
-        for x, sample in zip(self.inputs.x, self.inputs.samples, strict=True):
-            received = sample.weights.sum((0, 1))
-            received = received * (len(x) / received.sum())
-            moments.add(x, 1 - share + share * received)
-        return moments
-
-    def _read_moments(self) -> Moments:
-        """Second moments of inputs averaged by the base's attention: the heads average values in the same way.
-
-        Every fourth row is enough.
-        """
-        moments = Moments(exact=False)
-        for x, sample, rms in zip(self.inputs.x, self.inputs.samples, self.inputs.rms, strict=True):
-            rows = sample.rows[::4]
-            read = (sample.weights[:, ::4] @ x).flatten(0, 1)
-            moments.add(read, _row_weights(rms[rows]).repeat(len(sample.weights)))
-        return moments
 
     def _merge_keys(self, q, k, moments: Moments, record: dict):
         """Queries [H, d, n] that read the merged keys, and these keys [groups, d, n].
@@ -231,16 +136,6 @@ class SharedLayer:
             record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
         return q, k
 
-    def _reweighted(self, q, k, index: int) -> ScoreSample:
-        """A sample whose attention weights are the mean of the base's and those of these queries and keys."""
-        sample, x = self.inputs.samples[index], self.inputs.x[index]
-        key, query = self.key_rotation.to(x)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
-        queries = project(q, x[sample.rows])  # other rows are not read
-        query[:, sample.rows] = self.query_rotation.to(x).at(sample.rows)(queries)
-        new = self._weights_of(query, key, index, sample.rows)
-        mean = ((sample.weights + new) / 2).masked_fill(sample.weights == 0, 0.0)
-        return replace(sample, weights=mean)
-
     def _merge_values(self, v, o, moments: Moments, record: dict):
         """The merged values [groups, d, n], and the output columns [D, H, d] that read them."""
         new, lost, energy, second, home = [], 0.0, 0.0, moments.second, v.device
@@ -265,40 +160,13 @@ class SharedLayer:
         samples = []
         for index, (sample, sample_weights) in enumerate(zip(self.inputs.samples, weights, strict=True)):
             wanted, rms = self.inputs.base[index].output[sample.rows], self.inputs.rms[index][sample.rows]
-            samples.append(ValueSample(sample.x, sample.rows, sample_weights, wanted, _row_weights(rms)))
+            samples.append(ValueSample(sample.x, sample.rows, sample_weights, wanted, row_weights(rms)))
         train, validation = (
             ValueProblem(subset, new.o, self.target.kv_heads) for subset in train_and_validation(samples)
         )
         solution = solve(train, validation, v, steps=self.settings.steps, damping=self.settings.damping)
         record["values_fit"] = [round(solution.before, 6), round(solution.after, 6)]
         return new.replace(**stacked(new, "v", list(solution.weight)))
-
-    def _fit_output(self, new: AttentionLayer, o, record: dict, weights: list | None = None) -> AttentionLayer:
-        """The layer with its output projection refitted to the output of the base's attention.
-
-        Args:
-            o: the old projection [D, H, d], float64.
-            weights: the new layer's attention weights of the samples' rows. Only these rows are fitted, and not those
-                of the validation samples, which later judge the values. None: all rows of all samples are fitted,
-                except first tokens.
-        """
-        sums = [Regression(exact=False), Regression(exact=False)]
-        if weights is None:
-            list(self._map_samples(partial(self.head_outputs, new)))  # they are kept
-        for index, call in enumerate(self.inputs.base):
-            if weights is None:
-                rows, z = slice(1, None), self.head_outputs(new, index)[1:]
-            else:
-                rows, z = self.inputs.samples[index].rows, self._mix_values(new, index, weights[index])
-            sums[is_validation(index, len(self.inputs.base))].add(
-                z.flatten(1), call.output[rows], _row_weights(self.inputs.rms[index][rows])
-            )
-        pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
-        result = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_validation=weights is None)
-        record["ridge"], energy = result.ridge, sums[1].energy
-        lost = [share(energy + error, energy) for error in (result.before, result.after)]
-        record["output_lost"] = record.get("output_lost", []) + lost
-        return new.replace(o=result.weight.unflatten(1, o.shape[1:]).cpu().to(new.o.dtype))
 
     def _choose_key_heads(self, record: dict) -> dict[str, torch.Tensor]:
         """In each group, choose the key head that brings the scores of all the group's queries nearest to the base's.
@@ -325,6 +193,13 @@ class SharedLayer:
         return {n: tensor[self.key_heads] for n, tensor in layer.tensors().items() if n in names}
 
 
-def _row_weights(rms: torch.Tensor) -> torch.Tensor:
-    """ω of rows: it makes errors relative to the hidden states to which they are added."""
-    return 1 / exact(rms).square().clamp(min=1e-30)
+class Sharing(LayerwiseFit):
+    """The conversion of a model's layers to fewer KV heads."""
+
+    label = "merging layers"
+
+    def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
+        return old.kv_heads != new.kv_heads
+
+    def conversion(self, layer: AttentionLayer, target: LayerAnatomy, inputs: LayerInputs) -> SharedLayer:
+        return SharedLayer(self.settings, layer, target, inputs, self.hook)

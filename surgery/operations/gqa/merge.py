@@ -1,4 +1,4 @@
-"""Merges of KV heads from the weights alone, and parts that every merge uses (groups of heads, weights with biases).
+"""Merges of KV heads from the weights alone, and the groups of heads that every merge uses.
 
 Generalised Procrustes can rotate the heads of a group towards each other before they are merged. Only rotations that
 do not change the model are allowed (Jin et al. 2024, arXiv 2412.20677):
@@ -20,6 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING
+
+from surgery.architecture.layer import pair_channels
+from surgery.architecture.weights import stacked, with_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,24 +79,6 @@ def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
 
     energy = old.square().mean()
     return float((torch.stack(new).square().mean() / energy).sqrt()) if energy else 1.0
-
-
-def with_bias(layer: AttentionLayer, projection: str) -> Tensor:
-    """The weight of "q", "k" or "v" in float64 [heads, d, D]. A bias is appended as a column: [heads, d, D + 1]."""
-    import torch
-
-    weight, bias = getattr(layer, projection).double(), getattr(layer, f"{projection}_bias")
-    return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
-
-
-def stacked(layer: AttentionLayer, projection: str, heads: list[Tensor]) -> dict[str, Tensor]:
-    """The inverse of `with_bias`, rounded once to the stored dtype."""
-    import torch
-
-    heads, weight, bias = torch.stack(heads), getattr(layer, projection), getattr(layer, f"{projection}_bias", None)
-    if bias is None:
-        return {projection: heads.to(weight.dtype)}
-    return {projection: heads[..., :-1].to(weight.dtype), f"{projection}_bias": heads[..., -1].to(bias.dtype)}
 
 
 def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict[str, Tensor]:
@@ -154,13 +139,6 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, aligned
 
 
 ROUNDS, TOLERANCE = 100, 1e-8
-
-
-def pair_channels(rotary: int, positions: str) -> tuple[list[int], list[int]]:
-    """The channels that hold the real and the imaginary parts of RoPE's complex numbers."""
-    if positions == "interleaved":
-        return list(range(0, rotary, 2)), list(range(1, rotary, 2))
-    return list(range(rotary // 2)), list(range(rotary // 2, rotary))
 
 
 def key_rotations(keys: Tensor, rotary: int, positions: str) -> Tensor:

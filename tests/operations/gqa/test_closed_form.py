@@ -26,13 +26,12 @@ from planted import planted
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.closed_form.fit_mlp import projection_of
+from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.data.calibration_text import calibration_sequences, calibration_source
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
-from surgery.operations.gqa.fit_mlp import projection_of
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.layer_inputs import FitSettings
-from surgery.operations.gqa.layerwise_fit import Sharing
+from surgery.operations.gqa.layer import SharedLayer, Sharing
 
 FAMILIES = [
     name

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.calibration_text import calibration_sequences
-from surgery.operations.gqa.cost import Calibration
 from surgery.operations.gqa.operation import GQA
 
 SMALL = {"kv_heads": 1, "method": "closed_form", "calibration_samples": 12, "calibration_length": 24}

@@ -9,12 +9,12 @@ import torch
 from families import one_thread  # noqa: F401
 from score_fits import SMALL, score_loss, score_problem
 
+from surgery.calibration.closed_form.conjugate_gradient import solve
+from surgery.calibration.closed_form.fit_mlp import MLPOutput
+from surgery.calibration.closed_form.fit_scores import ScoreObjective, ScoreSample
+from surgery.calibration.closed_form.fit_values import ValueProblem, ValueSample
+from surgery.calibration.closed_form.low_rank import fit_output, merge_keys, merge_values, shared_channels
 from surgery.calibration.moments import Products
-from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.fit_mlp import MLPOutput
-from surgery.operations.gqa.fit_scores import ScoreObjective, ScoreSample
-from surgery.operations.gqa.fit_values import ValueProblem, ValueSample
-from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
 
 D, HEADS, SIZE, LENGTH = 24, 4, 8, 40
 

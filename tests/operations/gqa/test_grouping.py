@@ -10,6 +10,9 @@ import torch
 from families import attention_modules, base, get_head, legal_rotation, one_thread, orthogonal, set_head  # noqa: F401
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.weights import with_bias
+from surgery.calibration.closed_form.layerwise_fit import layer_of
+from surgery.calibration.closed_form.low_rank import merge_keys, merge_values
 from surgery.operations.gqa.grouping import (
     aligned_inner,
     head_distances,
@@ -19,9 +22,6 @@ from surgery.operations.gqa.grouping import (
     plain_inner,
     similar_order,
 )
-from surgery.operations.gqa.layerwise_fit import layer_of
-from surgery.operations.gqa.low_rank import merge_keys, merge_values
-from surgery.operations.gqa.merge import with_bias
 
 
 def random_table(size: int, seed: int) -> torch.Tensor:

@@ -11,12 +11,11 @@ from families import TINY, randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.closed_form.cost import Calibration, efforts
+from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.choose_layers import LayerLosses
-from surgery.operations.gqa.cost import Calibration, efforts
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.layer_inputs import FitSettings
-from surgery.operations.gqa.layerwise_fit import Sharing
+from surgery.operations.gqa.layer import SharedLayer, Sharing
 
 LAYERS = 5
 
@@ -90,7 +89,7 @@ def test_wide_layers_are_fitted_one_at_a_time(threads, monkeypatch):
             free.release()
 
     monkeypatch.setattr(SharedLayer, "convert", alone)
-    monkeypatch.setattr("surgery.operations.gqa.cost.NARROW", 1)
+    monkeypatch.setattr("surgery.calibration.closed_form.cost.NARROW", 1)
     threads(2)
     sharing(deep("llama")).layers()
 
@@ -159,7 +158,7 @@ def test_what_a_plan_says_of_them(monkeypatch):
 
 def test_a_text_takes_a_cache_of_one_batch(monkeypatch):
     """Of 7B's shape with as many keys as queries: 512 KB a token, and 64 samples of 512 at most."""
-    monkeypatch.setattr("surgery.operations.gqa.cost.fast_in_bfloat16", lambda: False)
+    monkeypatch.setattr("surgery.calibration.closed_form.cost.fast_in_bfloat16", lambda: False)
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=1000)).to(torch.bfloat16)
     anatomy = Anatomy.of(model)

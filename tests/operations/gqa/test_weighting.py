@@ -28,14 +28,14 @@ from score_fits import score_loss, score_problem
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import write_layers
+from surgery.architecture.weights import with_bias
+from surgery.calibration.closed_form.conjugate_gradient import solve
+from surgery.calibration.closed_form.fit_scores import ScoreObjective
+from surgery.calibration.closed_form.fit_values import ValueProblem
+from surgery.calibration.closed_form.layer_inputs import FitSettings
+from surgery.calibration.closed_form.low_rank import fit_output, merge_keys, merge_values
 from surgery.operations.gqa import layer as shared_layer
-from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.fit_scores import ScoreObjective
-from surgery.operations.gqa.fit_values import ValueProblem
-from surgery.operations.gqa.layer_inputs import FitSettings
-from surgery.operations.gqa.layerwise_fit import Sharing
-from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
-from surgery.operations.gqa.merge import with_bias
+from surgery.operations.gqa.layer import Sharing
 
 
 def uneven(name: str):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from surgery.calibration.closed_form.fit_scores import RowChunk, causal_chunks, project
 from surgery.machine.parallel import parallel_map
 from surgery.machine.placement import exact
-from surgery.operations.gqa.fit_scores import RowChunk, causal_chunks, project
 
 if TYPE_CHECKING:
     from torch import Tensor

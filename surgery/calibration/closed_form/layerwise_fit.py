@@ -1,10 +1,9 @@
 """The layer-by-layer conversion: a calibration text goes through the base and through the converted model.
 
-In each layer the base's attention is the target. `layer.py` shares keys (complex PCA), refits queries and keys in turn
-to the base's scores, shares values (low rank), and refits values and the output projection to the output of the
-base's attention. Then the converted model's own states go through the layer. `fit_mlp.py` refits the MLP's output
-projection, which brings these states back to the base's. Every sixth sequence is for validation: it chooses ridges
-and stops the solvers. The last fits of both output projections include it.
+In each layer the base's attention is the target. A method (`layer.FittedLayer`) makes the new attention of the old
+weights, and fits it to the base's scores and outputs. Then the converted model's own states go through the layer.
+`fit_mlp.py` refits the MLP's output projection, which brings these states back to the base's. Every sixth sequence is
+for validation: it chooses ridges and stops the solvers. The last fits of both output projections include it.
 
 A later layer of the converted model gets the real outputs of the earlier converted layers, and its MLP is fitted to
 the base's states. So errors are corrected and not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
@@ -19,22 +18,24 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from surgery.architecture.edit import refuse_non_finite
+from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import AttentionLayer, pack, unpack
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
+from surgery.calibration.closed_form.cost import layers_at_a_time
+from surgery.calibration.closed_form.fit_mlp import MLPOutput, projection_of
+from surgery.calibration.closed_form.fit_scores import ScoreSample
+from surgery.calibration.closed_form.layer import FittedLayer
+from surgery.calibration.closed_form.layer_inputs import AttentionCall, BaseScores, FitSettings, LayerInputs
 from surgery.calibration.layerwise import Layerwise, StopForward
 from surgery.calibration.moments import with_ones
 from surgery.machine.offload import bring
 from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_map
 from surgery.machine.progress import begin
-from surgery.operations.gqa.cost import layers_at_a_time
-from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
-from surgery.operations.gqa.fit_scores import ScoreSample
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.layer_inputs import AttentionCall, BaseScores, FitSettings, LayerInputs
 from surgery.runtime.surgery_attention import surgery_attention
 
 MLP = "mlp"  # name of the MLP's output weight among the saved tensors of a layer
@@ -55,6 +56,13 @@ def layer_of(model, anatomy) -> AttentionLayer:
     return unpack(anatomy, tensors).copy()
 
 
+def write_mlps(model, weights: dict[str, torch.Tensor]) -> None:
+    """Write refitted output projections of MLPs, by parameter name; GPT-2 stores them transposed."""
+    for name, weight in weights.items():
+        old = model.get_parameter(name).data
+        old.copy_(weight if weight.shape == old.shape else weight.T)
+
+
 @dataclass
 class LayerProgress:
     """The state of a layer during the conversion.
@@ -70,14 +78,16 @@ class LayerProgress:
 
     index: int
     base_states: list[torch.Tensor]
-    conversion: SharedLayer | None = None
-    result: tuple[AttentionLayer, dict] | None = None
+    conversion: FittedLayer | None = None
+    result: tuple[Any, dict] | None = None
     finished: bool = False
     mlp_weight: torch.Tensor | None = None
 
 
-class Sharing:
+class LayerwiseFit:
     """The conversion of one model; `layers` returns the new layers in order.
+
+    A method is a subclass that says which layers it changes (`changes`) and how one is converted (`conversion`).
 
     Args:
         model: in memory; it is not changed.
@@ -104,18 +114,28 @@ class Sharing:
         self.exclusive: AbstractContextManager = nullcontext()  # entered while the base runs through a layer
         self.mlps: dict[str, torch.Tensor] = {}
 
+    label = "fitting layers"  # for progress
+
+    def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
+        """Whether the layer `old` is converted, to `new`."""
+        raise NotImplementedError
+
+    def conversion(self, layer: AttentionLayer, target: LayerAnatomy, inputs: LayerInputs) -> FittedLayer:
+        """The conversion of a layer, from its old weights, its new anatomy, and its inputs."""
+        raise NotImplementedError
+
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
         """Packed tensors and a record of each layer, in order. Afterwards `mlps` holds the new weights of MLPs."""
         with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
-            results = self._map_layers(self._layer, "merging layers", progress)
+            results = self._map_layers(self._layer, self.label, progress)
         return [tensors for tensors, _ in results], [record for _, record in results]
 
     def _begin(self, hook: AttentionHook) -> None:
         self.hook = hook
         self.states.begin(hook)
         pairs = zip(hook.anatomy.layers, self.targets, strict=True)
-        changed = [old.kv_heads != new.kv_heads for old, new in pairs]
+        changed = [self.changes(old, new) for old, new in pairs]
         self.last = max((index for index, changes in enumerate(changed) if changes), default=-1)
 
     def _map_layers(self, work: Callable, label: str, progress) -> list:
@@ -147,7 +167,7 @@ class Sharing:
     def _run_base(self, anatomy, target) -> LayerProgress:
         """Run a layer on the base's states. Collect the data for its conversion, or load what an earlier run saved."""
         layer, layer_index = layer_of(self.model, anatomy), anatomy.index
-        if target.kv_heads == anatomy.kv_heads:
+        if not self.changes(anatomy, target):
             with self.states.layer(layer_index):
                 for index in range(len(self.sequences)) if layer_index < self.last else ():
                     self.states.base_step(layer_index, index)
@@ -157,11 +177,8 @@ class Sharing:
         attention = saved or self.load_attention(layer_index)
         with self.states.layer(layer_index):
             inputs = self._layer_inputs(layer_index, layer, inputs_only=attention is not None)
-        conversion = SharedLayer(self.settings, layer, target, inputs, self.hook)
-        result = None
-        if attention is not None:
-            conversion.key_heads = attention[1].get("key_heads", [])
-            result = layer.replace(anatomy=target, **attention[0]), attention[1]
+        conversion = self.conversion(layer, target, inputs)
+        result = None if attention is None else (conversion.restored(*attention), attention[1])
         return LayerProgress(layer_index, list(self.states.base), conversion, result, saved is not None, mlp_weight)
 
     def _finish(self, progress: LayerProgress) -> tuple[dict[str, torch.Tensor], dict]:
@@ -179,7 +196,7 @@ class Sharing:
         if weight is not None:
             name, _ = self._mlp(layer_index)
             self.mlps[name] = weight.to("cpu", self.model.get_parameter(name).dtype)
-        return pack(new), record
+        return progress.conversion.packed(new), record
 
     @property
     def _needs_converted(self) -> bool:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from surgery.architecture.layer import pair_channels
 from surgery.machine.parallel import parallel_map
 from surgery.machine.placement import exact
-from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,21 @@ class Rotation:
         swap[real + imag] = torch.tensor(imag + real, dtype=swap.dtype, device=cos.device)
         return cls(cos, sin, swap)
 
+    def part(self, channels: list[int]) -> Rotation:
+        """The rotation of some channels alone, in this order; both channels of a pair must be among them."""
+        places = {channel: place for place, channel in enumerate(channels)}
+        swap = [places[int(self.swap[channel])] for channel in channels]
+        return Rotation(self.cos[:, channels], self.sin[:, channels], self.swap.new_tensor(swap))
+
+    def behind(self, free: int) -> Rotation:
+        """The same rotation behind `free` channels that are not rotated."""
+        import torch
+
+        length = len(self.cos)
+        cos = torch.cat([self.cos.new_ones(length, free), self.cos], 1)
+        sin = torch.cat([self.sin.new_zeros(length, free), self.sin], 1)
+        return Rotation(cos, sin, torch.cat([torch.arange(free).to(self.swap), self.swap + free]))
+
     def to(self, like: Tensor) -> Rotation:
         """The same rotation in the dtype and on the device of a tensor."""
         return Rotation(self.cos.to(like), self.sin.to(like), self.swap.to(like.device))
@@ -94,12 +109,14 @@ class ScoreSample:
         weights: p [H, r, T], the base's attention weights of these rows; 0 for keys after the query.
         scores: returns [H, r, T], the base's scores before softmax, with any finite value where p is 0. Each fit calls
             it once.
+        query_inputs: [T, m], what the queries are made of, where that is not x.
     """
 
     x: Tensor
     rows: Tensor
     weights: Tensor
     scores: Callable[[], Tensor]
+    query_inputs: Tensor | None = None
 
 
 class RowChunk(NamedTuple):
@@ -142,7 +159,9 @@ class ScoreObjective:
         self.samples, self.scale, self.groups = samples, scale, groups
         self.query_rotation, self.key_rotation = query_rotation, key_rotation
         self.chunks = causal_chunks(samples)
-        self.query_inputs = torch.cat([sample.x[sample.rows] for sample in samples])  # [R, n]: queries that count
+        inputs = [sample.x if sample.query_inputs is None else sample.query_inputs for sample in samples]
+        rows = [each[sample.rows] for each, sample in zip(inputs, samples, strict=True)]
+        self.query_inputs = torch.cat(rows)  # [R, n]: queries that count
 
     def map_samples(self, work: Callable[[int, ScoreSample], Result]) -> Iterator[Result]:
         """The results of `work(index, sample)` for all samples, in order."""

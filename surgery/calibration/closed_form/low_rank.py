@@ -23,8 +23,8 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from surgery.architecture.layer import pair_channels
 from surgery.machine.placement import exact
-from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
     from torch import Tensor

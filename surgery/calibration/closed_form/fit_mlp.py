@@ -20,10 +20,10 @@ from contextlib import contextmanager
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from surgery.calibration.closed_form.layer_inputs import is_validation, share
+from surgery.calibration.closed_form.low_rank import fit_output
 from surgery.calibration.moments import Regression
 from surgery.machine.placement import exact
-from surgery.operations.gqa.layer_inputs import is_validation, share
-from surgery.operations.gqa.low_rank import fit_output
 
 FIRST = 20.0
 MISS = 1e-3  # largest relative error of "state = rest + scale * MLP output"; above it the MLP is not refitted

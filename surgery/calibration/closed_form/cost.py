@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
+from surgery.calibration.cost import Measurement
 from surgery.data.text import samples_to_begin
 from surgery.machine.device import fast_in_bfloat16
 from surgery.machine.parallel import WORKERS
-from surgery.operations.base import Measurement
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -56,6 +56,7 @@ class Calibration:
         copied: whether heads are reordered first, which keeps a copy of the old weights.
         ahead: whether layers are fitted to the base's inputs, so that they may run in parallel (`layers_at_a_time`).
         stride: every `stride`-th query is fitted.
+        stage: name of the fits, for progress and plan.
     """
 
     samples: int
@@ -68,6 +69,7 @@ class Calibration:
     copied: bool = False
     ahead: bool = True
     stride: int = STRIDE
+    stage: str = "merging layers"
 
     @property
     def tokens(self) -> int:
@@ -80,7 +82,7 @@ class Calibration:
         flops = {
             WRITING: 3 * anatomy.parameters * self.written,
             "trying layers alone": self._trial_flops(anatomy),
-            "merging layers": self.flops(anatomy, merged),
+            self.stage: self.flops(anatomy, merged),
         }
         return tuple(
             Measurement(stage, count, memory, memory_on_gpu=on_gpu, writes=stage == WRITING)

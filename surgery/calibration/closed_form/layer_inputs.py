@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.operations.gqa.cost import STEPS, STRIDE
-from surgery.operations.gqa.fit_scores import ScoreSample
+from surgery.calibration.closed_form.cost import STEPS, STRIDE
+from surgery.calibration.closed_form.fit_scores import ScoreSample
 
 VALIDATION_EVERY = 6  # every sixth sequence is a validation sequence
 ROPE_SAMPLES = 2  # number of sequences on which RoPE is measured

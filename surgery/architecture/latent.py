@@ -1,0 +1,158 @@
+"""A model with latent attention (MLA) as stock `deepseek_v3`: what can become one, its config, and its modules.
+
+DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434. Stock Transformers keeps the latent vector and the rotated key in
+its cache, so that the bytes are saved without code of ours.
+
+The stock module divides the vector by its root mean square, with a fixed epsilon (`NORM_EPSILON`). A vector that is
+scaled far below this epsilon is divided by the epsilon alone, so that the norm's weight undoes the scale and the norm
+does nothing. `scaled_norm` gives both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from surgery.architecture.layer import Latent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.anatomy import Anatomy
+
+STOCK = "deepseek_v3"
+BASES = ("llama", "mistral")  # families whose layers are those of `deepseek_v3` but for the attention
+ROPE_TYPES = ("default", "linear", "llama3")  # their frequencies follow from theta one by one
+NORM_EPSILON = 1e-6
+HARMLESS = 1e-6  # largest share of the epsilon that a vector's mean square may have; half of it is the relative error
+NARROW = ("F16",)  # dtypes that cannot hold rows scaled so far down
+NOT_CARRIED = ("model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version")
+
+
+def latent_problem(anatomy: Anatomy) -> str:
+    """Why a stock model with latent attention cannot stand for this model; "" if it can."""
+    config, layer = anatomy.config, anatomy.layers[0]
+    if anatomy.composite or anatomy.guess or anatomy.model_type not in BASES:
+        families = " and ".join(BASES)
+        return f"stock {STOCK} has the layers of {families}, and this is {anatomy.composite or anatomy.model_type}"
+    if anatomy.surgical or not anatomy.alike:
+        return "the layers of this model were changed before; start from its base"
+    if any(layer.biases for layer in anatomy.layers) or getattr(config, "mlp_bias", False):
+        return f"stock {STOCK} has no biases, and this {anatomy.model_type} has"
+    if any(each.window is not None for each in anatomy.layers):
+        return f"stock {STOCK} has no sliding window, and layers of this {anatomy.model_type} slide"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES or layer.rotary != layer.head_dim:
+        what = kind if kind not in ROPE_TYPES else f"partial ({layer.rotary} of {layer.head_dim} channels)"
+        return f"its RoPE is {what}, whose frequencies a head of another size does not have"
+    return ""
+
+
+def latent_fields(anatomy: Anatomy, latent: Latent) -> dict[str, Any]:
+    """The fields of the stock config that differ from the base's.
+
+    RoPE of `latent.rope` channels has the base's first frequencies: theta is raised to the share of channels.
+    """
+    layer, config = anatomy.layers[0], anatomy.config
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if latent.rope != layer.rotary:
+        rope["rope_theta"] = float(rope["rope_theta"]) ** (latent.rope / layer.rotary)
+    return {
+        "model_type": STOCK,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "kv_lora_rank": latent.rank,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": latent.rope,
+        "qk_nope_head_dim": latent.nope,
+        "v_head_dim": latent.value,
+        "head_dim": latent.rope,
+        "num_key_value_heads": layer.heads,
+        "first_k_dense_replace": len(anatomy.layers),
+        "num_mtp_layers": 0,
+        "rope_interleave": False,
+        "rope_parameters": rope,
+    }
+
+
+def scaled_norm(largest: float) -> tuple[float, float]:
+    """The factor on the rows that make the vector, and the norm's weight, with which the norm does nothing.
+
+    Args:
+        largest: the largest mean square of a vector over a text.
+    """
+    factor = (HARMLESS * NORM_EPSILON / max(largest, 1e-30)) ** 0.5
+    return factor, NORM_EPSILON**0.5 / factor
+
+
+def write_latent(model, after: Anatomy, tensors_of_layers: list[dict[str, Tensor]]) -> None:
+    """Turn a loaded model, in place, into the stock model with latent attention that `after` describes.
+
+    All modules but attention and RoPE are kept, with their parameters.
+
+    Args:
+        tensors_of_layers: the attention module's tensors of each layer, by name.
+    """
+    import torch
+    from torch import nn
+    from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
+
+    old = model.config.to_dict()
+    fields = {name: value for name, value in old.items() if name not in NOT_CARRIED} | after.edits
+    config = configuration_deepseek_v3.DeepseekV3Config(**fields)
+    implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        new = modeling_deepseek_v3.DeepseekV3ForCausalLM._from_config(config, attn_implementation=implementation)
+    new.config._name_or_path, new.generation_config = model.config._name_or_path, model.generation_config
+    base = model.model
+    for layer, before, tensors in zip(new.model.layers, base.layers, tensors_of_layers, strict=True):
+        weight = before.self_attn.o_proj.weight
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor.to(weight.device), requires_grad=weight.requires_grad)
+            setattr(layer.self_attn.get_submodule(owner), leaf, parameter)
+        for name, module in before.named_children():
+            if name != "self_attn":
+                setattr(layer, name, module)
+    for name, module in base.named_children():
+        if name not in ("layers", "rotary_emb"):
+            setattr(new.model, name, module)
+    new.lm_head = model.lm_head
+    new.model.rotary_emb = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(new.config).to(weight.device)
+    new.train(model.training)
+    model.__class__ = type(new)
+    vars(model).clear()
+    vars(model).update(vars(new))
+
+
+@contextmanager
+def vectors_at_scale(model) -> Iterator[None]:
+    """Inside the context, hold the rows of the latent vectors at their own scale, and the norms' epsilon far up.
+
+    The function of the model is the same. An optimiser's step of 1e-4 would be thousands of times a row that is scaled
+    far down. A model without such rows is left alone.
+    """
+    factors = {path: _factor(module) for path, module in model.named_modules() if hasattr(module, "kv_a_layernorm")}
+    _scale(model, {path: 1 / factor for path, factor in factors.items()})
+    try:
+        yield
+    finally:
+        _scale(model, factors)
+
+
+def _factor(attention) -> float:
+    """The factor on the rows of a latent vector that `scaled_norm` chose; 1 where its norm does something."""
+    norm = attention.kv_a_layernorm
+    factor = NORM_EPSILON**0.5 / float(norm.weight.detach().double().mean())
+    return factor if norm.variance_epsilon == NORM_EPSILON and 0 < factor < NORM_EPSILON**0.5 else 1.0
+
+
+def _scale(model, factors: dict[str, float]) -> None:
+    """Multiply the rows of latent vectors, and leave the function of the model as it is."""
+    import torch
+
+    for path, factor in factors.items():
+        attention = model.get_submodule(path)
+        with torch.no_grad():
+            attention.kv_a_proj_with_mqa.weight[: attention.kv_lora_rank] *= factor
+        attention.kv_a_layernorm.variance_epsilon *= factor**2

@@ -1,0 +1,196 @@
+"""The closed-form conversion of one layer to latent attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from surgery.architecture.layer import LayerAnatomy, groups_of, pair_channels
+from surgery.architecture.weights import AttentionLayer
+from surgery.calibration.attention_hook import AttentionHook
+from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
+from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
+from surgery.calibration.closed_form.layer import FittedLayer
+from surgery.calibration.closed_form.layer_inputs import (
+    FitSettings,
+    LayerInputs,
+    scale_of,
+    share,
+    train_and_validation,
+)
+from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
+from surgery.calibration.closed_form.low_rank import merge_keys
+from surgery.operations.mla.joint_rank import joint_rank
+from surgery.operations.mla.weights import LatentLayer
+
+# The fits of scores, each with its share of the solver's steps. The last one is the longest, since it sees all others.
+# "shared" is the rotated key, "maps" makes keys of the latent vector.
+SCORE_FITS = (("q", 0.25), ("shared", 0.6), ("maps", 0.6), ("q", 1.25))
+
+
+class CompressedLayer(FittedLayer):
+    """The conversion of one layer.
+
+    The channels of a head are counted in the new order: p that RoPE does not rotate, then e that it rotates.
+
+    Attributes:
+        free, turned: for each of the p and of the e channels, the channel of the base's heads that it was.
+    """
+
+    def __init__(
+        self,
+        settings: FitSettings,
+        layer: AttentionLayer,
+        target: LayerAnatomy,
+        inputs: LayerInputs,
+        hook: AttentionHook,
+    ):
+        super().__init__(settings, layer, target, inputs, hook)
+        self.free, self.turned = channels_of(layer.anatomy, target)
+        self.query_rotation, self.key_rotation = (
+            rotation.part(self.turned).behind(len(self.free)) for rotation in (self.query_rotation, self.key_rotation)
+        )
+
+    def projection(self, new: LatentLayer, letter: str) -> torch.Tensor:
+        return new.rows(letter)
+
+    def restored(self, tensors: dict[str, torch.Tensor], record: dict) -> LatentLayer:
+        return LatentLayer(self.target, **tensors)
+
+    def packed(self, new: LatentLayer) -> dict[str, torch.Tensor]:
+        vector = new.vector.to(self.inputs.x[0])
+        largest = max(float((x @ vector.T).square().mean(-1).max()) for x in self.inputs.x)
+        return new.stored(scale_of(self.inputs.base[0]), largest)
+
+    def convert(self) -> tuple[LatentLayer, dict]:
+        layer, record = self.layer, {}
+        new = self._start(record)
+        if {"q", "k"} & set(self.settings.refit):
+            new = self._fit_scores(new, record)
+        new = new.to(layer.o.dtype)
+        if "o" in self.settings.refit:
+            new = self._fit_output(new, new.o.double(), record)
+        return new, record
+
+    def _start(self, record: dict) -> LatentLayer:
+        """The layer of least loss before any refit: one rotated key, and a vector for the rest of keys and values.
+
+        An error of a value costs what the output projection makes of it. An error of a score moves the head's output
+        towards or away from the token's value, so it costs in proportion to the spread of the values; that makes one
+        scale of both.
+        """
+        layer, anatomy, latent = self.layer, self.layer.anatomy, self.target.latent
+        moments = self._input_moments()
+        second, mean = moments.second, moments.mean
+        q, k, v, o = (tensor.double().to(second) for tensor in (layer.q, layer.k, layer.v, layer.o))
+        readers, scale = groups_of(anatomy), scale_of(self.inputs.base[0])
+        energy = torch.stack([head @ second @ head.T for head in q])  # E[q qᵀ]
+        power = torch.stack([energy[heads].sum(0) for heads in readers])
+        merged = merge_keys(k, second, power, rotary=anatomy.rotary, positions=anatomy.positions)
+        rest = k.clone()
+        rest[:, self.turned] -= (merged.maps @ merged.head)[:, self.turned]
+        covariance = second - torch.outer(mean, mean)
+        blocks, weights = [], []
+        for group, heads in enumerate(readers):
+            written = o[:, heads].transpose(0, 1) @ v[group]  # [heads, D, n]
+            spread = (written @ covariance * written).sum((-1, -2))
+            free = energy[heads][:, self.free][..., self.free]
+            blocks.append(rest[group, self.free])
+            weights.append(scale**2 * (spread[:, None, None] * free).sum(0))
+        for group, heads in enumerate(readers):
+            blocks.append(v[group])
+            weights.append(sum(o[:, head].T @ o[:, head] for head in heads))
+        joint = joint_rank(blocks, weights, second, latent.rank)
+        record["keys_lost"] = share(merged.lost, merged.energy)
+        record["latent_lost"] = share(joint.lost, joint.energy)
+        turned = torch.stack([merged.maps[group].T @ q[head] for group, heads in enumerate(readers) for head in heads])
+        queries = torch.cat([q[:, self.free], turned[:, self.turned]], 1)
+        maps, count = torch.stack([*joint.maps[: len(k)]]), len(k)
+        parts = queries, merged.head[None, self.turned], joint.vector, maps, torch.stack(joint.maps[count:]), o
+        return LatentLayer(self.target, *(part.to(self.layer.q.device) for part in parts))
+
+    def _fit_scores(self, new: LatentLayer, record: dict) -> LatentLayer:
+        """Fit queries, the shared key and the maps to keys in turn to the base's scores."""
+        samples, record["scores_lost"] = self.inputs.samples, []
+        for step, (part, effort) in enumerate(SCORE_FITS):
+            if ("q" if part == "q" else "k") not in self.settings.refit:
+                continue
+            if step and part != "maps" and self.settings.reweight_keys:
+                rows = new.rows("q"), new.rows("k")
+                samples = list(self._map_samples(partial(self._reweighted, *rows)))
+            steps = round(effort * self.settings.steps)
+            fit = self._fit_queries if part == "q" else partial(self._fit_keys, part)
+            new, solution = fit(new, samples, steps)
+            record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
+        return new
+
+    def _fit_queries(self, new: LatentLayer, samples: list[ScoreSample], steps: int) -> tuple[LatentLayer, Solution]:
+        x, keys = self.inputs.x[0], new.rows("k")
+        rotations = self.query_rotation.to(x), self.key_rotation.to(x)
+        train, validation = (
+            ScoreObjective(some, scale_of(self.inputs.base[0]), *rotations, len(keys)).query_problem(keys)
+            for some in train_and_validation(samples)
+        )
+        solution = solve(train, validation, new.q, steps=steps, damping=self.settings.damping)
+        return new.replace(q=solution.weight), solution
+
+    def _fit_keys(
+        self, part: str, new: LatentLayer, samples: list[ScoreSample], steps: int
+    ) -> tuple[LatentLayer, Solution]:
+        """Fit the shared key, or the maps to keys, to what the other one leaves of the base's scores."""
+        x, free, count = self.inputs.x[0], len(self.free), new.q.shape[1]
+        own, other = list(range(free, count)), list(range(free))
+        if part == "maps":
+            own, other = other, own
+        rotations = [rotation.to(x) for rotation in (self.query_rotation, self.key_rotation)]
+        queries, start = new.q[:, own], new.shared if part == "shared" else new.key_maps
+        left = [self._beside(new, sample, rotations, part, other) for sample in samples]
+        views = [rotation.part(own) for rotation in rotations]
+        train, validation = (
+            ScoreObjective(some, scale_of(self.inputs.base[0]), *views, len(start)).key_problem(queries)
+            for some in train_and_validation(left)
+        )
+        solution = solve(train, validation, start, steps=steps, damping=self.settings.damping)
+        return new.replace(**{"shared" if part == "shared" else "key_maps": solution.weight}), solution
+
+    def _beside(
+        self, new: LatentLayer, sample: ScoreSample, rotations: list[Rotation], part: str, other: list[int]
+    ) -> ScoreSample:
+        """A sample for one part of the keys: its inputs, and the scores without those of the `other` channels."""
+        views, x = [rotation.part(other) for rotation in rotations], sample.x
+        query, key = new.q[:, other], new.rows("k")[:, other]
+
+        def scores() -> torch.Tensor:
+            queries = views[0].at(sample.rows)(project(query, x[sample.rows]))
+            keys = views[1](project(key, x)).repeat_interleave(len(query) // len(key), 0)
+            return (sample.scores() - queries @ keys.mT * scale).masked_fill_(sample.weights == 0, 0.0)
+
+        scale = scale_of(self.inputs.base[0])
+        inputs = x if part == "shared" else x @ new.vector.to(x).T
+        return replace(sample, x=inputs, scores=scores, query_inputs=x)
+
+
+def channels_of(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:
+    """The channels of the base's heads that RoPE does not rotate in the new layer, and those that it does.
+
+    The first frequencies keep RoPE. What the shared key misses of the fastest ones cannot be said without RoPE, so
+    their channels are not among those without.
+    """
+    latent = new.latent
+    real, imag = pair_channels(old.rotary, old.positions)
+    kept, dropped = latent.rope // 2, (old.head_dim - latent.nope) // 2
+    return [*real[dropped:], *imag[dropped:]], [*real[:kept], *imag[:kept]]
+
+
+class Compression(LayerwiseFit):
+    """The conversion of a model's layers to latent attention."""
+
+    label = "compressing layers"
+
+    def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
+        return True
+
+    def conversion(self, layer: AttentionLayer, target: LayerAnatomy, inputs: LayerInputs) -> CompressedLayer:
+        return CompressedLayer(self.settings, layer, target, inputs, self.hook)

@@ -1,0 +1,166 @@
+"""Multi-head latent attention (MLA) in closed form, as a stock model.
+
+Source: DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434. The conversion is our own: see `layer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import tau
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.architecture.latent import NARROW, latent_fields, latent_problem
+from surgery.architecture.layer import Latent
+from surgery.calibration.closed_form.cost import Calibration
+from surgery.data.text import written_samples
+from surgery.operations.base import NATIVE, InWords, Operation, PlannedChange
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+
+# In tokens. A frequency whose wave is longer than FAR keeps no RoPE: within that distance its angle says little. One
+# whose wave is shorter than NEAR has no place in the latent vector: without its angle it says nothing.
+FAR, NEAR = 2048, 16
+Projection = Literal["q", "k", "o", "mlp"]
+
+
+class MLA(Operation):
+    """One latent vector and one rotated key for each token, from which all heads' keys and values are made."""
+
+    summary: ClassVar[str] = "Latent attention (MLA): one vector a token in place of keys and values."
+    purpose: ClassVar[str] = "cache"
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
+        "The weights are fitted to the calibration text (by default half Python's language reference, half what the "
+        "model writes itself); text of another kind loses more.",
+        "Stock Transformers makes the keys and values of the whole past anew at each step: the cache is smaller, and "
+        "a step takes longer.",
+        "Slow frequencies lose RoPE, which suits texts of some thousand tokens: judge longer ones before use.",
+    )
+
+    op: Literal["mla"] = "mla"
+    rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        None,
+        description="Numbers in the latent vector. null: so many that a token takes half of the base's KV cache.",
+    )
+    rope: Annotated[int, Field(ge=2, strict=True)] | None = Field(
+        None,
+        description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: those "
+        f"whose wave is at most {FAR} tokens long.",
+    )
+    refit: list[Projection] = Field(
+        ["q", "k", "o", "mlp"],
+        description="Projections that are refitted: queries and keys to the base's scores, attention's output (o) to "
+        "that of the base's attention, the MLP's output (mlp) to the base's states behind each layer.",
+    )
+    calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
+    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
+    calibration_text: str = Field(
+        "mixed",
+        description="builtin (the calibration part of Python's language reference), self (what the model writes), "
+        "mixed (half of each), conversations (mixed, but half of what the model writes is conversations), or a UTF-8 "
+        "text file.",
+    )
+
+    @property
+    def rewritten_projections(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")
+
+    def milder(self) -> str:
+        return "" if self.rank is None else f"rank={self.rank * 3 // 2}"
+
+    def latent(self, anatomy: Anatomy) -> Latent:
+        """The latent attention that such a model gets."""
+        layer = anatomy.layers[0]
+        waves = _waves(anatomy)
+        rope = self.rope or 2 * max(1, sum(wave <= FAR for wave in waves))
+        nope = layer.head_dim - 2 * sum(wave < NEAR for wave in waves)
+        rank = self.rank or max(1, layer.kv_heads * layer.head_dim - rope)
+        return Latent(rank, rope, nope, layer.head_dim)
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        if reason := latent_problem(anatomy) or anatomy.runtime_problem():
+            return [f"mla: {reason}"]
+        layer, problems = anatomy.layers[0], []
+        if self.rope and (self.rope % 2 or self.rope > layer.rotary):
+            problems.append(
+                f"mla: rope: {self.rope} is not an even number up to {layer.rotary}, which RoPE rotates here"
+            )
+        latent, full = self.latent(anatomy), layer.kv_heads * layer.kv_width
+        if latent.width > full:
+            problems.append(
+                f"mla: a vector of {latent.rank} and {latent.rope} rotated channels are {latent.width} numbers a "
+                f"token, and this model's cache holds {full}: take rank below {full - latent.rope}"
+            )
+        if latent.rank > (most := layer.kv_heads * (latent.nope + latent.value)):
+            problems.append(f"mla: rank: {latent.rank} is more than its keys and values have: at most {most}")
+        if len(set(self.refit)) < len(self.refit):
+            problems.append(f"mla: refit names a projection twice: {', '.join(self.refit)}")
+        if anatomy.dtype in NARROW:
+            problems.append(
+                "mla: float16 cannot hold the rows that make the vector, which are scaled below the stock norm's "
+                "epsilon: store the base in bfloat16 or float32 first"
+            )
+        return problems
+
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
+        layer, latent, layers = anatomy.layers[0], self.latent(anatomy), len(anatomy.layers)
+        full = layer.kv_heads * layer.kv_width
+        line = (
+            f"KV cache {full} → {latent.width} numbers a token in {layers} layers (a latent vector of {latent.rank}, "
+            f"a shared key of {latent.rope} rotated channels)"
+        )
+        after = anatomy.with_latent(latent, latent_fields(anatomy, latent))
+        measurements = self._calibration().measurements(anatomy, layers)
+        return PlannedChange(after, (line,), NATIVE, tuple(self._notes(anatomy, latent)), measurements=measurements)
+
+    def _calibration(self) -> Calibration:
+        return Calibration(
+            self.calibration_samples,
+            self.calibration_length,
+            scores=3,
+            values=False,
+            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
+            mlp="mlp" in self.refit,
+            stage="compressing layers",
+        )
+
+    def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
+        yield f"the result is a stock {anatomy.with_latent(latent, latent_fields(anatomy, latent)).model_type}"
+        dropped = (anatomy.layers[0].rotary - latent.rope) // 2
+        if dropped:
+            yield f"{dropped} of {anatomy.layers[0].rotary // 2} frequencies lose RoPE, the slow ones"
+        full = anatomy.layers[0].kv_heads * anatomy.layers[0].kv_width
+        if latent.width == full:
+            yield "the cache keeps its size: a lower rank saves memory"
+        fitted = ", ".join(self.refit) or "nothing"
+        yield f"fitted on {self._calibration().tokens:,} tokens of text; refitted: {fitted}"
+
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        latent = after.latent
+        if latent is None:
+            return None
+        full = before.layers[0].kv_heads * before.layers[0].kv_width
+        return InWords(
+            f"latent attention (MLA, {latent.width} numbers a token, was {full})",
+            f"The keys and values of all heads are made of one vector of {latent.rank} numbers for each token and one "
+            f"key of {latent.rope} rotated channels, in closed form on calibration text, without training.",
+            use="Use it where the KV cache is the limit: many or long sequences at once.",
+            avoid="Do not use it where it must copy from its prompt (retrieval, code editing, long chats), unless "
+            "recall was measured on this card and kept.",
+        )
+
+    def apply(self, model: Any, context) -> dict[str, Any]:
+        from surgery.calibration.closed_form.layer_inputs import FitSettings
+        from surgery.operations.mla.closed_form import compress
+
+        text = self.calibration_text, self.calibration_length, self.calibration_samples
+        return compress(model, context, text, FitSettings(refit=tuple(self.refit)))
+
+
+def _waves(anatomy: Anatomy) -> list[float]:
+    """The wavelength of each frequency of RoPE in tokens, before any scaling for longer contexts."""
+    rotary = anatomy.layers[0].rotary
+    theta = (getattr(anatomy.config, "rope_parameters", None) or {}).get("rope_theta") or 10_000.0
+    return [tau * theta ** (2 * index / rotary) for index in range(rotary // 2)]

@@ -1,0 +1,84 @@
+"""The weights of one layer with latent attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.architecture.latent import scaled_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.layer import LayerAnatomy
+
+
+@dataclass(frozen=True)
+class LatentLayer:
+    """The attention weights of one layer with latent attention, before they are stored.
+
+    H query heads in G groups with the same keys and values; p channels of a key without RoPE and e with it; r numbers
+    in the latent vector; d channels of a value; n channels of the layer's input, D of its output.
+
+    Attributes:
+        anatomy: of the layer.
+        q: [H, p + e, n], queries; their first p channels are not rotated.
+        shared: [1, e, n], the rotated key of all heads.
+        vector: [r, n], rows that make the latent vector.
+        key_maps: [G, p, r], from the vector to the keys without RoPE.
+        value_maps: [G, d, r], from the vector to the values.
+        o: [D, H, d], output projection.
+    """
+
+    anatomy: LayerAnatomy
+    q: Tensor
+    shared: Tensor
+    vector: Tensor
+    key_maps: Tensor
+    value_maps: Tensor
+    o: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field name -> tensor."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "anatomy"}
+
+    def replace(self, **tensors: Any) -> LatentLayer:
+        """This layer with other tensors."""
+        return replace(self, **tensors)
+
+    def to(self, dtype) -> LatentLayer:
+        """This layer in another dtype."""
+        return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+
+    def rows(self, projection: str) -> Tensor:
+        """Queries [H, p + e, n], keys [G, p + e, n] or values [G, d, n] in float64; `projection`: "q", "k" or "v"."""
+        import torch
+
+        if projection == "q":
+            return self.q.double()
+        vector = self.vector.double()
+        if projection == "v":
+            return self.value_maps.double() @ vector
+        keys = self.key_maps.double() @ vector
+        return torch.cat([keys, self.shared.double().expand(len(keys), -1, -1)], 1)
+
+    def stored(self, scale: float, largest: float) -> dict[str, Tensor]:
+        """The tensors of the stock module (architecture/latent.py), by name.
+
+        Args:
+            scale: the base's factor on q·k. The stock module has its own, (p + e)^-½, so that queries take the ratio.
+            largest: the largest mean square of a latent vector over a text.
+        """
+        import torch
+
+        dtype, layout, heads = self.q.dtype, self.anatomy.layout, len(self.q)
+        factor, weight = scaled_norm(largest)
+        maps = torch.cat([self.key_maps, self.value_maps], 1).repeat_interleave(heads // len(self.key_maps), 0)
+        tensors = {
+            layout.q: (self.q.double() * (scale * self.q.shape[1] ** 0.5)).flatten(0, 1),
+            layout.k: torch.cat([self.vector.double() * factor, self.shared[0].double()]),
+            layout.latent_norm: torch.full((len(self.vector),), weight, dtype=torch.float64),
+            layout.v: maps.flatten(0, 1),
+            layout.o: self.o.flatten(1),
+        }
+        return {f"{name}.weight": tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
