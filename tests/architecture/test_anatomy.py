@@ -171,9 +171,13 @@ def test_windows_by_layer():
     ] * 32
 
 
+# Their own defaults have queries of low rank, which are refused (tests/operations/mla).
+LATENT = {kind for kind, family in FAMILIES.items() if family.latent_norm}
+
+
 def test_defaults_of_every_family():
     """A config of published size: heads, KV heads and head size as its attention is built."""
-    for kind in FAMILIES:
+    for kind in set(FAMILIES) - LATENT:
         config = transformers.CONFIG_MAPPING[kind]()
         anatomy = Anatomy.of(config)
         assert anatomy.model_type == kind
@@ -311,7 +315,7 @@ def test_every_decoder_of_transformers():
             if different:
                 faults[kind] = different
     assert not faults
-    assert set(FAMILIES) <= set(right)
+    assert set(FAMILIES) - LATENT <= set(right)
     assert len(right) > 60
 
 

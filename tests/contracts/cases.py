@@ -30,7 +30,7 @@ class Case:
     """How an operation is held to its contracts.
 
     Attributes:
-        acts: fields with which it changes what the model says, measured on nothing.
+        acts: fields with which it changes what the model says, measured on nothing or on a few texts of `Letters`.
         identity: name -> fields, made from the first layer's anatomy, with which it changes nothing.
         wrong: a key and a value that its own model refuses.
         native: whether the result is a stock checkpoint.
@@ -70,6 +70,13 @@ CASES: dict[str, Case] = {
         ("kv_heads", 0),
         native=True,
         refused=("gpt2",),  # its config has no number of KV heads
+    ),
+    "mla": Case(
+        {"rank": 16, "rope": 4, "calibration_text": "builtin", "calibration_samples": 3, "calibration_length": 24},
+        {},  # of several KV heads the stock model keeps one rotated key: tests/operations/mla has the identity
+        ("rope", 3),
+        native=True,
+        refused_always=("qwen3", "gemma2", "gpt_oss", "mistral", "gpt2", "qwen2", "granite", "phi"),
     ),
     "expand": Case({}, {"expand, no more": lambda layer: {"kv_heads": layer.kv_heads}}, ("kv_heads", 0), native=True),
     "duo_attention": Case(

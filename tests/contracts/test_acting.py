@@ -11,6 +11,7 @@ from dense import PADS, batch, chunked, difference, given
 from families import TINY, check_both_ways_to_load, load_without_package, logits_of
 from families import one_thread as one_thread  # a fixture
 from sparse import base_of
+from tokenizers_of_bytes import Letters
 
 import surgery
 from surgery.errors import SurgeryError
@@ -44,7 +45,7 @@ def converted():
     for family, op in RUNS:
         base = base_of(family)
         model = copy.deepcopy(base)
-        report = surgery.apply(recipe({"op": op} | CASES[op].acts), model)
+        report = surgery.apply(recipe({"op": op} | CASES[op].acts), model, tokenizer=Letters())
         made[family, op] = base, model, report
     return made
 

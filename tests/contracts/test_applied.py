@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES, recipe
 from families import TINY, TOKENS, one_thread  # noqa: F401 (a fixture)
-from tokenizers_of_bytes import byte_tokenizer
+from tokenizers_of_bytes import Letters, byte_tokenizer
 
 import surgery
 from surgery.errors import SurgeryError
@@ -73,7 +73,7 @@ def test_every_operation_is_undone(family, op, kept):
     model = TINY[family]().eval()
     model.generation_config.cache_implementation = None
     same, before = kept(model), logits(model)
-    with surgery.applied(recipe({"op": op} | case.acts), model) as report:
+    with surgery.applied(recipe({"op": op} | case.acts), model, tokenizer=Letters()) as report:
         assert report.data["recipe"]["operations"][0]["op"] == op
         if op not in ("expand", "sparse_prefill"):  # prompts of 12 tokens are read whole
             assert not torch.equal(logits(model), before)

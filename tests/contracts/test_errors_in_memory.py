@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import CASES, recipe
 from families import TINY, one_thread  # noqa: F401 (a fixture)
-from tokenizers_of_bytes import byte_tokenizer
+from tokenizers_of_bytes import Letters, byte_tokenizer
 from transformers import LlamaForCausalLM
 
 import surgery
@@ -74,10 +74,10 @@ def test_two_models_of_one_config(op):
     one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     known, ids = (type(config), config.to_dict()), torch.arange(2, 20)[None]
     before = other(input_ids=ids).logits
-    surgery.apply(recipe({"op": op} | CASES[op].acts), one)
+    surgery.apply(recipe({"op": op} | CASES[op].acts), one, tokenizer=Letters())
     assert (type(config), config.to_dict()) == known
     assert torch.equal(other(input_ids=ids).logits, before)
-    surgery.apply(recipe({"op": op} | CASES[op].acts), other)
+    surgery.apply(recipe({"op": op} | CASES[op].acts), other, tokenizer=Letters())
     assert (type(config), config.to_dict()) == known
 
 

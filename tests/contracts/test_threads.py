@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CASES, FEW, recipe
 from families import TINY, attention_modules, one_thread  # noqa: F401 (a fixture)
+from tokenizers_of_bytes import Letters
 
 import surgery
 from surgery.runtime import modeling_surgery as runtime
@@ -37,7 +38,7 @@ def test_threads_do_not_meet(family, op, monkeypatch):
     """All of them are inside the same layer at once, between what is worked out before attention and attention."""
     model = TINY[family]().eval()
     vocabulary = model.config.get_text_config().vocab_size
-    surgery.apply(recipe({"op": op} | CASES[op].acts), model)
+    surgery.apply(recipe({"op": op} | CASES[op].acts), model, tokenizer=Letters())
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, vocabulary, (1, length), generator=draw) for length in LENGTHS]
     alone = [answer(model, prompt) for prompt in prompts]

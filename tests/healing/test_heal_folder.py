@@ -560,3 +560,20 @@ def test_a_trainers_own_checkpoints_carry_the_record(tiny_llama, tmp_path):
     sent = {file["name"] for file in package.push(folder, "me/x", dry_run=True)["files"]}
     assert "model.safetensors" in sent
     assert not [name for name in sent if name.startswith(("optimizer", "scheduler", "rng_state", "training_args"))]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_latent_attention_heals(converted, heal, text, method):
+    """Rows that are stored scaled far down train at their own scale: a step of 1e-2 does not replace them."""
+    fields = ("rank=20", "rope=4", f"calibration_text={text}", "calibration_samples=2", "calibration_length=16")
+    out = converted("mla", *fields)
+    healed = heal(out, f"method={method}").folder
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, healed))
+    assert json.loads((healed / "config.json").read_text())["model_type"] == "deepseek_v3"
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    rows, moved = before[name][:20].double(), after[name][:20].double() - before[name][:20].double()
+    assert rows.square().mean().sqrt() < 1e-5
+    assert 1e-4 < moved.norm() / rows.norm() < 1
+    still = heal(out, f"method={method}", "learning_rate=1e-12", to="still").folder
+    for name, tensor in load_file(still / "model.safetensors").items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-12 if "kv_a_proj" in name else 1e-6)

@@ -12,8 +12,8 @@ import pytest
 
 SUPPORT = Path(__file__).parents[1] / "support"
 NAMES = [
-    "gqa", "gqa by means", "duo_attention", "moh", "mae", "prune_heads", "prune_heads by magnitude", "zero_tuning",
-    "act", "learned", "sparse_prefill",
+    "gqa", "gqa by means", "mla", "duo_attention", "moh", "mae", "prune_heads", "prune_heads by magnitude",
+    "zero_tuning", "act", "learned", "sparse_prefill",
 ]  # fmt: skip
 WITHOUT_TEXT = {"gqa by means", "learned", "sparse_prefill"}  # nothing runs the model
 
@@ -85,7 +85,7 @@ def test_no_verb_is_left_out(of_verbs):
 
 
 @pytest.mark.parametrize(
-    "names", [("moh", "prune_heads by magnitude"), pytest.param(("gqa",), marks=pytest.mark.slow)]
+    "names", [("moh", "prune_heads by magnitude"), pytest.param(("gqa", "mla"), marks=pytest.mark.slow)]
 )
 def test_a_model_that_is_too_large_is_streamed(names):
     """Its layers are on the device one at a time, and the weights are the same to the bit."""

@@ -58,6 +58,7 @@ SMALL = {"calibration_samples": 4, "calibration_length": 64}
 TEXT = SMALL | {"calibration_text": "builtin"}  # text that a model writes would differ: the CPU's writes in bfloat16
 OPERATIONS = {
     "gqa": {"op": "gqa", "kv_heads": 1, "method": "closed_form", **TEXT},
+    "mla": {"op": "mla", "rank": 20, "rope": 8, **TEXT},
     "gqa by means": {"op": "gqa", "kv_heads": 1, "method": "mean"},
     "duo_attention": {"op": "duo_attention", "streaming_ratio": 0.5, "sinks": 2, "window": 8},
     "moh": {"op": "moh", "active_ratio": 0.5, **SMALL},

@@ -54,9 +54,8 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
     out.print()
     for line in LEGEND:
         hanging(out, "", line, 0, "dim")
-    hanging(out, "Settings and an example:", "surgery ls NAME. All settings: surgery ls --all", 0)
-    if others := list(others):
-        hanging(out, "Operations without a recipe:", ", ".join(others), 0)
+    without = f"; without a recipe: {', '.join(others)}" if (others := list(others)) else ""
+    hanging(out, "Settings:", f"surgery ls NAME; all: surgery ls --all{without}", 0)
     for op, error in broken.items():
         hanging(out, Text(f"{op} ", style="bold red"), f"does not load: {error}", 4)
 

@@ -48,13 +48,19 @@ class CompressedLayer(FittedLayer):
         hook: AttentionHook,
     ):
         super().__init__(settings, layer, target, inputs, hook)
+        self._rows: tuple[LatentLayer | None, dict[str, torch.Tensor]] = None, {}
         self.free, self.turned = channels_of(layer.anatomy, target)
         self.query_rotation, self.key_rotation = (
             rotation.part(self.turned).behind(len(self.free)) for rotation in (self.query_rotation, self.key_rotation)
         )
 
     def projection(self, new: LatentLayer, letter: str) -> torch.Tensor:
-        return new.rows(letter)
+        if self._rows[0] is not new:  # the products are needed for each text, and are larger than those with a text
+            self._rows = new, {}
+        rows = self._rows[1]
+        if letter not in rows:
+            rows[letter] = new.rows(letter, self.inputs.x[0])
+        return rows[letter]
 
     def restored(self, tensors: dict[str, torch.Tensor], record: dict) -> LatentLayer:
         return LatentLayer(self.target, **tensors)
@@ -118,7 +124,7 @@ class CompressedLayer(FittedLayer):
             if ("q" if part == "q" else "k") not in self.settings.refit:
                 continue
             if step and part != "maps" and self.settings.reweight_keys:
-                rows = new.rows("q"), new.rows("k")
+                rows = self.projection(new, "q"), self.projection(new, "k")
                 samples = list(self._map_samples(partial(self._reweighted, *rows)))
             steps = round(effort * self.settings.steps)
             fit = self._fit_queries if part == "q" else partial(self._fit_keys, part)
@@ -127,7 +133,7 @@ class CompressedLayer(FittedLayer):
         return new
 
     def _fit_queries(self, new: LatentLayer, samples: list[ScoreSample], steps: int) -> tuple[LatentLayer, Solution]:
-        x, keys = self.inputs.x[0], new.rows("k")
+        x, keys = self.inputs.x[0], self.projection(new, "k")
         rotations = self.query_rotation.to(x), self.key_rotation.to(x)
         train, validation = (
             ScoreObjective(some, scale_of(self.inputs.base[0]), *rotations, len(keys)).query_problem(keys)
@@ -160,7 +166,7 @@ class CompressedLayer(FittedLayer):
     ) -> ScoreSample:
         """A sample for one part of the keys: its inputs, and the scores without those of the `other` channels."""
         views, x = [rotation.part(other) for rotation in rotations], sample.x
-        query, key = new.q[:, other], new.rows("k")[:, other]
+        query, key = new.q[:, other], self.projection(new, "k")[:, other]
 
         def scores() -> torch.Tensor:
             queries = views[0].at(sample.rows)(project(query, x[sample.rows]))

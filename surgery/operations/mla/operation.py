@@ -6,7 +6,7 @@ Source: DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434. The conversion is our
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import tau
+from math import inf, tau
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,9 +20,10 @@ from surgery.operations.base import NATIVE, InWords, Operation, PlannedChange
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-# In tokens. A frequency whose wave is longer than FAR keeps no RoPE: within that distance its angle says little. One
-# whose wave is shorter than NEAR has no place in the latent vector: without its angle it says nothing.
-FAR, NEAR = 2048, 16
+# A frequency keeps no RoPE if its wave is more than FAR times as long as the longest text, so that it turns by half a
+# radian at most. One whose wave is shorter than NEAR tokens has no place in the latent vector: without its angle it
+# says nothing.
+FAR, NEAR = 12, 16
 Projection = Literal["q", "k", "o", "mlp"]
 
 
@@ -36,18 +37,20 @@ class MLA(Operation):
         "model writes itself); text of another kind loses more.",
         "Stock Transformers makes the keys and values of the whole past anew at each step: the cache is smaller, and "
         "a step takes longer.",
-        "Slow frequencies lose RoPE, which suits texts of some thousand tokens: judge longer ones before use.",
+        "With a `rope` below the default, frequencies lose RoPE that matter in long texts: judge those before use.",
     )
 
     op: Literal["mla"] = "mla"
+    keep_kv: float = Field(
+        0.5, gt=0, le=1, description="Share of the base's KV cache that a token takes, where rank is null."
+    )
     rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
-        None,
-        description="Numbers in the latent vector. null: so many that a token takes half of the base's KV cache.",
+        None, description="Numbers in the latent vector. null: what keep_kv leaves beside the rotated key."
     )
     rope: Annotated[int, Field(ge=2, strict=True)] | None = Field(
         None,
-        description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: those "
-        f"whose wave is at most {FAR} tokens long.",
+        description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: all "
+        f"but those whose wave is {FAR} times longer than the longest text.",
     )
     refit: list[Projection] = Field(
         ["q", "k", "o", "mlp"],
@@ -68,15 +71,18 @@ class MLA(Operation):
         return ("q", "k", "v", "o")
 
     def milder(self) -> str:
-        return "" if self.rank is None else f"rank={self.rank * 3 // 2}"
+        if self.rank is not None:
+            return f"rank={self.rank * 3 // 2}"
+        return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
 
     def latent(self, anatomy: Anatomy) -> Latent:
         """The latent attention that such a model gets."""
         layer = anatomy.layers[0]
         waves = _waves(anatomy)
-        rope = self.rope or 2 * max(1, sum(wave <= FAR for wave in waves))
+        longest = FAR * anatomy.positions if anatomy.positions else inf
+        rope = self.rope or 2 * max(1, sum(wave <= longest for wave in waves))
         nope = layer.head_dim - 2 * sum(wave < NEAR for wave in waves)
-        rank = self.rank or max(1, layer.kv_heads * layer.head_dim - rope)
+        rank = self.rank or round(self.keep_kv * layer.kv_heads * layer.kv_width) - rope
         return Latent(rank, rope, nope, layer.head_dim)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
@@ -88,7 +94,13 @@ class MLA(Operation):
                 f"mla: rope: {self.rope} is not an even number up to {layer.rotary}, which RoPE rotates here"
             )
         latent, full = self.latent(anatomy), layer.kv_heads * layer.kv_width
-        if latent.width > full:
+        if latent.rank < 1:
+            least = (latent.rope + 1) / full
+            problems.append(
+                f"mla: keep_kv: {self.keep_kv:g} of {full} numbers a token leaves none beside {latent.rope} rotated "
+                f"channels: take more than {least:.2f}, or a lower rope"
+            )
+        elif latent.width > full:
             problems.append(
                 f"mla: a vector of {latent.rank} and {latent.rope} rotated channels are {latent.width} numbers a "
                 f"token, and this model's cache holds {full}: take rank below {full - latent.rope}"

@@ -50,17 +50,21 @@ class LatentLayer:
         """This layer in another dtype."""
         return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
-    def rows(self, projection: str) -> Tensor:
-        """Queries [H, p + e, n], keys [G, p + e, n] or values [G, d, n] in float64; `projection`: "q", "k" or "v"."""
+    def rows(self, projection: str, like: Tensor) -> Tensor:
+        """Queries [H, p + e, n], keys [G, p + e, n] or values [G, d, n], in the dtype and on the device of a tensor.
+
+        Args:
+            projection: "q", "k" or "v".
+        """
         import torch
 
         if projection == "q":
-            return self.q.double()
-        vector = self.vector.double()
+            return self.q.to(like)
+        vector = self.vector.to(like)
         if projection == "v":
-            return self.value_maps.double() @ vector
-        keys = self.key_maps.double() @ vector
-        return torch.cat([keys, self.shared.double().expand(len(keys), -1, -1)], 1)
+            return self.value_maps.to(like) @ vector
+        keys = self.key_maps.to(like) @ vector
+        return torch.cat([keys, self.shared.to(like).expand(len(keys), -1, -1)], 1)
 
     def stored(self, scale: float, largest: float) -> dict[str, Tensor]:
         """The tensors of the stock module (architecture/latent.py), by name.

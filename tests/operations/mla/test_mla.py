@@ -1,0 +1,291 @@
+"""Latent attention: its joint rank against brute force, its identity, its stock model against float64 by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from closed_form import recipe
+from families import TINY, TOKENS, build, difference, load_without_package, logits_of
+from families import one_thread as one_thread  # a fixture
+from tokenizers_of_bytes import Letters
+
+import surgery
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.latent import vectors_at_scale
+from surgery.errors import SurgeryError
+from surgery.operations.mla.joint_rank import joint_rank
+from surgery.runtime.modeling_surgery import CACHE
+
+LLAMA = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+    "intermediate_size": 96, "max_position_embeddings": 256,
+}  # fmt: skip
+TEXT = {"calibration_text": "builtin", "calibration_samples": 6, "calibration_length": 64}
+
+
+def llama(kv_heads: int, **fields):
+    return build("Llama", num_key_value_heads=kv_heads, **(LLAMA | fields))
+
+
+def convert(model, **fields):
+    return surgery.apply(recipe({"op": "mla"} | TEXT | fields), model, tokenizer=Letters())
+
+
+def rand(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def missed(blocks, weights, x, vector, maps) -> float:
+    """The weighted error over samples x [N, n], by its definition."""
+    total = 0.0
+    for block, weight, own in zip(blocks, weights, maps, strict=True):
+        error = x @ block.T - x @ vector.T @ own.T
+        total += float(torch.einsum("ta,ab,tb->", error, weight, error)) / len(x)
+    return total
+
+
+def problem():
+    x = rand(300, 12, seed=0) @ rand(12, 12, seed=1)
+    blocks = [rand(5, 12, seed=2), rand(3, 12, seed=3), 4 * rand(4, 12, seed=4)]
+    weights = [root @ root.T for root in (rand(5, 5, seed=5), rand(3, 3, seed=6), 0.1 * rand(4, 4, seed=7))]
+    return x, blocks, weights
+
+
+def test_the_joint_rank_is_the_best_of_its_rank():
+    """It loses what it says, and no gradient step from it or from random starts loses less."""
+    x, blocks, weights = problem()
+    found = joint_rank(blocks, weights, x.T @ x / len(x), rank=3)
+    lost = missed(blocks, weights, x, found.vector, found.maps)
+    assert lost == pytest.approx(found.lost, rel=1e-9)
+    nothing = [torch.zeros(len(block), 3, dtype=torch.float64) for block in blocks]
+    whole = missed(blocks, weights, x, torch.zeros(3, 12, dtype=torch.float64), nothing)
+    assert whole == pytest.approx(found.energy, rel=1e-9)
+    for seed in range(4):
+        assert descended(blocks, weights, x, seed) >= lost * (1 - 1e-6)
+
+
+def descended(blocks, weights, x, seed: int) -> float:
+    """The weighted error that a descent from random numbers reaches."""
+    parts = [rand(3, 12, seed=10 + seed), *(rand(len(block), 3, seed=20 + seed) for block in blocks)]
+    parts = [part.requires_grad_() for part in parts]
+    optimiser = torch.optim.LBFGS(parts, max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for block, weight, own in zip(blocks, weights, parts[1:], strict=True):
+            error = x @ block.T - x @ parts[0].T @ own.T
+            total = total + torch.einsum("ta,ab,tb->", error, weight, error) / len(x)
+        total.backward()
+        return total
+
+    optimiser.step(loss)
+    return loss().item()
+
+
+def test_a_full_rank_loses_nothing_and_signs_are_fixed():
+    x, blocks, weights = problem()
+    moments = x.T @ x / len(x)
+    full = joint_rank(blocks, weights, moments, rank=12)
+    for block, own in zip(blocks, full.maps, strict=True):
+        torch.testing.assert_close(own @ full.vector, block)
+    assert (full.vector @ moments * full.vector).sum(-1).mean() == pytest.approx(1)
+    again = joint_rank(blocks, weights, moments, rank=12)
+    assert torch.equal(full.vector, again.vector)
+
+
+def test_blocks_without_readers_and_inputs_without_energy():
+    blocks, zero = [rand(3, 6, seed=1)], torch.zeros(3, 3, dtype=torch.float64)
+    found = joint_rank(blocks, [zero], torch.eye(6, dtype=torch.float64), rank=2)
+    assert all(tensor.isfinite().all() for tensor in (found.vector, *found.maps))
+    silent = joint_rank(blocks, [torch.eye(3, dtype=torch.float64)], torch.zeros(6, 6, dtype=torch.float64), rank=2)
+    assert silent.vector.isfinite().all()
+    assert silent.energy == 0
+
+
+@pytest.mark.parametrize(("refit", "tolerance"), [([], 1e-5), (["q", "k", "o", "mlp"], 1e-4)])
+def test_of_one_kv_head_nothing_is_lost_at_full_rank(refit, tolerance):
+    """Equal in float32; in float64, too, but for the norm's epsilon. Refits have sums in float32 and little to do."""
+    base = llama(1)
+    model = copy.deepcopy(base)
+    report = convert(model, rank=16, rope=16, refit=refit)
+    assert report.data["tier"] == "native"
+    assert model.config.model_type == "deepseek_v3"
+    assert difference(logits_of(model), logits_of(base)) <= tolerance
+    if not refit:
+        with torch.no_grad():
+            want, got = base.double()(TOKENS).logits, model.double()(TOKENS).logits
+        assert (got - want).abs().max() <= 5e-6 * want.std()
+
+
+def test_fewer_frequencies_are_the_bases_first():
+    """A base whose slow channels say nothing keeps its logits where these channels lose RoPE."""
+    base = llama(1)
+    for layer in base.model.layers:
+        rows = layer.self_attn.k_proj.weight.data.view(1, 16, 64)
+        rows[:, [4, 5, 6, 7, 12, 13, 14, 15]] = 0  # frequencies 4 to 7, of pairs (f, f + 8)
+    model = copy.deepcopy(base)
+    convert(model, rank=16, rope=8, refit=[])
+    assert model.config.rope_parameters["rope_theta"] == pytest.approx(10_000**0.5)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq[:4])
+    assert difference(logits_of(model), logits_of(base)) <= 1e-5
+
+
+def attention_by_hand(module, config, x):
+    """Causal latent attention of one row [T, D] in float64, from its stored tensors."""
+    weights = {name: tensor.detach().double() for name, tensor in module.state_dict().items()}
+    heads, nope, rope, size = (
+        config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim,
+    )  # fmt: skip
+    length, rank = len(x), config.kv_lora_rank
+    made = x @ weights["kv_a_proj_with_mqa.weight"].T
+    vector, shared = made[:, :rank], made[:, rank:]
+    vector = vector / (vector.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["kv_a_layernorm.weight"]
+    angles = torch.arange(length)[:, None] / config.rope_parameters["rope_theta"] ** (torch.arange(0, rope, 2) / rope)
+
+    def turn(z):
+        a, b = z[..., : rope // 2], z[..., rope // 2 :]
+        cos, sin = angles.double().cos(), angles.double().sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    out = []
+    for head in range(heads):
+        q = x @ weights["q_proj.weight"].view(heads, nope + rope, -1)[head].T
+        maps = weights["kv_b_proj.weight"].view(heads, nope + size, rank)[head]
+        keys, values = vector @ maps[:nope].T, vector @ maps[nope:].T
+        scores = (q[:, :nope] @ keys.T + turn(q[:, nope:]) @ turn(shared).T) / (nope + rope) ** 0.5
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        out.append(scores.softmax(-1) @ values)
+    return torch.cat(out, -1) @ weights["o_proj.weight"].T
+
+
+@torch.no_grad()
+def test_the_stock_module_computes_what_its_weights_say():
+    model = llama(2)
+    convert(model, rank=20, rope=12)
+    seen = []
+    handle = model.model.layers[1].self_attn.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append((kwargs["hidden_states"], out[0])), with_kwargs=True
+    )
+    model(TOKENS)
+    handle.remove()
+    x, out = seen[0]
+    want = attention_by_hand(model.model.layers[1].self_attn, model.config, x[1].double())
+    assert (out[1] - want).abs().max() <= 1e-5 * want.std()
+
+
+def test_more_rank_loses_less_and_refits_help():
+    base, lost = llama(4, num_hidden_layers=3), {}
+    tokens = torch.tensor(
+        [Letters()("They had slept in the valley, where no one asked for their names. " * 2)["input_ids"]]
+    )
+    for name, fields in {
+        "16": {"rank": 16, "refit": []},
+        "40": {"rank": 40, "refit": []},
+        "100": {"rank": 100, "refit": []},
+        "16 refitted": {"rank": 16, "calibration_samples": 24},
+    }.items():
+        model = copy.deepcopy(base)
+        convert(model, rope=16, **fields)
+        with torch.no_grad():
+            want, got = (each(tokens).logits.double().log_softmax(-1) for each in (base, model))
+        lost[name] = float((want.exp() * (want - got)).sum(-1).mean())
+    assert lost["100"] < lost["40"] < lost["16"]
+    assert lost["16 refitted"] < 0.9 * lost["16"]
+
+
+def test_its_cache_holds_the_vector_and_the_rotated_key(tmp_path):
+    model = llama(4, tie_word_embeddings=True)
+    convert(model, rank=20, rope=12)
+    model.save_pretrained(tmp_path / "out")
+    answer = load_without_package([tmp_path / "out"], tmp_path)[tmp_path / "out"]
+    assert (answer["logits"].double() - logits_of(model)).abs().max() <= 1e-4
+    with torch.no_grad():
+        cache = model(TOKENS, use_cache=True)[CACHE]
+    stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert stored == TOKENS.numel() * 2 * 32
+    assert Anatomy.of(tmp_path / "out").kv_bytes_per_token == 4 * 2 * 32 == Anatomy.of(model).kv_bytes_per_token
+    assert "lm_head.weight" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_bfloat16_base_keeps_the_vector(tmp_path):
+    base = llama(2).bfloat16()
+    model = copy.deepcopy(base)
+    convert(model, rank=44, rope=16, refit=[])
+    wide = copy.deepcopy(base).float()
+    convert(wide, rank=44, rope=16, refit=[])
+    assert model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.dtype == torch.bfloat16
+    want = logits_of(wide)
+    assert (logits_of(model) - want).abs().max() <= 0.15 * want.std()
+
+
+def test_the_scale_of_the_vectors_can_be_changed_and_back():
+    model = llama(2)
+    convert(model, rank=20, rope=12)
+    want, before = logits_of(model), copy.deepcopy(model.state_dict())
+    with vectors_at_scale(model):
+        rows = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight[:20]
+        assert float(rows.square().mean().sqrt()) > 1e-3
+        assert difference(logits_of(model), want) <= 1e-5
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name])
+    plain = TINY["llama"]()
+    with vectors_at_scale(plain):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rank": 65, "rope": 16}, "81 numbers a token, and this model's cache holds 64: take rank below 48"),
+        ({"rope": 18}, "rope: 18 is not an even number up to 16"),
+        ({"rope": 7}, "rope: 7 is not an even number"),
+        ({"rank": 0}, "rank"),
+        ({"keep_kv": 0.2, "rope": 16}, "keep_kv: 0.2 of 64 numbers a token leaves none beside 16 rotated channels"),
+        ({"keep_kv": 0.0}, "keep_kv"),
+        ({"keep_kv": 1.5}, "keep_kv"),
+        ({"refit": ["q", "q"]}, "names a projection twice"),
+        ({"refit": ["v"]}, "refit"),
+    ],
+)
+def test_settings_that_do_not_fit(fields, says):
+    with pytest.raises(SurgeryError) as caught:
+        convert(llama(2), **fields)
+    assert says in str(caught.value)
+
+
+def test_bases_that_do_not_fit():
+    cases = {
+        "float16": llama(2).half(),
+        "has no biases": llama(2, attention_bias=True),
+        "has no sliding window": build("Mistral", num_key_value_heads=2, sliding_window=8, **LLAMA),
+        "the layers of llama and mistral": TINY["qwen3"](),
+        "its RoPE is yarn": llama(2, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}),
+    }
+    for says, model in cases.items():
+        with pytest.raises(SurgeryError) as caught:
+            convert(model, rank=8, rope=4)
+        assert says in str(caught.value), str(caught.value)
+
+
+def test_nothing_follows_it():
+    model = llama(2)
+    convert(model, rank=8, rope=4)
+    for step in ({"op": "gqa", "kv_heads": 1, "method": "mean"}, {"op": "mla"}, {"op": "duo_attention"}):
+        with pytest.raises(SurgeryError, match="start from its base"):
+            surgery.apply(recipe(step), model)
+
+
+def test_a_stock_model_of_the_family_is_read_or_refused():
+    """Its layers and cache are read from a config; queries of low rank, as in DeepSeek-V3 itself, are refused."""
+    config = transformers.DeepseekV3Config(q_lora_rank=None, num_attention_heads=4, num_hidden_layers=2)
+    layer = Anatomy.of(config).layers[0]
+    assert (layer.heads, layer.kv_heads, layer.kv_width, layer.rotary) == (4, 1, 576, 64)
+    assert layer.positions == "interleaved"
+    with pytest.raises(SurgeryError, match="a vector of rank 1536"):
+        Anatomy.of(transformers.DeepseekV3Config())
