@@ -16,9 +16,12 @@ NO_NUMBER = "no: its config has no number of KV heads"
 def families() -> str:
     """One row for each family: how it lays out attention, and which surgeries it therefore allows."""
     from surgery.architecture.families import FAMILIES
+    from surgery.architecture.latent import BASES
 
     rows = []
     for name, family in FAMILIES.items():
+        if family.latent_norm:  # what `mla` writes: nothing changes it again
+            continue
         fused = {"separate": "separate", "rows": "fused, by rows", "grouped": "fused, by groups"}
         merge = {None: NO_NUMBER, "falcon": "new decoder: any number; old: 1 or all"}.get(family.kv_field, "yes")
         split = f"from Transformers {family.since}" if family.since else "yes" if family.interface else "no"
@@ -36,10 +39,11 @@ def families() -> str:
                 family.qk_norm or "",
                 merge,
                 fit,
+                "yes" if name in BASES else "no",
                 split,
             ]
         )
-    head = ["family", "q, k, v", "positions", "QK-norm", "merge, expand", "`gqa` in closed form", "head split"]
+    head = ["family", "q, k, v", "positions", "QK-norm", "merge, expand", "`gqa` in closed form", "`mla`", "head split"]
     return markdown([head, ["---"] * len(head), *rows])
 
 

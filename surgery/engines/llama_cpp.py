@@ -68,6 +68,9 @@ class LlamaCpp(ServingEngine):
     extra: ClassVar[str] = "llamacpp"
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
+        if anatomy.latent:
+            why = "latent attention with queries of full rank: llama.cpp's deepseek2 makes queries of a low rank"
+            return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
         found = parts_of(anatomy, PARTS)
         if anatomy.composite:
             alone = "the text model as a folder of its own; or convert_hf_to_gguf.py, which writes the other part too"

@@ -69,6 +69,8 @@ def compare_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tu
     if 2 * len(known) < total or not known:
         return NOT_RUN, f"Transformers renames on load: only {len(known)} of {total} tensors have the model's names"
     kinds = f"{layer.heads} query heads, {layer.kv_heads} KV heads, head size {layer.head_dim}"
+    if layer.latent:
+        kinds = f"{layer.heads} query heads, a latent vector of {layer.latent.rank} numbers"
     heads = f"{len(anatomy.layers)} layers, {kinds}"
     return PASSED, f"{len(known)} of {total} tensors compared; {heads}"
 

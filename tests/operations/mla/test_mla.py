@@ -16,6 +16,7 @@ from tokenizers_of_bytes import Letters
 import surgery
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.latent import vectors_at_scale
+from surgery.engines import find
 from surgery.errors import SurgeryError
 from surgery.operations.mla.joint_rank import joint_rank
 from surgery.runtime.modeling_surgery import CACHE
@@ -230,7 +231,7 @@ def test_the_scale_of_the_vectors_can_be_changed_and_back():
     want, before = logits_of(model), copy.deepcopy(model.state_dict())
     with vectors_at_scale(model):
         rows = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight[:20]
-        assert float(rows.square().mean().sqrt()) > 1e-3
+        assert rows.square().mean().sqrt().item() > 1e-3
         assert difference(logits_of(model), want) <= 1e-5
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name])
@@ -289,3 +290,16 @@ def test_a_stock_model_of_the_family_is_read_or_refused():
     assert layer.positions == "interleaved"
     with pytest.raises(SurgeryError, match="a vector of rank 1536"):
         Anatomy.of(transformers.DeepseekV3Config())
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"), [("vllm", "its kernels take 512 and 64 alone"), ("llama.cpp", "queries of full rank")]
+)
+def test_engines_that_cannot_run_it_say_so(engine, says):
+    model = llama(4)
+    convert(model, rank=20, rope=12)
+    (obstacle,) = find(engine).obstacles(Anatomy.of(model))
+    assert says in obstacle.what
+    if engine == "vllm":
+        config = transformers.DeepseekV3Config(q_lora_rank=None, num_hidden_layers=1)
+        assert find(engine).obstacles(Anatomy.of(config)) == []
