@@ -43,7 +43,16 @@ def families() -> str:
                 split,
             ]
         )
-    head = ["family", "q, k, v", "positions", "QK-norm", "merge, expand", "`gqa` in closed form", "`mla`", "head split"]
+    head = [
+        "family",
+        "q, k, v",
+        "positions",
+        "QK-norm",
+        "merge, expand",
+        "`gqa` in closed form",
+        "`mla`",
+        "head split",
+    ]
     return markdown([head, ["---"] * len(head), *rows])
 
 

@@ -70,9 +70,17 @@ def latent_fields(anatomy: Anatomy, latent: Latent) -> dict[str, Any]:
         "num_key_value_heads": layer.heads,
         "first_k_dense_replace": len(anatomy.layers),
         "num_mtp_layers": 0,
-        "rope_interleave": False,
+        "rope_interleave": True,  # as other engines take it for granted
         "rope_parameters": rope,
     }
+
+
+def interleaved(rows: Tensor) -> Tensor:
+    """Rotated channels [..., e, n] in the stock order: the pairs (i, i + e/2) side by side."""
+    import torch
+
+    half = rows.shape[-2] // 2
+    return rows[..., torch.arange(2 * half).view(2, half).T.flatten(), :]
 
 
 def scaled_norm(largest: float) -> tuple[float, float]:

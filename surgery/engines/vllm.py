@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.architecture.layer import BYTES, Latent, LayerAnatomy, groups_of
+from surgery.architecture.layer import BYTES, LayerAnatomy, groups_of
 from surgery.engines import vllm_environment
 from surgery.engines.artifact import RECORD
 from surgery.engines.base import (
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 PER_LAYER = ("llama", "mistral", "qwen2")  # families whose layers a DeciLM computes
 DIVIDED = ("qwen2",)  # families for which vLLM takes the size of a head to be hidden size / heads
-LATENT = (512, 64)  # numbers in the latent vector and rotated channels that its attention is compiled for
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.32 on a CPU, where the proof runs
 MOST_PADDING = 4  # times as many query heads as the widest layer has, at most
 # Part of the runtime -> what vLLM does not compute, and the nearest that it does.
@@ -80,7 +79,8 @@ class VLLM(ServingEngine):
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
         if anatomy.latent:
-            return _obstacles_of_latent(anatomy.latent)
+            why = "latent attention: vLLM 0.32 on a CPU, where the proof runs, computes other values than Transformers"
+            return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
         unequal = _obstacles_of_layers(anatomy) if as_decilm(anatomy) else []
         return parts_of(anatomy, PARTS) + unequal + _obstacles_of_size(anatomy)
 
@@ -229,16 +229,6 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
         why = f"all layers of a DeciLM have the same number of query heads, and no number below {heads} fits all"
         return [Obstacle(f"layers with {counts} KV heads: {why}", "numbers of KV heads that divide one another")]
     return []
-
-
-def _obstacles_of_latent(latent: Latent) -> list[Obstacle]:
-    """Why vLLM cannot compute this latent attention; []: it can."""
-    if (latent.rank, latent.rope) == LATENT:
-        return []
-    what = f"a latent vector of {latent.rank} numbers and a key of {latent.rope} rotated channels"
-    rank, rope = LATENT
-    nearest = f"mla rank={rank} rope={rope}, of a base with a larger cache; or gqa"
-    return [Obstacle(f"{what}: its kernels take {rank} and {rope} alone", nearest)]
 
 
 def _obstacles_of_size(anatomy: Anatomy) -> list[Obstacle]:

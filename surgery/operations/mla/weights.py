@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.architecture.latent import scaled_norm
+from surgery.architecture.latent import interleaved, scaled_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,12 +75,13 @@ class LatentLayer:
         """
         import torch
 
-        dtype, layout, heads = self.q.dtype, self.anatomy.layout, len(self.q)
+        dtype, layout, heads, free = self.q.dtype, self.anatomy.layout, len(self.q), self.key_maps.shape[1]
         factor, weight = scaled_norm(largest)
+        queries = torch.cat([self.q[:, :free].double(), interleaved(self.q[:, free:].double())], 1)
         maps = torch.cat([self.key_maps, self.value_maps], 1).repeat_interleave(heads // len(self.key_maps), 0)
         tensors = {
-            layout.q: (self.q.double() * (scale * self.q.shape[1] ** 0.5)).flatten(0, 1),
-            layout.k: torch.cat([self.vector.double() * factor, self.shared[0].double()]),
+            layout.q: (queries * (scale * self.q.shape[1] ** 0.5)).flatten(0, 1),
+            layout.k: torch.cat([self.vector.double() * factor, interleaved(self.shared[0].double())]),
             layout.latent_norm: torch.full((len(self.vector),), weight, dtype=torch.float64),
             layout.v: maps.flatten(0, 1),
             layout.o: self.o.flatten(1),
