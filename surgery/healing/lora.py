@@ -6,6 +6,8 @@ Source: Hu et al. 2021, "LoRA", arXiv 2106.09685.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from surgery.errors import TrainingError
@@ -51,12 +53,29 @@ def adapt(model, heal: Heal, trained: TrainableParameters):
         modules_to_save=modules or None,
         fan_in_fan_out=_transposed(model, trained.adapted),
     )
-    with warnings.catch_warnings():  # peft uses names that Transformers has deprecated
+    with _without_experts(model), warnings.catch_warnings():  # peft uses names that Transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config)
     for name in own:
         model.get_parameter(name).requires_grad_(True)
     return adapted
+
+
+@contextmanager
+def _without_experts(model) -> Iterator[None]:
+    """Hide the type of a model without experts from peft.
+
+    For families with experts it takes all names of MLPs for those of fused experts, and would adapt none in a model
+    whose MLPs are dense, as latent attention has them.
+    """
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        yield
+        return
+    model.config.model_type = ""
+    try:
+        yield
+    finally:
+        del model.config.model_type  # its class has it
 
 
 def bare(model, trained: TrainableParameters) -> list[str]:

@@ -574,6 +574,10 @@ def test_latent_attention_heals(converted, heal, text, method):
     rows, moved = before[name][:20].double(), after[name][:20].double() - before[name][:20].double()
     assert rows.square().mean().sqrt() < 1e-5
     assert 1e-4 < moved.norm() / rows.norm() < 1
+    same = [
+        name for name, tensor in before.items() if name.endswith("proj.weight") and torch.equal(tensor, after[name])
+    ]
+    assert not same, "attention and MLPs train"
     still = heal(out, f"method={method}", "learning_rate=1e-12", to="still").folder
     for name, tensor in load_file(still / "model.safetensors").items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-12 if "kv_a_proj" in name else 1e-6)
