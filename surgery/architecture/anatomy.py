@@ -157,6 +157,8 @@ class Anatomy:
         """Why the surgical tier cannot serve this model; "" if it can."""
         if self.guess:
             return f"{self.model_type} is not a known family"
+        if self.latent:
+            return f"this {self.model_type} has latent attention, whose heads have no keys and values of their own"
         if not (layout := self.layers[0].layout).interface:
             since = layout.since and f" (from version {layout.since} on it does)"
             return f"{self.model_type} does not use the attention interface of the installed Transformers{since}"

@@ -10,11 +10,13 @@ does nothing. `scaled_norm` gives both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.layer import Latent
+from surgery.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,9 @@ BASES = ("llama", "mistral")  # families whose layers are those of `deepseek_v3`
 ROPE_TYPES = ("default", "linear", "llama3")  # their frequencies follow from theta one by one
 NORM_EPSILON = 1e-6
 HARMLESS = 1e-6  # largest share of the epsilon that a vector's mean square may have; half of it is the relative error
+LARGE = 100.0  # a norm's weight beyond this undoes a factor; trained ones are of the order of 1
 NARROW = ("F16",)  # dtypes that cannot hold rows scaled so far down
+OF_CLASS = ("_tp_plan", "_ep_plan", "_pp_plan", "_no_split_modules")  # what a model copies from its class
 NOT_CARRIED = ("model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version")
 
 
@@ -86,73 +90,91 @@ def interleaved(rows: Tensor) -> Tensor:
 def scaled_norm(largest: float) -> tuple[float, float]:
     """The factor on the rows that make the vector, and the norm's weight, with which the norm does nothing.
 
+    The weight is a power of two, which every dtype holds.
+
     Args:
         largest: the largest mean square of a vector over a text.
     """
-    factor = (HARMLESS * NORM_EPSILON / max(largest, 1e-30)) ** 0.5
-    return factor, NORM_EPSILON**0.5 / factor
+    weight = 2.0 ** math.ceil(math.log2((max(largest, 1.0) / HARMLESS) ** 0.5))
+    return NORM_EPSILON**0.5 / weight, weight
+
+
+def refuse_other_class(model) -> None:
+    """Raise SurgeryError unless a model in memory is Transformers' causal model of its family."""
+    kind = type(model)
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForCausalLM")):
+        raise UnsupportedModelError(
+            f"mla: {kind.__name__} is not a causal model of Transformers, and the result is one",
+            fix="load the model with AutoModelForCausalLM",
+        )
 
 
 def write_latent(model, after: Anatomy, tensors_of_layers: list[dict[str, Tensor]]) -> None:
     """Turn a loaded model, in place, into the stock model with latent attention that `after` describes.
 
-    All modules but attention and RoPE are kept, with their parameters.
+    All modules but attention and RoPE stay, with their parameters and hooks; layers get the stock classes.
 
     Args:
         tensors_of_layers: the attention module's tensors of each layer, by name.
     """
     import torch
-    from torch import nn
     from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 
     old = model.config.to_dict()
     fields = {name: value for name, value in old.items() if name not in NOT_CARRIED} | after.edits
     config = configuration_deepseek_v3.DeepseekV3Config(**fields)
-    implementation = model.config._attn_implementation
+    config._name_or_path = model.config._name_or_path
     with torch.device("meta"):
-        new = modeling_deepseek_v3.DeepseekV3ForCausalLM._from_config(config, attn_implementation=implementation)
-    new.config._name_or_path, new.generation_config = model.config._name_or_path, model.generation_config
-    base = model.model
-    for layer, before, tensors in zip(new.model.layers, base.layers, tensors_of_layers, strict=True):
-        weight = before.self_attn.o_proj.weight
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor.to(weight.device), requires_grad=weight.requires_grad)
-            setattr(layer.self_attn.get_submodule(owner), leaf, parameter)
-        for name, module in before.named_children():
-            if name != "self_attn":
-                setattr(layer, name, module)
-    for name, module in base.named_children():
-        if name not in ("layers", "rotary_emb"):
-            setattr(new.model, name, module)
-    new.lm_head = model.lm_head
-    new.model.rotary_emb = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(new.config).to(weight.device)
-    new.train(model.training)
-    model.__class__ = type(new)
-    vars(model).clear()
-    vars(model).update(vars(new))
+        stock = modeling_deepseek_v3.DeepseekV3ForCausalLM._from_config(
+            config, attn_implementation=model.config._attn_implementation
+        )
+    attentions = [
+        _filled(made.self_attn, layer.self_attn, tensors)
+        for made, layer, tensors in zip(stock.model.layers, model.model.layers, tensors_of_layers, strict=True)
+    ]
+    rotary = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(config).to(model.model.embed_tokens.weight.device)
+    for layer, attention in zip(model.model.layers, attentions, strict=True):
+        layer.self_attn = attention
+        layer.__class__ = modeling_deepseek_v3.DeepseekV3DecoderLayer
+    model.model.rotary_emb = rotary
+    for ours, made in ((model, stock), (model.model, stock.model)):
+        vars(ours).update({name: value for name, value in vars(made).items() if name in OF_CLASS})
+        ours.config, ours.__class__ = stock.config, type(made)
+
+
+def _filled(made, old, tensors: dict[str, Tensor]):
+    """An attention module that was made without memory, with these parameters, in the place of another one."""
+    from torch import nn
+
+    weight = old.o_proj.weight
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor.to(weight.device), requires_grad=weight.requires_grad)
+        setattr(made.get_submodule(owner), leaf, parameter)
+    return made.train(old.training)
 
 
 @contextmanager
 def vectors_at_scale(model) -> Iterator[None]:
-    """Inside the context, hold the rows of the latent vectors at their own scale, and the norms' epsilon far up.
+    """Inside the context, hold the rows of the latent vectors at about their own scale, and the norms' epsilon far up.
 
     The function of the model is the same. An optimiser's step of 1e-4 would be thousands of times a row that is scaled
-    far down. A model without such rows is left alone.
+    far down. A norm that does something, as that of a trained model, is left alone. All factors are powers of two, so
+    that nothing is rounded.
     """
     factors = {path: _factor(module) for path, module in model.named_modules() if hasattr(module, "kv_a_layernorm")}
-    _scale(model, {path: 1 / factor for path, factor in factors.items()})
+    _scale(model, factors)
     try:
         yield
     finally:
-        _scale(model, factors)
+        _scale(model, {path: 1 / factor for path, factor in factors.items()})
 
 
 def _factor(attention) -> float:
-    """The factor on the rows of a latent vector that `scaled_norm` chose; 1 where its norm does something."""
+    """The power of two that undoes the factor of `scaled_norm` on the rows of a vector; 1 where a norm has none."""
     norm = attention.kv_a_layernorm
-    factor = NORM_EPSILON**0.5 / float(norm.weight.detach().double().mean())
-    return factor if norm.variance_epsilon == NORM_EPSILON and 0 < factor < NORM_EPSILON**0.5 else 1.0
+    weight = float(norm.weight.detach().double().mean())
+    return 2.0 ** round(math.log2(weight / NORM_EPSILON**0.5)) if weight > LARGE else 1.0
 
 
 def _scale(model, factors: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ from surgery.conversion.plan import Plan, Step, make_plan, planned_change, probl
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import RecipeMismatchError, SurgeryError, shown
-from surgery.io.earlier_keys import with_earlier_keys
+from surgery.io.earlier_keys import add_earlier_keys, with_earlier_keys
 from surgery.io.files import read_json, utf8, write_json, write_text
 from surgery.io.loading import refuse_wrapped
 from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
@@ -218,6 +218,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     _remove_weights(partial, ())
     with quiet_transformers():
         model.save_pretrained(partial)
+    add_earlier_keys(partial)
     return weight_files(partial), records, measured_in
 
 

@@ -139,7 +139,7 @@ def refuse_another(model, report: Report) -> None:
     if reported_class and reported_class != where:
         adapters = "; merge adapters first: model = model.merge_and_unload()" if hasattr(model, "peft_config") else ""
         raise ModelMismatchError(f"the report is of a {reported_class}", where=where, fix=fix + adapters)
-    if kind and model.config.model_type != kind:
+    if kind and base_type_of(model.config.model_type, kind) != kind:
         raise ModelMismatchError(
             f"the report is of a {kind} model, this is {model.config.model_type}", where=where, fix=fix
         )
@@ -147,6 +147,18 @@ def refuse_another(model, report: Report) -> None:
     if reported and reported != (heads := heads_of(model)):
         what = f"the report is of {_shape(reported)}, this model has {_shape(heads)}"
         raise ModelMismatchError(what, where=where, fix=fix)
+
+
+def base_type_of(ours: str, base: str) -> str:
+    """The `model_type` of the base that a result was made from: its own, unless a surgery changes the family.
+
+    Args:
+        ours: `model_type` of the result.
+        base: `model_type` of the base in question.
+    """
+    from surgery.architecture.latent import BASES, STOCK
+
+    return base if ours == STOCK and base in BASES else ours
 
 
 def _heads_of_folder(folder: Path | None) -> list[list[int]]:

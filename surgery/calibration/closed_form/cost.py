@@ -1,4 +1,4 @@
-"""An estimate for `plan`, before any weight is read, of the time and memory of merging KV heads in closed form."""
+"""An estimate for `plan`, before any weight is read, of the time and memory of a conversion in closed form."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class Calibration:
         ahead: whether layers are fitted to the base's inputs, so that they may run in parallel (`layers_at_a_time`).
         stride: every `stride`-th query is fitted.
         stage: name of the fits, for progress and plan.
+        wider: how much more channels the new queries and keys have than the base's, as a factor.
+        grown: how many more weights the new attention has, as a factor.
     """
 
     samples: int
@@ -70,6 +72,8 @@ class Calibration:
     ahead: bool = True
     stride: int = STRIDE
     stage: str = "merging layers"
+    wider: float = 1.0
+    grown: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -77,7 +81,7 @@ class Calibration:
         return self.samples * self.length
 
     def measurements(self, anatomy: Anatomy, merged: int) -> tuple[Measurement, ...]:
-        """The stages with `merged` merged layers: the model writes text, layers are tried alone, layers are merged."""
+        """The stages with `merged` converted layers: text is written, layers are tried alone, layers are converted."""
         memory, on_gpu = self.memory(anatomy, merged), self.memory(anatomy, merged, gpu=True)
         flops = {
             WRITING: 3 * anatomy.parameters * self.written,
@@ -96,7 +100,7 @@ class Calibration:
         return anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
 
     def flops(self, anatomy: Anatomy, merged: int) -> float:
-        """Floating-point operations to merge `merged` layers, in float32; one in float64 counts as two.
+        """Floating-point operations to convert `merged` layers, in float32; one in float64 counts as two.
 
         The text goes through the base and through the converted model. A fit computes one product with its Hessian
         for each step, one for its start and one for its target. The refit of an MLP's output projection needs the
@@ -105,7 +109,7 @@ class Calibration:
         layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
-        product = width * (4 * hidden + 2.5 * self.length) / self.stride
+        product = self.wider * width * (4 * hidden + 2.5 * self.length) / self.stride
         per_token = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * products * product
         refitted_mlps = merged * self.mlp
         per_token += refitted_mlps * 2 * inner * (inner + hidden)
@@ -113,7 +117,7 @@ class Calibration:
         return per_token * self.tokens + solves
 
     def memory(self, anatomy: Anatomy, merged: int, gpu: bool = False) -> float:
-        """Bytes in addition to the model to merge `merged` layers, on a CPU or on a GPU.
+        """Bytes in addition to the model to convert `merged` layers, on a CPU or on a GPU.
 
         On a GPU one layer is fitted at a time, and one text; the new weights are in main memory.
 
@@ -141,14 +145,15 @@ class Calibration:
         layers_at_once = max(1, min(layers_at_a_time(anatomy), threads, merged)) if self.ahead else 1
         a_token = (2 + layers_at_once) * hidden + inner + layers_at_once * a_layer
         attention, projection = 2 * hidden * (width + keys), hidden * inner * self.mlp
-        new_weights = 0 if gpu else merged * (attention * (1 + self.copied + bool(self.tried)) + projection)
+        attention_copies = self.grown + self.copied + bool(self.tried)
+        new_weights = 0 if gpu else merged * (attention * attention_copies + projection)
         widest = inner if self.mlp else width
         solver = 8 * (5 * widest**2 + 8 * widest * hidden)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
         # It is below 0 if the anatomy was made from a config alone, which counts no parameters.
         layer_parameters = (anatomy.parameters - 2 * vocabulary * hidden) / len(anatomy.layers)
         layer_bytes = 4 * max(layer_parameters, attention + 3 * hidden * inner)
-        fits = 8 * (3 * hidden**2 + 3 * width**2 + 10 * hidden * width)
+        fits = 8 * (3 * hidden**2 + 3 * width**2 + 10 * self.grown * hidden * width)
         solvers = layers_at_once * layer_bytes + max(solver, fits) + (layers_at_once - 1) * fits
         trials = 4 * (self.tried + 3) * self.length * vocabulary if self.tried else 0
         attention_maps = 4 * 4 * layer.heads * self.length**2 * min(layers_at_once * WORKERS, threads)

@@ -1,9 +1,9 @@
 """The refit of an MLP's output projection, which brings the hidden states after the layer back to the base's.
 
-The loss of merged heads reaches every later layer. A layer's attention is best fitted to the inputs that it has in
-the base: inputs from the converted model carry errors, and least squares shrinks weights whose inputs are noisy. So
-the errors are corrected where the layer adds to the residual stream for the last time. Let z be the input of the
-MLP's output projection W in the converted model, and r the base's state minus the rest of the converted state:
+What a conversion loses in attention reaches every later layer. A layer's attention is best fitted to the inputs that
+it has in the base: inputs from the converted model carry errors, and least squares shrinks weights whose inputs are
+noisy. So the errors are corrected where the layer adds to the residual stream for the last time. Let z be the input of
+the MLP's output projection W in the converted model, and r the base's state minus the rest of the converted state:
 
     minimise  Σ_t ω_t ||r_t − W z_t||² + λ ||W − W_0||²
 
@@ -53,7 +53,7 @@ def count_rows(base: torch.Tensor, converted: torch.Tensor) -> torch.Tensor:
     """ω [T]: how much the error of each token of one sequence counts.
 
     An error counts relative to the larger of the two states. Some models give a few tokens massive activations, by
-    which these become sinks (Sun et al. 2024). After merged heads, other tokens may get them: then the error is many
+    which these become sinks (Sun et al. 2024). After a conversion, other tokens may get them: then the error is many
     thousand times the base's state, and relative to that state alone one such token outweighs all others.
 
     Args:

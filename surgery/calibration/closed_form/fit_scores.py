@@ -54,7 +54,7 @@ class Rotation:
             factors: one for each position and frequency, complex [length, rotary / 2].
             free: the factor on channels that RoPE does not rotate.
             size: channels of a head, d.
-            positions: how RoPE pairs channels (`merge.pair_channels`).
+            positions: how RoPE pairs channels (`architecture.layer.pair_channels`).
         """
         import torch
 

@@ -48,6 +48,7 @@ class FittedLayer:
 
     query_rotation: Rotation
     key_rotation: Rotation
+    otherwise = "choose another operation"  # what works where this conversion cannot
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class FittedLayer:
             raise UnsupportedModelError(
                 f"layer {anatomy.index}: the {name} of this model are not its projections turned by RoPE "
                 f"({(miss / energy) ** 0.5:.1%} apart)",
-                fix="use method: mean",
+                fix=self.otherwise,
             )
         return rotation
 

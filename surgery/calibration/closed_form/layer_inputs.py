@@ -18,7 +18,7 @@ class FitSettings:
     """What to fit, and how.
 
     Attributes:
-        refit: the weights that are refitted after the merge. "q", "k", "v" and "o" are fitted to the base's attention;
+        refit: the weights that are refitted. "q", "k", "v" and "o" are fitted to the base's attention;
             "mlp", the MLP's output projection, is fitted to the base's hidden states after the layer.
         rounds: how often queries and keys are refitted in turn.
         sequential: fit attention to the inputs from converted layers instead of the base's inputs.

@@ -13,7 +13,7 @@ low-rank approximation of the heads' outputs on a text:
   is left out, because it adds the same number to every score of a row.
 
 All three are one problem (`shared_channels`), solved in float64. These are pure functions of tensors;
-`layer.py` measures the moments. Related: Jin et al. 2024, arXiv 2412.20677 (phases alone); Meng et al. 2025,
+a method's layer measures the moments. Related: Jin et al. 2024, arXiv 2412.20677 (phases alone); Meng et al. 2025,
 "TransMLA", arXiv 2502.07864 (a real joint PCA of keys).
 """
 
@@ -112,7 +112,7 @@ def merge_keys(
         keys: [m, d, n], before RoPE; with a bias, the bias is the last column and the last input is 1.
         moments: E[x xᵀ] [n, n] of the layer's input.
         queries: Σ E[q qᵀ] [m, d, d] over the query heads that read each of these keys, before RoPE.
-        rotary, positions: number of channels that RoPE rotates, and how they are paired (`merge.pair_channels`).
+        rotary, positions: number of channels that RoPE rotates, and how they are paired (`pair_channels`).
         mean: E[x] [n], to leave out the constant part of channels without RoPE; None if it counts (learned sinks).
     """
     import torch

@@ -29,11 +29,13 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
     Raises:
         SurgeryError: the models differ in shape outside of the attention.
     """
-    from surgery.report.lineage import another_base
+    from surgery.report.lineage import another_base, base_type_of
     from surgery.report.report import FILE, Report
 
     for name in SHAPE:
         theirs, ours = (getattr(config.get_text_config(), name, None) for config in (base, out))
+        if name == "model_type":
+            ours = base_type_of(ours, theirs)
         if theirs != ours:
             raise ModelMismatchError(
                 f"not made from this base: its {name} is {ours}, the base's is {theirs}",

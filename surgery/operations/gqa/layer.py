@@ -39,6 +39,8 @@ class SharedLayer(FittedLayer):
         key_heads: the KV heads whose keys stay, in a layer with a norm after its keys; otherwise empty.
     """
 
+    otherwise = "use method: mean"
+
     def __init__(
         self,
         settings: FitSettings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from surgery.architecture.edit import refuse_non_finite
-from surgery.architecture.latent import write_latent
+from surgery.architecture.latent import refuse_other_class, write_latent
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import write_mlps
 from surgery.io.resume import LayerFiles
@@ -25,6 +25,7 @@ def compress(model, context: ApplyContext, text: tuple[str, int, int], settings:
     Raises:
         SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
     """
+    refuse_other_class(model)
     before, after = context.before, context.change.after
     sequences, source = context.calibration(model, text, "mla", "mla needs the tokenizer, for its calibration text")
     identity = [REVISION, settings, after.latent, sequences.tolist()]
@@ -34,7 +35,7 @@ def compress(model, context: ApplyContext, text: tuple[str, int, int], settings:
     for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
         refuse_non_finite(tensors, layer.path)
     refuse_non_finite(run.mlps, "model")
-    write_mlps(model, run.mlps)
     write_latent(model, after, tensors_of_layers)
+    write_mlps(model, run.mlps)  # last: an error before leaves the model as it was
     record = {layer.path: fitted for layer, fitted in zip(before.layers, records, strict=True)}
     return record | {"calibration": source | {"tokens": sequences.numel()}}

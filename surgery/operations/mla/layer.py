@@ -68,14 +68,14 @@ class CompressedLayer(FittedLayer):
     def packed(self, new: LatentLayer) -> dict[str, torch.Tensor]:
         vector = new.vector.to(self.inputs.x[0])
         largest = max(float((x @ vector.T).square().mean(-1).max()) for x in self.inputs.x)
-        return new.stored(scale_of(self.inputs.base[0]), largest)
+        return new.stored(scale_of(self.inputs.base[0]), largest, self.layer.o.dtype)
 
     def convert(self) -> tuple[LatentLayer, dict]:
         layer, record = self.layer, {}
         new = self._start(record)
         if {"q", "k"} & set(self.settings.refit):
             new = self._fit_scores(new, record)
-        new = new.to(layer.o.dtype)
+        new = new.to(torch.promote_types(layer.o.dtype, torch.float32))  # rounded once, where it is stored
         if "o" in self.settings.refit:
             new = self._fit_output(new, new.o.double(), record)
         return new, record
@@ -100,8 +100,8 @@ class CompressedLayer(FittedLayer):
         covariance = second - torch.outer(mean, mean)
         blocks, weights = [], []
         for group, heads in enumerate(readers):
-            written = o[:, heads].transpose(0, 1) @ v[group]  # [heads, D, n]
-            spread = (written @ covariance * written).sum((-1, -2))
+            varied = v[group] @ covariance @ v[group].T
+            spread = torch.einsum("dha,ab,dhb->h", o[:, heads], varied, o[:, heads])
             free = energy[heads][:, self.free][..., self.free]
             blocks.append(rest[group, self.free])
             weights.append(scale**2 * (spread[:, None, None] * free).sum(0))

@@ -38,6 +38,9 @@ class MLA(Operation):
         "Stock Transformers makes the keys and values of the whole past anew at each step: the cache is smaller, and "
         "a step takes longer.",
         "With a `rope` below the default, frequencies lose RoPE that matter in long texts: judge those before use.",
+        "Train it with `surgery heal`: the rows that make the vector are stored scaled far down, and a step of "
+        "another trainer's optimiser would replace them.",
+        "Run it in bfloat16 or float32: float16 has no numbers so small, and the output would be noise.",
     )
 
     op: Literal["mla"] = "mla"
@@ -50,7 +53,7 @@ class MLA(Operation):
     rope: Annotated[int, Field(ge=2, strict=True)] | None = Field(
         None,
         description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: all "
-        f"but those whose wave is {FAR} times longer than the longest text.",
+        f"but those whose wave, before any scaling, is {FAR} times longer than the longest text.",
     )
     refit: list[Projection] = Field(
         ["q", "k", "o", "mlp"],
@@ -60,10 +63,10 @@ class MLA(Operation):
     calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(
-        "mixed",
-        description="builtin (the calibration part of Python's language reference), self (what the model writes), "
-        "mixed (half of each), conversations (mixed, but half of what the model writes is conversations), or a UTF-8 "
-        "text file.",
+        "conversations",
+        description="conversations (half Python's language reference, a quarter text and a quarter conversations that "
+        "the model writes), builtin (the calibration part of that reference), self (what the model writes), mixed "
+        "(half of each), or a UTF-8 text file.",
     )
 
     @property
@@ -72,18 +75,16 @@ class MLA(Operation):
 
     def milder(self) -> str:
         if self.rank is not None:
-            return f"rank={self.rank * 3 // 2}"
+            return f"rank={self.rank + max(1, self.rank // 2)}"
         return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
 
     def latent(self, anatomy: Anatomy) -> Latent:
         """The latent attention that such a model gets."""
-        layer = anatomy.layers[0]
-        waves = _waves(anatomy)
+        layer, waves = anatomy.layers[0], _waves(anatomy)
         longest = FAR * anatomy.positions if anatomy.positions else inf
         rope = self.rope or 2 * max(1, sum(wave <= longest for wave in waves))
-        nope = layer.head_dim - 2 * sum(wave < NEAR for wave in waves)
         rank = self.rank or round(self.keep_kv * layer.kv_heads * layer.kv_width) - rope
-        return Latent(rank, rope, nope, layer.head_dim)
+        return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := latent_problem(anatomy) or anatomy.runtime_problem():
@@ -105,8 +106,11 @@ class MLA(Operation):
                 f"mla: a vector of {latent.rank} and {latent.rope} rotated channels are {latent.width} numbers a "
                 f"token, and this model's cache holds {full}: take rank below {full - latent.rope}"
             )
-        if latent.rank > (most := layer.kv_heads * (latent.nope + latent.value)):
+        most = min(layer.kv_heads * (latent.nope + latent.value), anatomy.config.hidden_size)
+        if latent.rank > most:
             problems.append(f"mla: rank: {latent.rank} is more than its keys and values have: at most {most}")
+        if latent.rope < (fast := 2 * _fast(_waves(anatomy))):
+            problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {fast}")
         if len(set(self.refit)) < len(self.refit):
             problems.append(f"mla: refit names a projection twice: {', '.join(self.refit)}")
         if anatomy.dtype in NARROW:
@@ -124,30 +128,38 @@ class MLA(Operation):
             f"a shared key of {latent.rope} rotated channels)"
         )
         after = anatomy.with_latent(latent, latent_fields(anatomy, latent))
-        measurements = self._calibration().measurements(anatomy, layers)
+        measurements = self._calibration(anatomy).measurements(anatomy, layers)
         return PlannedChange(after, (line,), NATIVE, tuple(self._notes(anatomy, latent)), measurements=measurements)
 
-    def _calibration(self) -> Calibration:
+    def _calibration(self, anatomy: Anatomy) -> Calibration:
+        layer, latent, hidden = anatomy.layers[0], self.latent(anatomy), anatomy.config.hidden_size
+        queries = layer.heads * (latent.nope + latent.rope)
+        before = hidden * layer.head_dim * 2 * (layer.heads + layer.kv_heads)
+        maps = layer.heads * (latent.nope + latent.value) * latent.rank
+        after = hidden * (queries + latent.width + layer.heads * latent.value) + maps
         return Calibration(
             self.calibration_samples,
             self.calibration_length,
-            scores=3,
+            scores=2 * ("q" in self.refit) + 2 * ("k" in self.refit),
             values=False,
             written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
             mlp="mlp" in self.refit,
             stage="compressing layers",
+            wider=(latent.nope + latent.rope) / layer.head_dim,
+            grown=after / before,
         )
 
     def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
         yield f"the result is a stock {anatomy.with_latent(latent, latent_fields(anatomy, latent)).model_type}"
-        dropped = (anatomy.layers[0].rotary - latent.rope) // 2
+        of = anatomy.layers[0].rotary // 2
+        dropped = of - latent.rope // 2
         if dropped:
-            yield f"{dropped} of {anatomy.layers[0].rotary // 2} frequencies lose RoPE, the slow ones"
+            yield f"of {of} frequencies the slowest {dropped} {'keeps' if dropped == 1 else 'keep'} no RoPE"
         full = anatomy.layers[0].kv_heads * anatomy.layers[0].kv_width
         if latent.width == full:
             yield "the cache keeps its size: a lower rank saves memory"
         fitted = ", ".join(self.refit) or "nothing"
-        yield f"fitted on {self._calibration().tokens:,} tokens of text; refitted: {fitted}"
+        yield f"fitted on {self._calibration(anatomy).tokens:,} tokens of text; refitted: {fitted}"
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         latent = after.latent
@@ -169,6 +181,11 @@ class MLA(Operation):
 
         text = self.calibration_text, self.calibration_length, self.calibration_samples
         return compress(model, context, text, FitSettings(refit=tuple(self.refit)))
+
+
+def _fast(waves: list[float]) -> int:
+    """How many of the first frequencies have no place in the latent vector; at least one has."""
+    return min(sum(wave < NEAR for wave in waves), len(waves) - 1)
 
 
 def _waves(anatomy: Anatomy) -> list[float]:

@@ -66,16 +66,17 @@ class LatentLayer:
         keys = self.key_maps.to(like) @ vector
         return torch.cat([keys, self.shared.to(like).expand(len(keys), -1, -1)], 1)
 
-    def stored(self, scale: float, largest: float) -> dict[str, Tensor]:
+    def stored(self, scale: float, largest: float, dtype) -> dict[str, Tensor]:
         """The tensors of the stock module (architecture/latent.py), by name.
 
         Args:
             scale: the base's factor on q·k. The stock module has its own, (p + e)^-½, so that queries take the ratio.
             largest: the largest mean square of a latent vector over a text.
+            dtype: of the tensors.
         """
         import torch
 
-        dtype, layout, heads, free = self.q.dtype, self.anatomy.layout, len(self.q), self.key_maps.shape[1]
+        layout, heads, free = self.anatomy.layout, len(self.q), self.key_maps.shape[1]
         factor, weight = scaled_norm(largest)
         queries = torch.cat([self.q[:, :free].double(), interleaved(self.q[:, free:].double())], 1)
         maps = torch.cat([self.key_maps, self.value_maps], 1).repeat_interleave(heads // len(self.key_maps), 0)
