@@ -21,6 +21,7 @@ from surgery.engines import find
 from surgery.errors import SurgeryError
 from surgery.evaluation.benchmark.models import compare
 from surgery.operations.base import ApplyContext
+from surgery.operations.duo_attention.scorers import score
 from surgery.operations.mla.joint_rank import joint_rank
 from surgery.operations.mla.operation import MLA
 from surgery.runtime.modeling_surgery import CACHE
@@ -419,3 +420,15 @@ def test_scaled_frequencies_are_the_bases(rope):
     assert difference(logits_of(model), logits_of(base)) <= 1e-5
     convert(fewer := copy.deepcopy(base), rank=16, rope=12, refit=[])
     torch.testing.assert_close(fewer.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq[:6])
+
+
+def test_after_merged_heads_and_before_nothing():
+    """`gqa` may come before it; scores of heads, which no recipe could use, are refused on its result."""
+    model, base = (llama(4, max_position_embeddings=1024) for _ in range(2))
+    steps = {"op": "gqa", "kv_heads": 2, "method": "mean"}, {"op": "mla", "rank": 20, "rope": 12} | TEXT
+    surgery.apply(recipe(*steps), model, tokenizer=Letters())
+    surgery.apply(recipe(steps[0]), base)
+    convert(base, rank=20, rope=12)
+    assert torch.equal(logits_of(model), logits_of(base))
+    with pytest.raises(SurgeryError, match="has latent attention"):
+        score(model, Letters(), "far-mass", samples=1, length=600, sinks=1, window=8)
