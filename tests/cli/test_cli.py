@@ -15,7 +15,17 @@ from conftest import TEXT, listing
 
 FAST = ("--no-check", "--no-eval")
 SHIPPED = {"act", "duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mae"}
-SHIPPED |= {"moh", "mqa", "prune-heads", "streaming", "zero-tuning", "sparse-prefill", "xattention", "flexprefill"}
+SHIPPED |= {
+    "mla",
+    "moh",
+    "mqa",
+    "prune-heads",
+    "streaming",
+    "zero-tuning",
+    "sparse-prefill",
+    "xattention",
+    "flexprefill",
+}
 SHIPPED |= {"minference", "moba", "moba-heal", "streaming-delta", "sparse-duo"}
 SHIPPED |= {"duo-heal", "gqa-distill", "gqa-uptrain", "learned-sinks-heal", "mae-heal", "moh-heal", "wgqa"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")

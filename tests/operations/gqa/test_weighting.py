@@ -29,6 +29,7 @@ import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import write_layers
 from surgery.architecture.weights import with_bias
+from surgery.calibration.closed_form import layer as fitted_layer
 from surgery.calibration.closed_form.conjugate_gradient import solve
 from surgery.calibration.closed_form.fit_scores import ScoreObjective
 from surgery.calibration.closed_form.fit_values import ValueProblem
@@ -257,7 +258,7 @@ def test_texts_held_back_do_not_fit_the_output_under_which_they_judge_values(mon
         assert near(output.flatten(1), fits[-1].weight)
         return ValueProblem(samples, output, groups)
 
-    monkeypatch.setattr(shared_layer, "fit_output", fit)
+    monkeypatch.setattr(fitted_layer, "fit_output", fit)
     shared(model, 2, refit=("o",), stride=2)
     assert with_validations == [True, True]
     with_validations.clear()
