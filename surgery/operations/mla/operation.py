@@ -35,8 +35,8 @@ class MLA(Operation):
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The weights are fitted to the calibration text (by default half Python's language reference, half what the "
         "model writes itself); text of another kind loses more.",
-        "Stock Transformers makes the keys and values of the whole past anew at each step: the cache is smaller, and "
-        "a step takes longer.",
+        "Stock Transformers makes the keys and values of the whole past anew at each step, which takes time that the "
+        "base does not need.",
         "With a `rope` below the default, frequencies lose RoPE that matter in long texts: judge those before use.",
         "Train it with `surgery heal`: the rows that make the vector are stored scaled far down, and a step of "
         "another trainer's optimiser would replace them.",
