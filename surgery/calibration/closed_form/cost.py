@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
-from surgery.calibration.cost import Measurement
+from surgery.calibration.cost import Measurement, widths
 from surgery.data.text import samples_to_begin
 from surgery.machine.device import fast_in_bfloat16
 from surgery.machine.parallel import WORKERS
@@ -34,7 +34,7 @@ def layers_at_a_time(anatomy: Anatomy) -> int:
     fits: minutes at the shape of a 7B model. Two layers at a time were measured to be faster at 576 channels, and not
     at 4,096; NARROW lies between.
     """
-    return LAYERS if _widths(anatomy)[0] < NARROW else 1
+    return LAYERS if widths(anatomy)[0] < NARROW else 1
 
 
 def efforts(fits: int) -> list[float]:
@@ -106,7 +106,7 @@ class Calibration:
         for each step, one for its start and one for its target. The refit of an MLP's output projection needs the
         moments of its input and, for each ridge, a factorisation, a solution and its loss.
         """
-        layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
+        layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
         product = self.wider * width * (4 * hidden + 2.5 * self.length) / self.stride
@@ -138,7 +138,7 @@ class Calibration:
         - for writing the text, a KV cache. A float32 model writes in bfloat16 where the CPU is faster in it, which
           takes a second copy of the model.
         """
-        layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
+        layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
         width, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         a_layer = 3 * hidden + 2 * width + keys + 3 * layer.heads * self.length / self.stride
         threads = 1 if gpu else os.cpu_count() or 1
@@ -170,9 +170,3 @@ class Calibration:
             writing += 2 * anatomy.parameters
         compiled = KERNELS if fast and layer.heads == layer.kv_heads else 0.0
         return max(total, writing) + compiled
-
-
-def _widths(anatomy: Anatomy) -> tuple[int, int]:
-    """Number of channels of the hidden states, and of an MLP's hidden layer."""
-    hidden = getattr(anatomy.config, "hidden_size", 0)
-    return hidden, getattr(anatomy.config, "intermediate_size", None) or 4 * hidden

@@ -62,13 +62,21 @@ class FittedLayer:
         self._heads: dict[int, torch.Tensor] = {}
         if not layer.anatomy.qk_norm:
             self.query_rotation, self.key_rotation = (self._rotation(projection) for projection in ("q", "k"))
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Set what a method needs beside the arguments."""
 
     def convert(self) -> tuple[Any, dict]:
         """The new layer, and a record of the loss of each step."""
         raise NotImplementedError
 
     def projection(self, new: Any, letter: str) -> torch.Tensor:
-        """The new layer's queries, keys or values as float64 rows [heads, d, n]; `letter` is "q", "k" or "v"."""
+        """The new layer's queries, keys or values as rows [heads, d, n], in float64 or in the inputs' dtype.
+
+        Args:
+            letter: "q", "k" or "v".
+        """
         return with_bias(new, letter)
 
     def packed(self, new: Any) -> dict[str, torch.Tensor]:

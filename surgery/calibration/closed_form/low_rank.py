@@ -70,19 +70,10 @@ def shared_channels(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, T
 
     *batch, m, e = moments.shape[:-2]
     flat = moments.reshape(*batch, m * e, m * e)
-    values, vectors = torch.linalg.eigh(weights)
-    largest = values.amax(dim=(-1, -2), keepdim=True)
-    values = torch.where(
-        largest > 0, torch.maximum(values, FLOOR * largest), 1.0
-    )  # equal weights if there is no reader
-    roots = values.sqrt().to(vectors.dtype).unsqueeze(-2)
-    root, inverse = (vectors * roots) @ vectors.mH, (vectors / roots) @ vectors.mH
+    root, inverse = weight_roots(weights)
     weighted = _sides(root, flat.reshape(moments.shape)).reshape(flat.shape)
     energies, eigenvectors = torch.linalg.eigh((weighted + weighted.mH) / 2)
-    directions = eigenvectors[..., -e:].flip(-1)  # [..., m e, e], the strongest first
-    strongest = directions.gather(-2, directions.abs().argmax(-2, keepdim=True))
-    directions = directions * torch.where(strongest.abs() > 0, torch.sgn(strongest), torch.ones_like(strongest)).conj()
-    directions = directions.reshape(*batch, m, e, e)
+    directions = strongest_first(eigenvectors, e).reshape(*batch, m, e, e)
     gather = (root @ directions).mH  # T_h = U_hᴴ F_hᴴ, [..., m, e(kept), e]
     spread = inverse @ directions
     gather = gather.transpose(-3, -2)  # [..., e(kept), m, e]
@@ -93,6 +84,26 @@ def shared_channels(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, T
     energies = energies.clamp(min=0)
     gather, spread = gather * scale[..., None, None, None], spread / scale[..., None, None, None]
     return gather, spread, energies[..., :-e].sum(-1), energies.sum(-1)
+
+
+def weight_roots(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """F and F⁻¹ of weights W = F Fᴴ [..., m, e, e]. The m weights of a set without a reader count equally."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(weights)
+    largest = values.amax(dim=(-1, -2), keepdim=True)
+    values = torch.where(largest > 0, torch.maximum(values, FLOOR * largest), 1.0)
+    roots = values.sqrt().to(vectors.dtype).unsqueeze(-2)
+    return (vectors * roots) @ vectors.mH, (vectors / roots) @ vectors.mH
+
+
+def strongest_first(eigenvectors: Tensor, count: int) -> Tensor:
+    """The last eigenvectors [..., n, count], the strongest first. The largest entry of each is real and positive."""
+    import torch
+
+    directions = eigenvectors[..., -count:].flip(-1)
+    largest = directions.gather(-2, directions.abs().argmax(-2, keepdim=True))
+    return directions * torch.where(largest.abs() > 0, torch.sgn(largest), torch.ones_like(largest)).conj()
 
 
 def _sides(root: Tensor, moments: Tensor) -> Tensor:

@@ -12,14 +12,12 @@ import torch
 
 from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import AttentionLayer, stacked, with_bias
-from surgery.calibration.attention_hook import AttentionHook
 from surgery.calibration.closed_form.conjugate_gradient import solve
 from surgery.calibration.closed_form.cost import efforts
 from surgery.calibration.closed_form.fit_scores import ScoreObjective
 from surgery.calibration.closed_form.fit_values import ValueProblem, ValueSample
 from surgery.calibration.closed_form.layer import FittedLayer, row_weights
 from surgery.calibration.closed_form.layer_inputs import (
-    FitSettings,
     LayerInputs,
     scale_of,
     share,
@@ -41,16 +39,8 @@ class SharedLayer(FittedLayer):
 
     otherwise = "use method: mean"
 
-    def __init__(
-        self,
-        settings: FitSettings,
-        layer: AttentionLayer,
-        target: LayerAnatomy,
-        inputs: LayerInputs,
-        hook: AttentionHook,
-    ):
-        super().__init__(settings, layer, target, inputs, hook)
-        self.groups = group_members(layer.anatomy, target.kv_heads)
+    def prepare(self) -> None:
+        self.groups = group_members(self.layer.anatomy, self.target.kv_heads)
         self.key_heads: list[int] = []
 
     def restored(self, tensors: dict[str, torch.Tensor], record: dict) -> AttentionLayer:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from surgery.calibration.closed_form.low_rank import strongest_first, weight_roots
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-FLOOR = 1e-12  # least weight as a share of the largest: it avoids a division by zero for a direction without a reader
 
 
 class JointRank(NamedTuple):
@@ -42,25 +42,13 @@ def joint_rank(blocks: list[Tensor], weights: list[Tensor], moments: Tensor, ran
     """
     import torch
 
-    roots, inverses = zip(*map(_roots, weights), strict=True)
-    rows = torch.cat([root @ block for root, block in zip(roots, blocks, strict=True)])
+    roots, inverses = zip(*(weight_roots((each + each.T)[None] / 2) for each in weights), strict=True)
+    rows = torch.cat([root[0] @ block for root, block in zip(roots, blocks, strict=True)])
     joint = rows @ moments @ rows.T
     energies, vectors = torch.linalg.eigh((joint + joint.T) / 2)
-    energies, directions = energies.clamp(min=0), vectors[:, -rank:].flip(-1)  # the strongest first
-    strongest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    directions = directions * torch.where(strongest < 0, -1.0, 1.0)
+    energies, directions = energies.clamp(min=0), strongest_first(vectors, rank)
     size = energies[-rank:].mean().sqrt()
     size = size if size > 0 else torch.ones_like(size)
     pieces = (directions * size).split([len(block) for block in blocks])
-    maps = [inverse @ piece for inverse, piece in zip(inverses, pieces, strict=True)]
+    maps = [inverse[0] @ piece for inverse, piece in zip(inverses, pieces, strict=True)]
     return JointRank((directions / size).T @ rows, maps, float(energies[:-rank].sum()), float(energies.sum()))
-
-
-def _roots(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of a weight, and its inverse; equal weights if there is no reader."""
-    import torch
-
-    values, vectors = torch.linalg.eigh((weight + weight.T) / 2)
-    largest = values.amax()
-    values = torch.where(largest > 0, torch.maximum(values, FLOOR * largest), 1.0).sqrt()
-    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T

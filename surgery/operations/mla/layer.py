@@ -9,12 +9,10 @@ import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of, pair_channels
 from surgery.architecture.weights import AttentionLayer
-from surgery.calibration.attention_hook import AttentionHook
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.layer import FittedLayer
 from surgery.calibration.closed_form.layer_inputs import (
-    FitSettings,
     LayerInputs,
     scale_of,
     share,
@@ -39,17 +37,9 @@ class CompressedLayer(FittedLayer):
         free, turned: for each of the p and of the e channels, the channel of the base's heads that it was.
     """
 
-    def __init__(
-        self,
-        settings: FitSettings,
-        layer: AttentionLayer,
-        target: LayerAnatomy,
-        inputs: LayerInputs,
-        hook: AttentionHook,
-    ):
-        super().__init__(settings, layer, target, inputs, hook)
+    def prepare(self) -> None:
         self._rows: tuple[LatentLayer | None, dict[str, torch.Tensor]] = None, {}
-        self.free, self.turned = channels_of(layer.anatomy, target)
+        self.free, self.turned = channels_of(self.layer.anatomy, self.target)
         self.query_rotation, self.key_rotation = (
             rotation.part(self.turned).behind(len(self.free)) for rotation in (self.query_rotation, self.key_rotation)
         )
@@ -113,8 +103,8 @@ class CompressedLayer(FittedLayer):
         record["latent_lost"] = share(joint.lost, joint.energy)
         turned = torch.stack([merged.maps[group].T @ q[head] for group, heads in enumerate(readers) for head in heads])
         queries = torch.cat([q[:, self.free], turned[:, self.turned]], 1)
-        maps, count = torch.stack([*joint.maps[: len(k)]]), len(k)
-        parts = queries, merged.head[None, self.turned], joint.vector, maps, torch.stack(joint.maps[count:]), o
+        key_maps, value_maps = torch.stack(joint.maps[: len(k)]), torch.stack(joint.maps[len(k) :])
+        parts = queries, merged.head[None, self.turned], joint.vector, key_maps, value_maps, o
         return LatentLayer(self.target, *(part.to(self.layer.q.device) for part in parts))
 
     def _fit_scores(self, new: LatentLayer, record: dict) -> LatentLayer:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.latent import NARROW, latent_fields, latent_problem
+from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_problem
 from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.text import written_samples
@@ -150,7 +150,7 @@ class MLA(Operation):
         )
 
     def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
-        yield f"the result is a stock {anatomy.with_latent(latent, latent_fields(anatomy, latent)).model_type}"
+        yield f"the result is a stock {STOCK}"
         of = anatomy.layers[0].rotary // 2
         dropped = of - latent.rope // 2
         if dropped:
