@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def forward_flops(anatomy: Anatomy, tokens: float, length: int) -> float:
     """
     attention = sum(4 * layer.heads * layer.head_dim * length for layer in anatomy.layers)
     return tokens * (2 * anatomy.parameters + attention)
+
+
+def layer_parameters(anatomy: Anatomy) -> int:
+    """Stored values of all layers together, without embeddings and output layer; 0 if only the config is known."""
+    path = anatomy.layers[0].path.rpartition(".")[0].rpartition(".")[0] + "."
+    return sum(prod(shape) for name, (_, shape) in anatomy.tensors.items() if name.startswith(path))
 
 
 def widths(anatomy: Anatomy) -> tuple[int, int]:

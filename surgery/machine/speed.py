@@ -19,7 +19,8 @@ EFFICIENCY = 0.7
 ROWS = 512  # tokens of a text
 # n threads are n ** GAIN_NARROW times as fast below NARROW channels, and n ** GAIN_WIDE times from there on.
 NARROW, GAIN_NARROW, GAIN_WIDE = 2048, 0.6, 0.9
-SECONDS, TIMES = 0.3, 40  # the most seconds, and the most repeats, for which a product is timed
+# The most seconds, the fewest repeats (the first call is slow) and the most, for which a product is timed.
+SECONDS, FEWEST, TIMES = 0.3, 2, 40
 STREAMED = 1 << 24  # size of a weight that is too large for a CPU's cache
 
 
@@ -71,10 +72,10 @@ def _quickest(work: Callable[[], Any]) -> float:
 def _fastest(work: Callable[[], Any], clock: Callable[[], float]) -> float:
     """Seconds of the fastest of several calls, by a clock."""
     best, began = float("inf"), time.monotonic()
-    for _ in range(TIMES):
+    for done in range(1, TIMES + 1):
         before = clock()
         work()
         best = min(best, clock() - before)
-        if time.monotonic() - began > SECONDS:
+        if done >= FEWEST and time.monotonic() - began > SECONDS:
             break
     return max(best, 1e-6)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
-from surgery.calibration.cost import Measurement, widths
+from surgery.calibration.cost import Measurement, layer_parameters, widths
 from surgery.data.text import samples_to_begin
 from surgery.machine.device import fast_in_bfloat16
 from surgery.machine.parallel import WORKERS
+from surgery.machine.speed import EFFICIENCY
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -21,6 +22,7 @@ STEPS = 12  # steps of a solver for one fit
 EARLY = 0.25  # share of STEPS that the first fit of scores takes if other fits follow
 LAYERS, NARROW = 2, 2048  # layers fitted in parallel on a CPU if they have fewer channels and the base's inputs
 RIDGES = 5  # solutions for one output projection, including the last fit; in practice a few more or fewer
+SOLVED = EFFICIENCY  # products of large matrices reach the machine's whole speed, a model reaches this share of it
 WRITING = "calibration text"  # a stage
 KERNELS = 0.6e9  # bytes: in bfloat16, attention of one query on a CPU keeps compiled products for all lengths
 UNUSED = 1.15  # memory that the allocator holds, as a multiple of the memory in use
@@ -102,18 +104,19 @@ class Calibration:
     def flops(self, anatomy: Anatomy, merged: int) -> float:
         """Floating-point operations to convert `merged` layers, in float32; one in float64 counts as two.
 
-        The text goes through the base and through the converted model. A fit computes one product with its Hessian
-        for each step, one for its start and one for its target. The refit of an MLP's output projection needs the
-        moments of its input and, for each ridge, a factorisation, a solution and its loss.
+        The text goes through the layers of the base and of the converted model, and not through the output layer. A
+        fit computes one product with its Hessian for each step, one for its start and one for its target. The refit of
+        an MLP's output projection needs the moments of its input and, for each ridge, a factorisation, a solution and
+        its loss.
         """
         layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
         product = self.wider * width * (4 * hidden + 2.5 * self.length) / self.stride
-        per_token = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * products * product
+        per_token = 4 * layer_parameters(anatomy) + layers * 12 * width * self.length + merged * products * product
         refitted_mlps = merged * self.mlp
         per_token += refitted_mlps * 2 * inner * (inner + hidden)
-        solves = refitted_mlps * RIDGES * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
+        solves = refitted_mlps * RIDGES * SOLVED * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
         return per_token * self.tokens + solves
 
     def memory(self, anatomy: Anatomy, merged: int, gpu: bool = False) -> float:
@@ -150,9 +153,8 @@ class Calibration:
         widest = inner if self.mlp else width
         solver = 8 * (5 * widest**2 + 8 * widest * hidden)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
-        # It is below 0 if the anatomy was made from a config alone, which counts no parameters.
-        layer_parameters = (anatomy.parameters - 2 * vocabulary * hidden) / len(anatomy.layers)
-        layer_bytes = 4 * max(layer_parameters, attention + 3 * hidden * inner)
+        # No parameters are counted if the anatomy was made from a config alone.
+        layer_bytes = 4 * max(layer_parameters(anatomy) / len(anatomy.layers), attention + 3 * hidden * inner)
         fits = 8 * (3 * hidden**2 + 3 * width**2 + 10 * self.grown * hidden * width)
         solvers = layers_at_once * layer_bytes + max(solver, fits) + (layers_at_once - 1) * fits
         trials = 4 * (self.tried + 3) * self.length * vocabulary if self.tried else 0
