@@ -56,7 +56,7 @@ def test_wheel_runs_from_anywhere(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(target) in done.stdout
     for recipe in (ROOT / "recipes").glob("*.yaml"):
-        assert recipe.stem in done.stdout
+        assert recipe.stem.removesuffix("-heal") in done.stdout
 
 
 def test_the_workflow_runs_the_test_command_on_every_python_of_the_classifiers():

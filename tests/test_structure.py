@@ -28,7 +28,7 @@ LINES, LENGTH, PARAMETERS = 450, 60, 7
 # for it. No participle, adverb or preposition. A room in OPEN gets a file for each new entry of its registry.
 DECIDED = {
     "": "__main__ api errors pipeline version",
-    "architecture": "anatomy detect edit families latent layer surgery_block weights",
+    "architecture": "anatomy detect edit families latent layer sliding stock_class surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
     "calibration/closed_form": "conjugate_gradient cost fit_mlp fit_scores fit_values layer layer_inputs "
     "layerwise_fit low_rank",
@@ -62,6 +62,7 @@ DECIDED = {
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
+    "operations/sliding_layers": "ablation operation window_search",
     "operations/sparse_prefill": "base by_head methods operation pattern_search prompt_share",
     "recipes": "",
     "report": "card card_metadata card_sections card_summary gate head_map lineage page plots report reproduction "

@@ -16,7 +16,9 @@ NO_NUMBER = "no: its config has no number of KV heads"
 def families() -> str:
     """One row for each family: how it lays out attention, and which surgeries it therefore allows."""
     from surgery.architecture.families import FAMILIES
-    from surgery.architecture.latent import BASES
+    from surgery.architecture.latent import STOCK
+    from surgery.architecture.sliding import HOSTS
+    from surgery.architecture.stock_class import BASES
 
     rows = []
     for name, family in FAMILIES.items():
@@ -39,7 +41,8 @@ def families() -> str:
                 family.qk_norm or "",
                 merge,
                 fit,
-                "yes" if name in BASES else "no",
+                "yes" if name in BASES[STOCK] else "no",
+                _windows(name, HOSTS),
                 split,
             ]
         )
@@ -51,9 +54,17 @@ def families() -> str:
         "merge, expand",
         "`gqa` in closed form",
         "`mla`",
+        "sliding layers",
         "head split",
     ]
     return markdown([head, ["---"] * len(head), *rows])
+
+
+def _windows(name: str, hosts: dict[str, str]) -> str:
+    """Whether a family can have a window in some layers, and as what."""
+    if name == "gemma3_text":
+        return "where both kinds have one RoPE"
+    return "yes" if hosts.get(name) == name else f"as `{hosts[name]}`" if name in hosts else "no"
 
 
 def healing() -> str:

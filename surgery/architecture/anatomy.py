@@ -7,7 +7,7 @@ table but has the common form is marked as a guess.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -225,6 +225,19 @@ class Anatomy:
             for layer in self.layers
         )
         return replace(self, model_type=config["model_type"], layers=layers, edits=self.edits | config)
+
+    def with_windows(self, sliding: Collection[int], window: int, config: dict[str, Any]) -> Anatomy:
+        """This anatomy with a window in the layers `sliding`, as a stock model, perhaps of another family.
+
+        Args:
+            config: the fields of its config that differ from the base's.
+        """
+        model_type = config.get("model_type", self.model_type)
+        layers = tuple(
+            replace(layer, window=window if layer.index in sliding else None, layout=FAMILIES[model_type])
+            for layer in self.layers
+        )
+        return replace(self, model_type=model_type, layers=layers, edits=self.edits | config)
 
     @property
     def latent(self) -> Latent | None:

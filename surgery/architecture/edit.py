@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy, query_names
+from surgery.architecture.sliding import refuse_windows, write_windows
 from surgery.architecture.surgery_block import layer_entries
 from surgery.errors import ModelError
 
@@ -37,6 +38,9 @@ def write_layers(
         results: the result of `pack` for each layer.
         surgical: make the model a surgical one even if a stock config can describe it.
     """
+    slides = [layer.window for layer in before.layers] != [layer.window for layer in after.layers]
+    if slides:
+        refuse_windows(model, after)
     for old, new, tensors in zip(before.layers, after.layers, results, strict=True):
         module = model.get_submodule(old.path)
         for name in set(old.tensor_names) - set(new.tensor_names):
@@ -45,8 +49,11 @@ def write_layers(
             _assign(module, name, tensor)
         _keep_terms(module, old, new)
         _set_head_numbers(module, new, after.edits)
-    for name, value in after.edits.items():
-        setattr(before.config, name, value)
+    if slides:
+        write_windows(model, after)
+    else:
+        for name, value in after.edits.items():
+            setattr(before.config, name, value)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
     if entries := layer_entries(after, shapes, needed=surgical):
         from surgery.runtime.modeling_surgery import patch

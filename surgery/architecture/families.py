@@ -69,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     # separate projections, RoPE, num_key_value_heads honoured
     "llama": Family(),
     "mistral": Family(),
+    "ministral": Family(),
     "mixtral": Family(),
     "qwen2": Family(),
     "gemma": Family(),

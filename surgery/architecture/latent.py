@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.layer import Latent
-from surgery.errors import UnsupportedModelError
+from surgery.architecture.stock_class import BASES, empty_model, stock_config, take_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,21 +24,18 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 STOCK = "deepseek_v3"
-BASES = ("llama", "mistral")  # families whose layers are those of `deepseek_v3` but for the attention
 ROPE_TYPES = ("default", "linear", "llama3")  # their frequencies follow from theta one by one
 NORM_EPSILON = 1e-6
 HARMLESS = 1e-6  # largest share of the epsilon that a vector's mean square may have; half of it is the relative error
 LARGE = 100.0  # a norm's weight beyond this undoes a factor; trained ones are of the order of 1
 NARROW = ("F16",)  # dtypes that cannot hold rows scaled so far down
-OF_CLASS = ("_tp_plan", "_ep_plan", "_pp_plan", "_no_split_modules")  # what a model copies from its class
-NOT_CARRIED = ("model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version")
 
 
 def latent_problem(anatomy: Anatomy) -> str:
     """Why a stock model with latent attention cannot stand for this model; "" if it can."""
     config, layer = anatomy.config, anatomy.layers[0]
-    if anatomy.composite or anatomy.guess or anatomy.model_type not in BASES:
-        families = " and ".join(BASES)
+    if anatomy.composite or anatomy.guess or anatomy.model_type not in BASES[STOCK]:
+        families = " and ".join(BASES[STOCK])
         return f"stock {STOCK} has the layers of {families}, and this is {anatomy.composite or anatomy.model_type}"
     if anatomy.surgical or not anatomy.alike:
         return "the layers of this model were changed before; start from its base"
@@ -99,16 +96,6 @@ def scaled_norm(largest: float) -> tuple[float, float]:
     return NORM_EPSILON**0.5 / weight, weight
 
 
-def refuse_other_class(model) -> None:
-    """Raise SurgeryError unless a model in memory is Transformers' causal model of its family."""
-    kind = type(model)
-    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForCausalLM")):
-        raise UnsupportedModelError(
-            f"mla: {kind.__name__} is not a causal model of Transformers, and the result is one",
-            fix="load the model with AutoModelForCausalLM",
-        )
-
-
 def write_latent(model, after: Anatomy, tensors_of_layers: list[dict[str, Tensor]]) -> None:
     """Turn a loaded model, in place, into the stock model with latent attention that `after` describes.
 
@@ -117,29 +104,18 @@ def write_latent(model, after: Anatomy, tensors_of_layers: list[dict[str, Tensor
     Args:
         tensors_of_layers: the attention module's tensors of each layer, by name.
     """
-    import torch
-    from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-    old = model.config.to_dict()
-    fields = {name: value for name, value in old.items() if name not in NOT_CARRIED} | after.edits
-    config = configuration_deepseek_v3.DeepseekV3Config(**fields)
-    config._name_or_path = model.config._name_or_path
-    with torch.device("meta"):
-        stock = modeling_deepseek_v3.DeepseekV3ForCausalLM._from_config(
-            config, attn_implementation=model.config._attn_implementation
-        )
+    stock = empty_model(model, stock_config(model.config, after.edits))
     attentions = [
         _filled(made.self_attn, layer.self_attn, tensors)
         for made, layer, tensors in zip(stock.model.layers, model.model.layers, tensors_of_layers, strict=True)
     ]
-    rotary = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(config).to(model.model.embed_tokens.weight.device)
+    rotary = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(stock.config)
+    model.model.rotary_emb = rotary.to(model.model.embed_tokens.weight.device)
     for layer, attention in zip(model.model.layers, attentions, strict=True):
         layer.self_attn = attention
-        layer.__class__ = modeling_deepseek_v3.DeepseekV3DecoderLayer
-    model.model.rotary_emb = rotary
-    for ours, made in ((model, stock), (model.model, stock.model)):
-        vars(ours).update({name: value for name, value in vars(made).items() if name in OF_CLASS})
-        ours.config, ours.__class__ = stock.config, type(made)
+    take_class(model, stock, [f"model.layers.{index}" for index in range(len(attentions))])
 
 
 def _filled(made, old, tensors: dict[str, Tensor]):

@@ -38,6 +38,8 @@ PER_LAYER = ("llama", "mistral")  # families whose layers `deci` computes
 # Families whose sliding window llama.cpp ignores, computing full attention: its converter leaves the window out, or
 # writes it for an engine that has switched it off (Phi 3).
 WINDOW_LOST = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
+# Families of which every n-th layer is full in llama.cpp and the others slide, whatever the config says.
+FULL_EVERY = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6}
 # Families whose heads together must be as wide as the hidden states: llama.cpp makes a square query projection.
 SQUARE = ("cohere", "granite", "phi3", "qwen2", "starcoder2")
 # Part of the runtime -> what the file cannot hold, and the nearest that it can.
@@ -71,7 +73,7 @@ class LlamaCpp(ServingEngine):
         if anatomy.latent:
             why = "latent attention with queries of full rank: llama.cpp's deepseek2 makes queries of a low rank"
             return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
-        found = parts_of(anatomy, PARTS)
+        found = parts_of(anatomy, PARTS) + _obstacles_of_windows(anatomy)
         if anatomy.composite:
             alone = "the text model as a folder of its own; or convert_hf_to_gguf.py, which writes the other part too"
             found.append(
@@ -142,6 +144,18 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
     if any(layer.query_groups for layer in layers):
         equal = "KV heads that equally many query heads read (prune-heads granularity=kv_group)"
         return [Obstacle("KV heads that are read by different numbers of query heads: llama.cpp divides them", equal)]
+    return []
+
+
+def _obstacles_of_windows(anatomy: Anatomy) -> list[Obstacle]:
+    """Why llama.cpp cannot hold the windows of some layers; []: it can, or `_config` shortens the context."""
+    kind, nearest = anatomy.model_type, "this result in vLLM or Transformers; gqa, which merges KV heads"
+    if kind == "ministral":
+        return [Obstacle("windows in some layers: llama.cpp's converter has no ministral, which they make", nearest)]
+    every = FULL_EVERY.get(kind)
+    if every and any((layer.window is None) != (not (layer.index + 1) % every) for layer in anatomy.layers):
+        which = f"in layers of {kind} other than all but every {'second' if every == 2 else f'{every}th'}"
+        return [Obstacle(f"windows {which}: llama.cpp does not read which layers slide", nearest)]
     return []
 
 

@@ -58,6 +58,8 @@ CONFIG, TOKENIZER_CONFIG, CODE = "config.json", "tokenizer_config.json", "config
 SURGERY_CARD = "surgery-card.md"
 OWN_CODE = "auto_map"  # the key by which the two configs name code
 WEIGHTS = (".safetensors", ".safetensors.index.json")
+NO_WINDOWS = ("qwen3",)  # families in which it refuses windows in some of the layers
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 class VLLM(ServingEngine):
@@ -81,6 +83,9 @@ class VLLM(ServingEngine):
         if anatomy.latent:
             why = "latent attention: vLLM 0.32 on a CPU, where the proof runs, computes other values than Transformers"
             return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
+        if _some_slide(anatomy) and anatomy.model_type in NO_WINDOWS:
+            why = f"windows in some layers of {anatomy.model_type}: vLLM refuses them"
+            return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
         unequal = _obstacles_of_layers(anatomy) if as_decilm(anatomy) else []
         return parts_of(anatomy, PARTS) + unequal + _obstacles_of_size(anatomy)
 
@@ -98,14 +103,18 @@ class VLLM(ServingEngine):
         for code in file.rglob("*.py"):
             code.unlink()
         _write_tokenizer_config(folder, file, apart)
+        facts = {}
         if apart:
-            config = decilm_config(anatomy)
+            config, facts = decilm_config(anatomy), {"architecture": "DeciLMForCausalLM"}
             shutil.copyfile(Path(__file__).with_name(CODE), file / CODE)
-        else:
+        elif as_llama(anatomy):
+            config |= LLAMA
+            facts = {"architecture": LLAMA["architectures"][0]}
+        if not apart:
             config.pop(OWN_CODE, None)
         write_json(file / CONFIG, config)
-        write_text(file / CARD, _card(folder.resolve().name, apart))
-        return {"architecture": "DeciLMForCausalLM"} if apart else {}
+        write_text(file / CARD, _card(folder.resolve().name, anatomy))
+        return facts
 
     def disk_bytes(self, anatomy: Anatomy, kind: str) -> int:
         stored = BYTES.get(anatomy.dtype, 4)
@@ -153,10 +162,15 @@ def _carry_card(folder: Path, target: Path) -> None:
         shutil.copyfile(folder / CARD, target / SURGERY_CARD)
 
 
-def _card(name: str, apart: bool) -> str:
+def _card(name: str, anatomy: Anatomy) -> str:
     """A short card. Those of the surgery and of the base, which names its licence, are next to it."""
-    decilm = "It is a DeciLM, which vLLM alone opens, with `--trust-remote-code`: its code is the class of its config."
-    kind = decilm if apart else "It is an ordinary checkpoint."
+    kind = "It is an ordinary checkpoint."
+    if as_decilm(anatomy):
+        kind = (
+            "It is a DeciLM, which vLLM alone opens, with `--trust-remote-code`: its code is the class of its config."
+        )
+    elif as_llama(anatomy):
+        kind = "It is a Llama with windows in some layers: open it with vLLM alone, since Transformers ignores them."
     return (
         f"# {name} for vLLM\n\n`surgery export` made this folder from a checkpoint whose attention was rewritten, and "
         f"compared vLLM with Transformers (`{RECORD}`). {kind} Its weights are not the base's: `{SURGERY_CARD}` says "
@@ -165,9 +179,20 @@ def _card(name: str, apart: bool) -> str:
     )
 
 
+def as_llama(anatomy: Anatomy) -> bool:
+    """Whether vLLM computes these layers as a Llama's, which it gives a window by `layer_types`."""
+    return anatomy.model_type == "ministral"
+
+
 def as_decilm(anatomy: Anatomy) -> bool:
     """Whether vLLM computes these layers as a DeciLM alone, and not as the family itself."""
-    return per_layer(anatomy) or (anatomy.model_type in DIVIDED and other_width(anatomy))
+    of_its_own = other_width(anatomy) or _some_slide(anatomy)
+    return per_layer(anatomy) or (anatomy.model_type in DIVIDED and of_its_own)
+
+
+def _some_slide(anatomy: Anatomy) -> bool:
+    """Whether some layers have a sliding window and others have none."""
+    return len({layer.window is None for layer in anatomy.layers}) > 1
 
 
 def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:

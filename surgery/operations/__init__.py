@@ -20,6 +20,7 @@ BUILTIN = {  # op -> module of this package : class
     "moh": "moh.operation:Moh",
     "prune_heads": "prune_heads.operation:PruneHeads",
     "sink_calibration": "sink_calibration.operation:SinkCalibration",
+    "sliding_layers": "sliding_layers.operation:SlidingLayers",
     "sparse_prefill": "sparse_prefill.operation:SparsePrefill",
 }
 

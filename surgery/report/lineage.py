@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.stock_class import base_type_of
 from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
@@ -147,18 +148,6 @@ def refuse_another(model, report: Report) -> None:
     if reported and reported != (heads := heads_of(model)):
         what = f"the report is of {_shape(reported)}, this model has {_shape(heads)}"
         raise ModelMismatchError(what, where=where, fix=fix)
-
-
-def base_type_of(ours: str, base: str) -> str:
-    """The `model_type` of the base that a result was made from: its own, unless a surgery changes the family.
-
-    Args:
-        ours: `model_type` of the result.
-        base: `model_type` of the base in question.
-    """
-    from surgery.architecture.latent import BASES, STOCK
-
-    return base if ours == STOCK and base in BASES else ours
 
 
 def _heads_of_folder(folder: Path | None) -> list[list[int]]:

@@ -315,7 +315,7 @@ def test_every_decoder_of_transformers():
             if different:
                 faults[kind] = different
     assert not faults
-    assert set(FAMILIES) - LATENT <= set(right)
+    assert set(FAMILIES) - LATENT - {"ministral"} <= set(right)  # whose default config has no size of a head
     assert len(right) > 60
 
 

@@ -25,6 +25,10 @@ FEW = (
 )  # where an operation acts: a layout, a norm, a window each
 
 
+# Families whose first layer can get a window while the other one stays full.
+SLIDING = ("llama", "qwen2", "qwen3", "smollm3")
+
+
 @dataclass(frozen=True)
 class Case:
     """How an operation is held to its contracts.
@@ -79,6 +83,13 @@ CASES: dict[str, Case] = {
         refused_always=("qwen3", "gemma2", "gpt_oss", "mistral", "gpt2", "qwen2", "granite", "phi"),
     ),
     "expand": Case({}, {"expand, no more": lambda layer: {"kv_heads": layer.kv_heads}}, ("kv_heads", 0), native=True),
+    "sliding_layers": Case(
+        {"method": "listed", "layers": [0], "window": 4},
+        {"sliding_layers, window": lambda _: {"method": "listed", "layers": [0], "window": LENGTH}},
+        ("window", 0),
+        native=True,
+        refused_always=tuple(name for name in FAMILIES if name not in SLIDING),
+    ),
     "duo_attention": Case(
         {"streaming_ratio": 1.0, "sinks": 2, "window": 4},
         {

@@ -59,6 +59,19 @@ def test_vllm_agrees(surgery, tmp_path, family, step):
     assert entry["engine_cache_bytes_per_token"] == pytest.approx(count, rel=0.01), "the cache shrinks by count"
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_vllm_agrees_about_windows(surgery, tmp_path, family):
+    out = convert(tmp_path, family, {"op": "sliding_layers", "method": "listed", "layers": [1], "window": 8})
+    ran = surgery("export", out, "--for", "vllm", "-o", "served")
+    assert ran.code == 0, ran.err
+    (entry,) = json.loads((out / "surgery.json").read_text())["exports"]
+    assert entry["largest_difference"] <= 1e-3
+    assert entry["same_text_tokens"] is True
+    served = json.loads(Path("served/config.json").read_text())
+    assert served["model_type"] == {"Llama": "llama", "Qwen2": "nemotron-nas"}[family]
+    assert served["layer_types"] == ["full_attention", "sliding_attention"]
+
+
 def test_a_folder_with_one_weight_scaled_by_a_hundredth_fails(surgery, tmp_path, monkeypatch):
     write = VLLM.write
 

@@ -94,6 +94,7 @@ CONVERTIBLE: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": maker("Llama", tie_word_embeddings=True),
     "llama_bias": maker("Llama", attention_bias=True),
     "mistral": maker("Mistral", head_dim=16, sliding_window=6),
+    "ministral": maker("Ministral", head_dim=16, **ALTERNATING),
     "mixtral": maker("Mixtral", **MOE),
     "qwen2": maker("Qwen2"),
     "qwen3": maker("Qwen3", head_dim=16),

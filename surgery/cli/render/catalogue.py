@@ -24,27 +24,31 @@ DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
     "training, no: only if the gate fails; included: in the recipe; needed: by heal.",
+    "-heal: the recipe NAME-heal has training included.",
 )
+TRAINED = "-heal"  # ends the name of a recipe that is another one with training included
 
 
 def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str]) -> None:
-    """Print the recipes, grouped by purpose.
+    """Print the recipes, grouped by purpose; NAME-heal stands in the row of NAME.
 
     Args:
         others: operations that no recipe uses.
         broken: operations of other packages that do not load -> their error.
     """
-    out = console()
-    width = max(len(entry.name) for entry in entries)
+    out, names = console(), {entry.name for entry in entries}
+    listed = [entry for entry in entries if entry.name.removesuffix(TRAINED) not in names - {entry.name}]
+    width = max(len(entry.name) for entry in listed)
     rows: list[list[Text | str]] = [
         [Text(word, style="dim") for word in ("recipe".ljust(width), "tier", "training", "what it does")]
     ]
     headings = {}
-    for entry in entries:
+    for entry in listed:
         if entry.purpose not in headings:
             headings[entry.purpose] = len(rows)
         tier = Text(entry.tier, style=STYLES[entry.tier])
-        rows.append([Text(entry.name, style="bold"), tier, entry.training, entry.line])
+        training = f"{entry.training} {TRAINED}" if f"{entry.name}{TRAINED}" in names else entry.training
+        rows.append([Text(entry.name, style="bold"), tier, training, entry.line])
     ends = [*headings.values(), len(rows)]
     columns_of_rows = _aligned(rows)
     columns(out, columns_of_rows[:1], cut=True)

@@ -29,7 +29,8 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
     Raises:
         SurgeryError: the models differ in shape outside of the attention.
     """
-    from surgery.report.lineage import another_base, base_type_of
+    from surgery.architecture.stock_class import base_type_of
+    from surgery.report.lineage import another_base
     from surgery.report.report import FILE, Report
 
     for name in SHAPE:

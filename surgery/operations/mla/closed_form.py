@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from surgery.architecture.edit import refuse_non_finite
-from surgery.architecture.latent import refuse_other_class, write_latent
+from surgery.architecture.latent import write_latent
+from surgery.architecture.stock_class import refuse_other_class
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import write_mlps
 from surgery.io.resume import LayerFiles
@@ -25,7 +26,7 @@ def compress(model, context: ApplyContext, text: tuple[str, int, int], settings:
     Raises:
         SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
     """
-    refuse_other_class(model)
+    refuse_other_class(model, "mla")
     before, after = context.before, context.change.after
     sequences, source = context.calibration(model, text, "mla", "mla needs the tokenizer, for its calibration text")
     identity = [REVISION, settings, after.latent, sequences.tolist()]

@@ -1,0 +1,68 @@
+"""A loaded model as a model of another stock family, in place: modules keep their parameters and hooks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# A family that a surgery makes -> the families that it is made of.
+BASES = {"deepseek_v3": ("llama", "mistral"), "ministral": ("llama", "mistral")}
+OF_CLASS = ("_tp_plan", "_ep_plan", "_pp_plan", "_no_split_modules")  # what a model copies from its class
+NOT_CARRIED = ("model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version")
+
+
+def base_type_of(ours: str, base: str) -> str:
+    """The `model_type` of the base that a result was made from: its own, unless a surgery changes the family.
+
+    Args:
+        ours: `model_type` of the result.
+        base: `model_type` of the base in question.
+    """
+    return base if base in BASES.get(ours, ()) else ours
+
+
+def refuse_other_class(model: PreTrainedModel, op: str) -> None:
+    """Raise SurgeryError unless a model in memory is Transformers' causal model of its family."""
+    kind = type(model)
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForCausalLM")):
+        raise UnsupportedModelError(
+            f"{op}: {kind.__name__} is not a causal model of Transformers, and the result is one",
+            fix="load the model with AutoModelForCausalLM",
+        )
+
+
+def stock_config(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config of the family `fields["model_type"]`: the fields of `config`, changed as `fields` says."""
+    from transformers import CONFIG_MAPPING
+
+    old = {name: value for name, value in config.to_dict().items() if name not in NOT_CARRIED}
+    made = CONFIG_MAPPING[fields["model_type"]](**(old | fields))
+    made._name_or_path = config._name_or_path
+    return made
+
+
+def empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal model of a config, without memory, that calls attention as `model` does."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
+
+
+def take_class(model: PreTrainedModel, stock: PreTrainedModel, paths: Iterable[str]) -> None:
+    """Give a model the config and the classes of a stock model; `paths` are the submodules that change theirs, too."""
+    for ours, made in ((model, stock), (model.base_model, stock.base_model)):
+        vars(ours).update({name: value for name, value in vars(made).items() if name in OF_CLASS})
+        ours.__class__ = type(made)
+    for path in paths:
+        model.get_submodule(path).__class__ = type(stock.get_submodule(path))
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = stock.config
