@@ -1,11 +1,14 @@
 """The layers in which a window costs least, found in rounds of ablation on answers and on plain text.
 
 Answers show which layers carry what stands far back; plain text shows which layers need the first token or the far
-past to predict the next words. Both losses are KL divergences from the unchanged model. A layer's score is the mean of its
-ranks in the two, since their sizes cannot be compared.
+past to predict the next words. Both losses are KL divergences from the unchanged model, in nats a token. A layer's cost
+is the loss on plain text, and a share of the loss on answers, which is many times larger for the few layers that copy.
 
-The costs of single layers do not add up: a layer that costs little alone may cost much beside another, and the reverse.
+The costs of single layers do not add up: a layer that costs little alone may cost much beside another, or the reverse.
 So each round tries the layers that are left beside those that were chosen before, and chooses the cheapest of them.
+On SmolLM2-135M with a window of 256 in half of the layers, layers that were chosen in one round lost 0.18 and 0.14 nats
+on two texts, and in three rounds 0.12 and 0.10. With a window of 512 the cost lost less on both texts and on answers
+than the mean of a layer's two ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 
 from surgery.calibration.attention_hook import AttentionHook, hook_attention, row_logits
-from surgery.calibration.head_scores import ranks, refuse_not_finite
+from surgery.calibration.head_scores import refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, kl, recorded, replayed
 from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import fitting_length, load_text
@@ -24,7 +27,7 @@ from surgery.machine.progress import begin
 from surgery.operations.sliding_layers.window_search import STAGE, WindowSearch
 
 KEYS = 4  # passkeys in a sequence
-KINDS = ("answers", "plain text")
+ANSWERS, PLAIN = KINDS = ("answers", "plain text")
 
 
 def choose_layers(
@@ -60,11 +63,9 @@ def choose_layers(
                         done += 1
                         if progress:
                             progress(done, total, STAGE)
-            tables = [[list(each.values())] for each in lost.values()]
-            refuse_not_finite(tables, "sliding_layers")
-            pairs = zip(*(ranks(table)[0] for table in tables), strict=True)
-            scores = dict(zip(left, map(sum, pairs), strict=True))
-            chosen += sorted(left, key=lambda index: scores[index])[:size]
+            refuse_not_finite([[list(each.values())] for each in lost.values()], "sliding_layers")
+            costs = {index: lost[PLAIN][index] + search.answers * lost[ANSWERS][index] for index in left}
+            chosen += sorted(left, key=lambda index: costs[index])[:size]
             record["rounds"].append({"chosen": sorted(chosen), "lost": lost})
     return sorted(chosen), record
 

@@ -141,6 +141,7 @@ class Ablation(SlidingLayers):
     rounds: Count = Field(
         3, description="Rounds in which they are chosen: each tries those that are left beside those chosen before."
     )
+    answers: float = Field(0.1, ge=0, description="How much a nat lost on answers counts; one on plain text counts 1.")
     calibration_samples: Count = Field(1, description="Texts of each kind: with passkeys, and plain.")
     calibration_length: Length | None = Field(
         None, description=f"Tokens in each. null: {BEYOND:,} beyond the window, or as many as the model takes."
@@ -171,7 +172,8 @@ class Ablation(SlidingLayers):
     def _search(self, anatomy: Anatomy) -> WindowSearch:
         length, samples = self.length(anatomy), self.calibration_samples
         sliding = len(self.wanted(anatomy))
-        return WindowSearch(self.window, sliding, self.rounds, self.calibration_text, length, samples, self.seed)
+        text = self.calibration_text, length, samples, self.seed
+        return WindowSearch(self.window, sliding, self.rounds, self.answers, *text)
 
     def problems_of_method(self, anatomy: Anatomy) -> Iterator[str]:
         if reason := anatomy.runtime_problem():

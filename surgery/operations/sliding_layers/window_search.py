@@ -15,6 +15,7 @@ class WindowSearch:
         window: tokens that a layer sees, the newest one among them.
         count: how many layers get it.
         rounds: in how many rounds they are chosen.
+        answers: how much the loss on answers counts; that on plain text counts 1.
         text: source of the text: "builtin" or a file.
         length, samples: tokens of a sequence, and number of sequences of each kind.
         seed: seed of the texts.
@@ -23,6 +24,7 @@ class WindowSearch:
     window: int
     count: int
     rounds: int
+    answers: float
     text: str
     length: int
     samples: int

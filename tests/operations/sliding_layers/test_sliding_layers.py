@@ -187,7 +187,7 @@ def test_layers_are_chosen_in_rounds_by_what_their_window_costs():
             total += float((before.exp() * (before - after)).sum(-1).mean())
         return total / len(plain)
 
-    fields = {"calibration_length": length, "calibration_samples": 2, "rounds": 2}
+    fields = {"calibration_length": length, "calibration_samples": 2, "rounds": 2, "answers": 5.0}
     report = convert(model, tokenizer=Letters(), sliding=0.5, **fields)
     noted = report.data["operations"][0]["record"]
     first, second = noted["measured"]["rounds"]
@@ -197,26 +197,22 @@ def test_layers_are_chosen_in_rounds_by_what_their_window_costs():
     assert set(second["lost"]["plain text"]) == set(range(LAYERS)) - {begun}
     for index, loss in second["lost"]["plain text"].items():
         assert loss == pytest.approx(lost(begun, index), rel=1e-3)
-    assert begun == min(first["lost"]["plain text"], key=lambda index: mean_rank(first["lost"], index))
+    cost = {i: first["lost"]["plain text"][i] + 5 * first["lost"]["answers"][i] for i in range(LAYERS)}
+    assert begun == min(cost, key=cost.get)
     assert noted["sliding"] == second["chosen"]
     windows = [layer.window for layer in Anatomy.of(model).layers]
     assert windows == [WINDOW if index in noted["sliding"] else None for index in range(LAYERS)]
 
 
-def mean_rank(lost: dict[str, dict[int, float]], index: int) -> int:
-    """How many losses of both kinds are smaller than this layer's."""
-    return sum(other < losses[index] for losses in lost.values() for other in losses.values())
-
-
 def test_rounds_choose_as_many_layers_as_asked():
     for count in range(1, 12):
         for rounds in range(1, 6):
-            search = WindowSearch(WINDOW, count, rounds, "builtin", 64, 1, 0)
+            search = WindowSearch(WINDOW, count, rounds, 0.1, "builtin", 64, 1, 0)
             sizes = search.chosen_in_rounds()
             assert sum(sizes) == count
             assert len(sizes) == min(rounds, count)
             assert max(sizes) - min(sizes) <= 1
-    assert WindowSearch(WINDOW, 6, 3, "builtin", 64, 1, 0).trials(10) == 10 + 8 + 6
+    assert WindowSearch(WINDOW, 6, 3, 0.1, "builtin", 64, 1, 0).trials(10) == 10 + 8 + 6
 
 
 def test_a_folder_is_converted_by_measurement(tmp_path):
