@@ -38,6 +38,7 @@ from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
 from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
 from surgery.machine.progress import StageClock, begin
+from surgery.operations.base import Operation, WeightRewrite
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
@@ -313,10 +314,15 @@ class AppliedBlock(AbstractContextManager["Report"]):
 
 def _rewritten(recipe: Recipe, model: Any) -> list[Any]:
     """The weights that a recipe may change in place: those of all layers, if any operation rewrites weights."""
-    if all(operation.term is not None for operation in recipe.operations):
+    if all(map(_keeps_weights, recipe.operations)):
         return []
     layers = {layer.path.rpartition(".")[0] for layer in Anatomy.of(model).layers}
     return [weight for path in layers for weight in model.get_submodule(path).parameters()]
+
+
+def _keeps_weights(operation: Operation) -> bool:
+    """Whether an operation leaves all weights as they are."""
+    return operation.term is not None or (isinstance(operation, WeightRewrite) and not operation.rewritten_projections)
 
 
 def _state_of_weights(model: Any) -> list[tuple]:

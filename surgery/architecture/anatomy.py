@@ -300,7 +300,9 @@ class Anatomy:
         }
 
     def edit_config(self, raw: dict) -> dict:
-        """A config.json with this anatomy's edits; everything else is unchanged."""
+        """A config.json with this anatomy's edits; everything else is unchanged, but for code of another family."""
+        if self.edits.get("model_type", raw.get("model_type")) != raw.get("model_type"):
+            raw = {name: value for name, value in raw.items() if name != "auto_map"}
         if self.composite and "text_config" in raw:
             return raw | {"text_config": raw["text_config"] | self.edits}
         return raw | self.edits

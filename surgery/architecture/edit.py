@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy, query_names
-from surgery.architecture.sliding import refuse_windows, write_windows
+from surgery.architecture.sliding import WINDOWS, refuse_windows, write_windows
 from surgery.architecture.surgery_block import layer_entries
 from surgery.errors import ModelError
 
@@ -52,8 +52,10 @@ def write_layers(
     if slides:
         write_windows(model, after)
     else:
+        config = model.config.get_text_config()  # not `before.config`: an earlier step may have made another one
         for name, value in after.edits.items():
-            setattr(before.config, name, value)
+            if getattr(config, name, None) != value:
+                setattr(config, name, value)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
     if entries := layer_entries(after, shapes, needed=surgical):
         from surgery.runtime.modeling_surgery import patch
@@ -174,7 +176,7 @@ def _drop_norm(module, name: str) -> None:
 
 def _set_head_numbers(module, target, edits: dict) -> None:
     """Set the numbers of heads that attention modules store themselves, under the names that families use."""
-    numbers = edits | {
+    numbers = {name: value for name, value in edits.items() if name not in WINDOWS} | {
         "num_key_value_heads": target.kv_heads,
         "num_kv_heads": target.kv_heads,
         "num_key_value_groups": target.group,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import UnsupportedModelError
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 # A family that a surgery makes -> the families that it is made of.
 BASES = {"deepseek_v3": ("llama", "mistral"), "ministral": ("llama", "mistral")}
 OF_CLASS = ("_tp_plan", "_ep_plan", "_pp_plan", "_no_split_modules")  # what a model copies from its class
-NOT_CARRIED = ("model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version")
+NOT_CARRIED = (
+    "model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version", "auto_map",
+)  # fmt: skip
+OF_SOURCE = ("_name_or_path", "_commit_hash")  # where a config was read from
+FORWARDS = ("forward", "_old_forward")  # what a module holds itself where somebody wrapped it, as Accelerate does
 
 
 def base_type_of(ours: str, base: str) -> str:
@@ -43,7 +48,7 @@ def stock_config(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrained
 
     old = {name: value for name, value in config.to_dict().items() if name not in NOT_CARRIED}
     made = CONFIG_MAPPING[fields["model_type"]](**(old | fields))
-    made._name_or_path = config._name_or_path
+    vars(made).update({name: value for name, value in vars(config).items() if name in OF_SOURCE})
     return made
 
 
@@ -56,13 +61,36 @@ def empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
         return AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
 
 
+def refuse_other_forward(model: PreTrainedModel, paths: Iterable[str]) -> None:
+    """Raise SurgeryError if a module whose class will change has a forward that is not its class's, as far as is seen.
+
+    Accelerate's hooks wrap the class's forward, and are kept.
+    """
+    for module in _changing(model, paths):
+        for name in FORWARDS:
+            own = vars(module).get(name)
+            wrapped = name == "forward" and hasattr(module, "_old_forward")
+            if own is not None and not wrapped and getattr(own, "__func__", None) is not type(module).forward:
+                raise UnsupportedModelError(
+                    f"the forward of a {type(module).__name__} was replaced, and the result has another class",
+                    fix="convert the model before it is patched, or convert its folder",
+                )
+
+
+def _changing(model: PreTrainedModel, paths: Iterable[str]) -> list:
+    return [model, model.base_model, *map(model.get_submodule, paths)]
+
+
 def take_class(model: PreTrainedModel, stock: PreTrainedModel, paths: Iterable[str]) -> None:
     """Give a model the config and the classes of a stock model; `paths` are the submodules that change theirs, too."""
+    paths = list(paths)
     for ours, made in ((model, stock), (model.base_model, stock.base_model)):
         vars(ours).update({name: value for name, value in vars(made).items() if name in OF_CLASS})
-        ours.__class__ = type(made)
-    for path in paths:
-        model.get_submodule(path).__class__ = type(stock.get_submodule(path))
+    for ours, made in zip(_changing(model, paths), _changing(stock, paths), strict=True):
+        old, ours.__class__ = type(ours), type(made)
+        for name in FORWARDS:  # a wrapper calls the forward of the class that it was made from
+            if getattr(vars(ours).get(name), "__func__", None) is old.forward:
+                setattr(ours, name, MethodType(type(made).forward, ours))
     for module in model.modules():
         if hasattr(module, "config"):
             module.config = stock.config

@@ -148,14 +148,15 @@ def _obstacles_of_layers(anatomy: Anatomy) -> list[Obstacle]:
 
 
 def _obstacles_of_windows(anatomy: Anatomy) -> list[Obstacle]:
-    """Why llama.cpp cannot hold the windows of some layers; []: it can, or `_config` shortens the context."""
-    kind, nearest = anatomy.model_type, "this result in vLLM or Transformers; gqa, which merges KV heads"
+    """Why llama.cpp cannot hold windows in some layers alone; []: it can, or `_config` shortens the context."""
+    kind, layers = anatomy.model_type, anatomy.layers
+    nearest = "this result in Transformers or vLLM; or gqa, which merges KV heads"
     if kind == "ministral":
-        return [Obstacle("windows in some layers: llama.cpp's converter has no ministral, which they make", nearest)]
+        return [Obstacle("windows in some layers: llama.cpp's converter does not know the family ministral", nearest)]
+    mixed = len({layer.window is None for layer in layers}) > 1
     every = FULL_EVERY.get(kind)
-    if every and any((layer.window is None) != (not (layer.index + 1) % every) for layer in anatomy.layers):
-        which = f"in layers of {kind} other than all but every {'second' if every == 2 else f'{every}th'}"
-        return [Obstacle(f"windows {which}: llama.cpp does not read which layers slide", nearest)]
+    if mixed and (not every or any((layer.window is None) != (not (layer.index + 1) % every) for layer in layers)):
+        return [Obstacle(f"windows in some layers of {kind}: llama.cpp does not read which layers slide", nearest)]
     return []
 
 

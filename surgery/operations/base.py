@@ -191,8 +191,8 @@ def missing_texts(operation: Operation) -> list[str]:
     problems = []
     for field in ("text", "calibration_text"):
         text = getattr(operation, field, None)
-        if isinstance(text, str) and text not in CALIBRATION_TEXTS and not os.path.isfile(text):
-            words = "; ".join((*CALIBRATION_TEXTS, "a UTF-8 text file"))
+        if isinstance(text, str) and text not in operation.TEXTS and not os.path.isfile(text):
+            words = "; ".join((*operation.TEXTS, "a UTF-8 text file"))
             problems.append(f"{operation.op}: {field}: no such text file: {text!r} (available: {words})")
     return problems
 
@@ -224,6 +224,7 @@ class Operation(BaseModel):
     summary: ClassVar[str] = ""
     # Fields that are newer than some records. A record has them only if they were set, so that its hash stays.
     LATER: ClassVar[tuple[str, ...]] = ()
+    TEXTS: ClassVar[tuple[str, ...]] = tuple(CALIBRATION_TEXTS)  # names that `text` and `calibration_text` take
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     # A term of the equation, by its name in the runtime (`Part.terms`): "visibility", "visibility in prefill",
     # "visibility of the cache", "bias", "virtual keys", "gate". None: the operation changes weights.

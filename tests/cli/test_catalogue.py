@@ -33,7 +33,7 @@ def test_ls_is_one_screen(surgery):
     assert not [line for line in lines if line != line.rstrip()], "a pipe gets no padding"
     headings = [line for line in lines if line in PURPOSES.values()]
     assert headings == list(PURPOSES.values()), "every group has a recipe, in this order"
-    rows = [re.match(r"^(\S+) +(native|surgical) +(no|included|needed)( -heal)? ", line) for line in lines]
+    rows = [re.match(r"^(\S+) +(native|surgical) +(no|included|needed)(/heal)? ", line) for line in lines]
     named = {row[1] for row in rows if row} | {f"{row[1]}-heal" for row in rows if row and row[4]}
     assert named == set(recipes.shipped())
 

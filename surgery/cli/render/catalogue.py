@@ -24,8 +24,8 @@ DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
     "training, no: only if the gate fails; included: in the recipe; needed: by heal.",
-    "-heal: the recipe NAME-heal has training included.",
 )
+TRAINED_TOO = "no/heal, needed/heal: the recipe NAME-heal is trained, such as moh-heal for moh."
 TRAINED = "-heal"  # ends the name of a recipe that is another one with training included
 
 
@@ -47,7 +47,7 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
         if entry.purpose not in headings:
             headings[entry.purpose] = len(rows)
         tier = Text(entry.tier, style=STYLES[entry.tier])
-        training = f"{entry.training} {TRAINED}" if f"{entry.name}{TRAINED}" in names else entry.training
+        training = f"{entry.training}/heal" if f"{entry.name}{TRAINED}" in names else entry.training
         rows.append([Text(entry.name, style="bold"), tier, training, entry.line])
     ends = [*headings.values(), len(rows)]
     columns_of_rows = _aligned(rows)
@@ -56,7 +56,7 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
         out.print(Text(f"\n{PURPOSES[purpose]}", style="bold underline" if out.is_terminal else ""))
         columns(out, columns_of_rows[first:last], cut=True)
     out.print()
-    for line in LEGEND:
+    for line in (*LEGEND, TRAINED_TOO):
         hanging(out, "", line, 0, "dim")
     without = f"; without a recipe: {', '.join(others)}" if (others := list(others)) else ""
     hanging(out, "Settings:", f"surgery ls NAME; all: surgery ls --all{without}", 0)

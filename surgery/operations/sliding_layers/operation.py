@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.sliding import sliding_fields, sliding_problem
+from surgery.architecture.sliding import full_layers, slides, sliding_fields, sliding_problem
 from surgery.calibration.cost import Measurement, activation_bytes, forward_flops, logit_bytes
-from surgery.data.text import BUILTIN, CALIBRATION_TEXTS
+from surgery.data.text import BUILTIN
 from surgery.io.printing import count
 from surgery.machine.placement import PASSES, Use
 from surgery.operations.base import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from surgery.architecture.weights import AttentionLayer
 
 
-BEYOND = 512  # tokens of a calibration text beyond the window
+BEYOND, LEAST = 512, 256  # tokens of a calibration text beyond the window: by default, and at least
 
 
 class SlidingLayers(Variants, WeightRewrite):
@@ -45,15 +45,16 @@ class SlidingLayers(Variants, WeightRewrite):
 
     summary: ClassVar[str] = "A sliding window in some layers, as a stock model."
     purpose: ClassVar[str] = "cache"
+    TEXTS: ClassVar[tuple[str, ...]] = (BUILTIN,)
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "Layers with the window do not see what lies before it, the first token among it. Recall over long distances "
+        "Layers with the window do not see what lies before it, not even the first token. Recall over long distances "
         "rests on the other layers. A recall test, where this card has one, tests it with literal answers alone.",
     )
 
     op: Literal["sliding_layers"] = "sliding_layers"
     method: str = Field(description="How the layers with the window are chosen.")
     window: Length = Field(
-        512, description="Newest tokens that such a layer sees. A base that has a window keeps its own: name that."
+        512, description="Last tokens that such a layer sees. Where layers of the base slide, it must be theirs."
     )
 
     @property
@@ -75,19 +76,17 @@ class SlidingLayers(Variants, WeightRewrite):
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := sliding_problem(anatomy):
             return [f"sliding_layers: {reason}"]
-        own, problems = {layer.window for layer in anatomy.layers} - {None}, []
-        if not full_layers(anatomy):
-            return [f"sliding_layers: all layers of this {anatomy.model_type} slide already"]
+        kind, positions, problems = anatomy.model_type, anatomy.positions, []
+        own = {anatomy.layers[index].window for index in slides(anatomy)}
         if own and own != {self.window}:
-            held = min(own)
+            held = min(filter(None, own))
             problems.append(
-                f"sliding_layers: window: a config has one window, and layers of this {anatomy.model_type} have "
-                f"{held} tokens: window={held}"
+                f"sliding_layers: window: a config has one window, and that of this {kind} is {held}: window={held}"
             )
-        if anatomy.positions and self.window >= anatomy.positions:
+        elif positions and self.window >= positions:
             problems.append(
-                f"sliding_layers: window: this model takes {anatomy.positions:,} tokens, so that a window of "
-                f"{self.window:,} leaves nothing out: take a smaller one"
+                f"sliding_layers: window: this model takes {positions:,} tokens, so that a window of {self.window:,} "
+                "leaves nothing out: take a smaller one"
             )
         problems += [f"sliding_layers: {reason}" for reason in self.problems_of_method(anatomy)]
         if not problems and len(self.wanted(anatomy)) >= len(full_layers(anatomy)):
@@ -95,37 +94,43 @@ class SlidingLayers(Variants, WeightRewrite):
         return problems
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
-        chosen = self.wanted(anatomy)
+        chosen, total = self.wanted(anatomy), count(len(anatomy.layers), "layer")
         if not chosen:
             return PlannedChange(anatomy, ("nothing: no layer gets the window",))
-        line = f"{len(chosen)} of {count(len(anatomy.layers), 'layer')} see the last {self.window:,} tokens alone"
+        which = "" if self.measured else f" ({spans(chosen)})"
+        line = f"a window of {self.window:,} tokens in {len(chosen)} of {total}{which}"
         after = self.after(anatomy, chosen)
         return PlannedChange(after, (line,), NATIVE, tuple(self._notes(anatomy, after)))
 
+    @property
+    def measured(self) -> bool:
+        """Whether a measurement decides which layers get the window."""
+        return not self.streams
+
     def after(self, anatomy: Anatomy, chosen: Collection[int]) -> Anatomy:
         """The anatomy in which these layers, and those that slide already, have the window."""
-        sliding = {layer.index for layer in anatomy.layers if layer.window is not None} | {*chosen}
+        sliding = {*slides(anatomy), *chosen}
         return anatomy.with_windows(sliding, self.window, sliding_fields(anatomy, sliding, self.window))
 
     def _notes(self, anatomy: Anatomy, after: Anatomy) -> Iterator[str]:
         if after.model_type != anatomy.model_type:
             yield f"the result is a stock {after.model_type}, which computes what {anatomy.model_type} does"
-        if already := len(anatomy.layers) - len(full_layers(anatomy)):
-            yield f"{count(already, 'layer')} of the base slide already, and stay as they are"
+        if already := slides(anatomy):
+            yield f"{count(len(already), 'layer')} had the window before: layers {spans(already)}"
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
-        chosen, total = record.get("sliding") or self.wanted(before), len(before.layers)
+        chosen, already, total = record.get("sliding") or self.wanted(before), slides(before), len(before.layers)
         if not chosen:
             return None
-        some = (
-            f"Half of its layers ({len(chosen)} of {total})"
-            if 2 * len(chosen) == total
-            else (f"{len(chosen)} of its {total} layers")
-        )
+        sliding, before_that = sorted({*chosen, *already}), ""
+        if already:
+            before_that = f" ({len(already)} of them did so before)"
         return InWords(
-            f"a window of {self.window:,} tokens in {len(chosen)} of {total} layers",
-            f"{some} now see the last {self.window:,} tokens of a sequence alone; the others still see all of it.",
-            use="Use it for long chats and long documents in little memory, with any engine that has such layers.",
+            f"a window of {self.window:,} tokens in {len(sliding)} of {total} layers",
+            f"{len(sliding)} of its {total} layers see only the last {self.window:,} tokens of a "
+            f"sequence{before_that}: layers {spans(sliding)}. The others see all of it.",
+            use="Use it for long chats and long documents in little memory. An engine that does not read "
+            "`layer_types` computes full attention, without a word.",
             avoid=f"Do not use it for sequences of up to {self.window:,} tokens: nothing is saved there.",
         )
 
@@ -134,14 +139,19 @@ class SlidingLayers(Variants, WeightRewrite):
 
 
 class Ablation(SlidingLayers):
-    """The layers in which a window costs least, alone, on answers and on plain text."""
+    """The layers that lose least with a window, on plain text and on answers; they are chosen in rounds."""
 
     method: Literal["ablation"] = "ablation"
     sliding: float = Field(0.5, gt=0, lt=1, description="Share of the full layers that get the window.")
     rounds: Count = Field(
-        3, description="Rounds in which they are chosen: each tries those that are left beside those chosen before."
+        3, description="Rounds of the choice. Each tries the layers that are left, beside those chosen before."
     )
-    answers: float = Field(0.1, ge=0, description="How much a nat lost on answers counts; one on plain text counts 1.")
+    answers: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of what answers lose (passkeys from far back), beside 1 for plain text.",
+    )
     calibration_samples: Count = Field(1, description="Texts of each kind: with passkeys, and plain.")
     calibration_length: Length | None = Field(
         None, description=f"Tokens in each. null: {BEYOND:,} beyond the window, or as many as the model takes."
@@ -158,11 +168,11 @@ class Ablation(SlidingLayers):
         return PASSES
 
     def milder(self) -> str:
-        return f"sliding={self.sliding / 2:g}"
+        return f"sliding={round(self.sliding / 2, 3):g}"
 
     def wanted(self, anatomy: Anatomy) -> list[int]:
         full = full_layers(anatomy)
-        return full[: round(self.sliding * len(full))]
+        return full[: int(self.sliding * len(full) + 0.5)]
 
     def length(self, anatomy: Anatomy) -> int:
         """Tokens of a text."""
@@ -178,17 +188,29 @@ class Ablation(SlidingLayers):
     def problems_of_method(self, anatomy: Anatomy) -> Iterator[str]:
         if reason := anatomy.runtime_problem():
             yield f"{reason}, so that no window can be tried: method=listed"
-        if self.calibration_text in CALIBRATION_TEXTS and self.calibration_text != BUILTIN:
-            yield f"calibration_text: {self.calibration_text} is not for this operation: {BUILTIN}, or a text file"
-        if (length := self.length(anatomy)) <= self.window:
-            yield f"calibration_length: texts of {length} tokens show nothing of a window of {self.window}"
+        if (beyond := self.length(anatomy) - self.window) < LEAST:
+            remedy = f"calibration_length={self.window + BEYOND}"
+            if anatomy.positions and self.window + LEAST > anatomy.positions:
+                longest = anatomy.positions - LEAST
+                remedy = f"a window of up to {longest:,}, as this model takes {anatomy.positions:,}"
+            yield (
+                f"calibration_length: {max(beyond, 0)} tokens beyond the window are too few for a question about what "
+                f"lies before it: {remedy}, or method=listed"
+            )
         if not self.wanted(anatomy):
-            yield f"sliding: {self.sliding:g} of {count(len(full_layers(anatomy)), 'full layer')} is none: take more"
+            yield (
+                f"sliding: {self.sliding:g} of {count(len(full_layers(anatomy)), 'full layer')} is none: take more, "
+                "or method=listed"
+            )
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         change, length = super().plan(anatomy), self.length(anatomy)
-        # The layers before the one that is tried are not computed again: half of a forward pass for two texts.
-        passes = self.calibration_samples * self._search(anatomy).trials(len(full_layers(anatomy)))
+        # Layers before the one that is tried are not computed again: one forward pass for a text of each kind. Each
+        # round also runs each text through the base, and with the layers that are chosen already.
+        search = self._search(anatomy)
+        passes = self.calibration_samples * (
+            search.trials(len(full_layers(anatomy))) + 4 * len(search.chosen_in_rounds())
+        )
         on_gpu = activation_bytes(anatomy, length) + logit_bytes(anatomy, length)
         flops = passes * forward_flops(anatomy, length, length)
         measured = Measurement(STAGE, flops, memory_on_gpu=on_gpu, passes=passes)
@@ -213,7 +235,10 @@ class Every(SlidingLayers):
 
     method: Literal["every"]
     full_every: int = Field(
-        2, ge=2, strict=True, description="Every so many layers one sees all tokens: layers n - 1, 2n - 1, and so on."
+        2,
+        ge=2,
+        strict=True,
+        description="n: layers n - 1, 2n - 1, ... see all tokens, the others get the window.",
     )
 
     def wanted(self, anatomy: Anatomy) -> list[int]:
@@ -227,18 +252,27 @@ class Listed(SlidingLayers):
     layers: list[WholeNumber] = Field(description="Layers that get the window, from 0.")
 
     def wanted(self, anatomy: Anatomy) -> list[int]:
-        return sorted(set(self.layers))
+        return sorted({*self.layers})
 
     def problems_of_method(self, anatomy: Anatomy) -> Iterator[str]:
-        if wrong := sorted(index for index in set(self.layers) if index >= len(anatomy.layers)):
+        if wrong := [index for index in self.wanted(anatomy) if index >= len(anatomy.layers)]:
             yield f"layers: {wrong}: there are layers 0 to {len(anatomy.layers) - 1}"
-        elif already := sorted(set(self.layers) - {*full_layers(anatomy)}):
-            yield f"layers: {already} slide already, by the base's own window: leave them out"
+        elif already := sorted({*self.layers} & {*slides(anatomy)}):
+            yield f"layers: {already} have the window already: leave them out"
+        if len({*self.layers}) < len(self.layers):
+            yield f"layers names a layer twice: {self.layers}"
 
 
-def full_layers(anatomy: Anatomy) -> list[int]:
-    """The layers that see all tokens, by index."""
-    return [layer.index for layer in anatomy.layers if layer.window is None]
+def spans(indices: Collection[int]) -> str:
+    """Numbers as text, with runs of three or more as a range: "0 to 4, 7, 9"."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    parts = (f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return ", ".join(parts)
 
 
 METHODS = SlidingLayers.union(Ablation, Every, Listed)

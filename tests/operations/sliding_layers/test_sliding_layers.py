@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from closed_form import recipe
+from dense import PADS, batch, chunked, given
+from dense import difference as spread
 from families import (
     GROUPED,
     MOE,
@@ -28,10 +30,12 @@ from tokenizers_of_bytes import Letters, byte_tokenizer
 import surgery
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.sliding import HOSTS, TOLD
-from surgery.data.passkeys import plain_windows
+from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import load_text
+from surgery.engines import find
 from surgery.errors import SurgeryError
-from surgery.operations.sliding_layers.operation import SlidingLayers
+from surgery.operations.sliding_layers.ablation import choose_layers
+from surgery.operations.sliding_layers.operation import SlidingLayers, spans
 from surgery.operations.sliding_layers.window_search import WindowSearch
 from surgery.runtime.modeling_surgery import CACHE
 
@@ -91,6 +95,38 @@ def masked_logits(model, windows: list[int | None]) -> torch.Tensor:
 def test_every_family_that_can_hold_windows_is_tried():
     tried = {base(name).config.model_type for name in BASES}
     assert tried == {*HOSTS}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_modules_say_of_windows_what_stock_modules_say(name):
+    """Each attribute that a loaded stock model has, the model in memory has with the same value."""
+    model = base(name)
+    listed(model, 3)
+    stock = type(model)(copy.deepcopy(model.config))
+    assert type(model).__module__.startswith("transformers.")
+    for (path, ours), (same, made) in zip(model.named_modules(), stock.named_modules(), strict=True):
+        assert path == same
+        if type(made).__name__.endswith(("Attention", "DecoderLayer", "Model")):
+            assert type(ours) is type(made), path
+        for attribute, value in vars(made).items():
+            if isinstance(value, (int, str, bool, type(None))) and not attribute.startswith("_"):
+                assert getattr(ours, attribute) == value or attribute == "training", (path, attribute)
+    assert model._no_split_modules == stock._no_split_modules
+    assert model.base_model._no_split_modules == stock.base_model._no_split_modules
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_padding_and_chunks_change_nothing(name):
+    model = base(name)
+    listed(model, 3)
+    ids, mask = batch(model)
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    for row, pad in enumerate(PADS):
+        alone = ids[row : row + 1, pad:]
+        want = model(**given(model, alone, torch.ones_like(alone)), use_cache=False).logits
+        assert spread(whole[row : row + 1, pad:], want, torch.ones_like(alone)) <= 1e-5
+    assert spread(chunked(model, ids, mask, [20, 1, 24]), whole, mask) <= 1e-5
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -173,35 +209,65 @@ def test_a_window_that_holds_the_text_changes_nothing(name):
 
 
 def test_layers_are_chosen_in_rounds_by_what_their_window_costs():
-    """The KLs are those of models whose layers have the window; each round tries beside those chosen before."""
-    model, length = base("llama"), 512
+    """The KLs are those of stock models whose layers have the window; each round tries beside those chosen before."""
+    length, layers, base_model = 512, 6, {}
+
+    def made():
+        if "model" not in base_model:
+            base_model["model"] = maker("Llama", DEEP | {"num_hidden_layers": layers})()
+        return copy.deepcopy(base_model["model"])
+
     rows = torch.arange(WINDOW, length, 2)
-    plain = plain_windows(load_text("builtin", "calibration"), Letters(), length, 2, 0)
+    options = {"sinks": 0, "window": WINDOW, "samples": 2, "length": length, "keys": 4, "seed": 0}
+    recalls, _ = calibration(made(), Letters(), "builtin", **options)
+    texts = {
+        "answers": [(recall.ids, recall.rows) for recall in recalls],
+        "plain text": [(ids, rows) for ids in plain_windows(
+            load_text("builtin", "calibration"), Letters(), length, 2, 0)],
+    }  # fmt: skip
 
-    def lost(*layers: int) -> float:
-        """KL from the base on plain text, of a stock model."""
-        other, total = base("llama"), 0.0
-        listed(other, *layers)
-        for ids in plain:
-            before, after = (logits_of(each, ids[None])[0, rows].log_softmax(-1) for each in (base("llama"), other))
+    def lost(kind: str, *slide: int) -> float:
+        other, total = made(), 0.0
+        listed(other, *slide)
+        for ids, asked in texts[kind]:
+            before, after = (logits_of(each, ids[None])[0, asked].log_softmax(-1) for each in (made(), other))
             total += float((before.exp() * (before - after)).sum(-1).mean())
-        return total / len(plain)
+        return total / len(texts[kind])
 
-    fields = {"calibration_length": length, "calibration_samples": 2, "rounds": 2, "answers": 5.0}
-    report = convert(model, tokenizer=Letters(), sliding=0.5, **fields)
-    noted = report.data["operations"][0]["record"]
-    first, second = noted["measured"]["rounds"]
-    for index, loss in first["lost"]["plain text"].items():
-        assert loss == pytest.approx(lost(index), rel=1e-3)
-    (begun,) = first["chosen"]
-    assert set(second["lost"]["plain text"]) == set(range(LAYERS)) - {begun}
-    for index, loss in second["lost"]["plain text"].items():
-        assert loss == pytest.approx(lost(begun, index), rel=1e-3)
-    cost = {i: first["lost"]["plain text"][i] + 5 * first["lost"]["answers"][i] for i in range(LAYERS)}
-    assert begun == min(cost, key=cost.get)
-    assert noted["sliding"] == second["chosen"]
-    windows = [layer.window for layer in Anatomy.of(model).layers]
-    assert windows == [WINDOW if index in noted["sliding"] else None for index in range(LAYERS)]
+    for weight in (0.0, 5.0):
+        model = made()
+        fields = {"calibration_length": length, "calibration_samples": 2, "rounds": 2, "answers": weight}
+        report = convert(model, tokenizer=Letters(), sliding=0.5, **fields)
+        noted = report.data["operations"][0]["record"]
+        assert len(noted["measured"]["rounds"]) == 2
+        before: list[int] = []
+        for tried in noted["measured"]["rounds"]:
+            left = set(range(layers)) - {*before}
+            for kind, losses in tried["lost"].items():
+                assert set(losses) == left
+                for index, loss in losses.items():
+                    assert loss == pytest.approx(lost(kind, *before, index), rel=1e-3), (kind, before, index)
+            cost = {i: tried["lost"]["plain text"][i] + weight * tried["lost"]["answers"][i] for i in left}
+            size = len(tried["chosen"]) - len(before)
+            before = sorted([*before, *sorted(left, key=cost.get)[:size]])
+            assert tried["chosen"] == before
+        assert noted["sliding"] == before
+        windows = [layer.window for layer in Anatomy.of(model).layers]
+        assert windows == [WINDOW if index in before else None for index in range(layers)]
+
+
+@pytest.mark.parametrize(("weight", "chosen"), [(0.0, [2, 3]), (1.0, [0, 3]), (100.0, [0, 1])])
+def test_answers_count_by_their_weight(monkeypatch, weight, chosen):
+    """Losses on which plain text and answers disagree."""
+    table = {"answers": [0.0, 1.0, 6.0, 2.0], "plain text": [3.5, 5.0, 1.0, 1.2]}
+    kinds = iter(["answers", "plain text"] * 2)
+
+    def losses(model, hook, ids, rows, window, before, left):
+        return list(zip(left, (table[kind][index] for kind in [next(kinds)] for index in left), strict=True))
+
+    monkeypatch.setattr("surgery.operations.sliding_layers.ablation._losses", losses)
+    search = WindowSearch(WINDOW, 2, 2, weight, "builtin", 512, 1, 0)
+    assert choose_layers(base("llama"), Letters(), range(LAYERS), search)[0] == chosen
 
 
 def test_rounds_choose_as_many_layers_as_asked():
@@ -277,6 +343,125 @@ def test_after_gqa_and_before_a_head_split(tmp_path):
     assert [layer.window for layer in Anatomy.of(tmp_path / "out").layers] == [None, WINDOW, None, None]
 
 
+LATER = {
+    "gqa mean": {"op": "gqa", "kv_heads": 2, "method": "mean"},
+    "expand": {"op": "expand"},
+    "gqa closed_form": {
+        "op": "gqa", "kv_heads": 2, "method": "closed_form", "calibration_text": "builtin",
+        "calibration_samples": 6, "calibration_length": 24,
+    },
+    "prune_heads": {"op": "prune_heads", "granularity": "kv_group", "per_layer": 1, "refit": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("later", LATER)
+@pytest.mark.parametrize("method", ["listed", "ablation"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_weights_are_rewritten_after_it(name, method, later, tmp_path):
+    """The model in memory, its saved folder and its config agree, whatever is rewritten later."""
+    model = base(name)
+    fields = {"layers": [1, 2]} if method == "listed" else {"calibration_length": 512, "rounds": 1}
+    convert(model, LATER[later], method=method, tokenizer=Letters(), **fields)
+    config, heads = model.config, Anatomy.of(model).layers[0].kv_heads
+    assert heads != 4
+    assert config.num_key_value_heads == heads or hasattr(config, "surgery")
+    for index, layer in enumerate(model.model.layers):
+        slides = config.layer_types[index] == "sliding_attention"
+        assert layer.self_attn.sliding_window == (WINDOW if slides else None)
+    model.save_pretrained(tmp_path / "out")
+    assert difference(logits_of(surgery.load(tmp_path / "out")), logits_of(model)) <= 1e-5
+    assert Anatomy.of(tmp_path / "out").layers[0].kv_heads == heads
+
+
+def test_a_forward_that_hooks_wrap_slides_and_one_that_was_replaced_is_refused():
+    from accelerate import dispatch_model
+
+    hooked = dispatch_model(base("llama"), {"": "cpu"}, force_hooks=True)
+    listed(hooked, 1)
+    assert difference(logits_of(hooked), masked_logits(base("llama"), [None, WINDOW, None, None])) <= 1e-5
+    patched = base("llama")
+    forward = patched.model.forward
+    patched.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(SurgeryError, match="the forward of a LlamaModel was replaced"):
+        listed(patched, 1)
+    assert type(patched).__name__ == "LlamaForCausalLM"
+
+
+def test_a_window_as_long_as_the_context_is_none():
+    model = build("Ministral", **(DEEP | {"head_dim": 16, "sliding_window": 1024}))
+    assert {layer.window for layer in Anatomy.of(model).layers} == {1024}
+    listed(model, 1)
+    assert [layer.window for layer in Anatomy.of(model).layers] == [None, WINDOW, None, None]
+
+
+def test_a_folder_of_another_head_is_refused_and_code_is_not_carried(tmp_path):
+    step = {"op": "sliding_layers", "method": "listed", "layers": [1], "window": WINDOW}
+    config = base("llama").config
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "head")
+    with pytest.raises(SurgeryError, match="is a causal model, and this is a LlamaForSequenceClassification"):
+        surgery.apply(recipe(step), str(tmp_path / "head"), output=tmp_path / "out")
+    base("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "theirs.Model"}}))
+    surgery.apply(recipe(step), str(tmp_path / "base"), output=tmp_path / "out", check=False)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_an_error_at_the_end_leaves_the_model_as_it_was(monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("surgery.architecture.sliding.empty_model", fails)
+    for name in ("llama", "qwen2"):
+        model = base(name)
+        with pytest.raises((MemoryError, SurgeryError)):
+            listed(model, 1)
+        assert model.config.to_dict() == base(name).config.to_dict()
+        assert torch.equal(logits_of(model), logits_of(base(name)))
+
+
+def test_what_slid_before_is_counted_and_named():
+    model = base("gemma2")
+    report = listed(model, 3)
+    change = surgery.plan(
+        recipe({"op": "sliding_layers", "method": "listed", "layers": [3], "window": 6}), base("gemma2")
+    )
+    assert change.steps[0].change.lines == ("a window of 6 tokens in 1 of 4 layers (3)",)
+    assert "2 layers had the window before: layers 0, 2" in change.steps[0].change.notes
+    words = SlidingLayers(method="listed", layers=[3], window=6).in_words(change.before, change.after, {})
+    assert words.title == "a window of 6 tokens in 3 of 4 layers"
+    assert "3 of its 4 layers see only the last 6 tokens of a sequence (2 of them did so before)" in words.done
+    assert report.data["tier"] == "native"
+    assert spans([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7, 8"
+
+
+def test_applied_copies_no_weights(monkeypatch):
+    from surgery import pipeline
+
+    step = {"op": "sliding_layers", "method": "listed", "layers": [1], "window": WINDOW}
+    model = base("llama")
+    want = logits_of(model)
+    assert pipeline._rewritten(pipeline.recipes.load(recipe(step)), model) == []
+    with surgery.applied(recipe(step), model):
+        assert difference(logits_of(model), want) > 1e-3
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits_of(model), want)
+
+
+@pytest.mark.parametrize(("name", "engine", "says"), [
+    ("llama", "llama.cpp", "does not know the family ministral"),
+    ("qwen2", "llama.cpp", "windows in some layers of qwen2: llama.cpp does not read which layers slide"),
+    ("gemma2", "llama.cpp", "windows in some layers of gemma2"),
+    ("qwen3", "vllm", "windows in some layers of qwen3: vLLM refuses them"),
+])  # fmt: skip
+def test_engines_that_cannot_run_it_say_so(name, engine, says):
+    model = base(name)
+    listed(model, 3)
+    assert says in " ".join(obstacle.what for obstacle in find(engine).obstacles(Anatomy.of(model)))
+    if name == "gemma2":  # whose own windows llama.cpp knows
+        assert not find(engine).obstacles(Anatomy.of(base(name)))
+
+
 def test_it_does_not_follow_a_surgery_beyond_stock_models():
     model = base("llama")
     split = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 4}
@@ -294,7 +479,7 @@ def test_it_does_not_follow_a_surgery_beyond_stock_models():
 @pytest.mark.parametrize(
     ("name", "fields", "says"),
     [
-        ("gemma2", {"method": "listed", "layers": [3], "window": 8}, "layers of this gemma2 have 6 tokens: window=6"),
+        ("gemma2", {"method": "listed", "layers": [3], "window": 8}, "that of this gemma2 is 6: window=6"),
         ("llama", {"method": "listed", "layers": [3], "window": 1024}, "a window of 1,024 leaves nothing out"),
         ("llama", {"method": "listed", "layers": [3], "window": 0}, "window should be at least 2"),
         ("llama", {"method": "listed", "layers": [0, 1, 2, 3]}, "no layer would see all tokens"),
@@ -302,11 +487,16 @@ def test_it_does_not_follow_a_surgery_beyond_stock_models():
         ("llama", {"method": "every", "full_every": 5}, "no layer would see all tokens"),
         ("llama", {"method": "every", "full_every": 1}, "full_every should be at least 2"),
         ("llama", {"method": "listed", "layers": [4]}, "layers: [4]: there are layers 0 to 3"),
-        ("gemma2", {"method": "listed", "layers": [2, 3]}, "layers: [2] slide already"),
+        ("gemma2", {"method": "listed", "layers": [2, 3]}, "layers: [2] have the window already"),
         ("llama", {"sliding": 0.05}, "sliding: 0.05 of 4 full layers is none"),
         ("llama", {"sliding": 1.0}, "sliding should be less than 1"),
-        ("llama", {"calibration_length": 6}, "texts of 6 tokens show nothing of a window of 6"),
-        ("llama", {"calibration_text": "self"}, "calibration_text: self is not for this operation"),
+        ("llama", {"calibration_length": 261}, "calibration_length: 255 tokens beyond the window are too few"),
+        ("llama", {"window": 1000}, "24 tokens beyond the window are too few"),
+        ("llama", {"window": 1000}, "a window of up to 768, as this model takes 1,024"),
+        ("llama", {"calibration_text": "self"}, "no such text file: 'self' (available: builtin; a UTF-8 text file)"),
+        ("llama", {"answers": float("inf")}, "answers"),
+        ("llama", {"answers": -1.0}, "answers should be at least 0"),
+        ("llama", {"method": "listed", "layers": [1, 1]}, "layers names a layer twice"),
         ("llama", {"method": "listed", "layers": [1], "sliding": 0.25}, "sliding is for method: ablation"),
         ("llama", {"method": "listed"}, "layers"),
     ],
@@ -327,8 +517,11 @@ def test_settings_that_do_not_fit(name, fields, says):
         (lambda: TINY["llama_bias"](), "stock ministral, which would hold it, has no biases"),
         (lambda: TINY["gemma3"](), "layers of gemma3_text that slide have another RoPE"),
         (lambda: TINY["mistral"](), "all layers of this mistral slide already"),
-        (lambda: TINY["granite"](), "stock granite has one kind of attention for all layers"),
-        (lambda: TINY["gemma3_image_text"](), "stock gemma3 has one kind of attention"),
+        (lambda: TINY["granite"](), "no stock model computes what granite does and lists which layers slide; duo_att"),
+        (lambda: TINY["falcon_new"](), "no stock model computes what falcon does and lists which layers slide"),
+        (lambda: TINY["gemma3_image_text"](), "gemma3 is more than a text model"),
+        (lambda: build("Olmo3", **DEEP), "layers of olmo3 that slide have another RoPE"),
+        (lambda: build("Cohere2", **DEEP), "layers of cohere2 that slide have RoPE"),
     ],
 )
 def test_bases_that_do_not_fit(model, says):
@@ -376,9 +569,10 @@ def test_saved_with_its_report_and_measured_beside_its_base(tmp_path):
 
 def test_the_plan_says_layers_family_and_a_milder_setting():
     plan = surgery.plan(recipe({"op": "sliding_layers", "window": WINDOW}), base("llama"))
-    assert plan.steps[0].change.lines == ("2 of 4 layers see the last 6 tokens alone",)
+    assert plan.steps[0].change.lines == ("a window of 6 tokens in 2 of 4 layers",)
     assert "the result is a stock ministral, which computes what llama does" in plan.steps[0].change.notes
-    assert plan.steps[0].change.measurements[0].passes == 4 + 3  # two layers in two rounds
+    assert plan.steps[0].change.measurements[0].passes == (4 + 3) + 2 * 4  # two layers in two rounds
+    assert plan.steps[0].change.measurements[0].flops > 1e6
     assert plan.after.kv_bytes_per_token * 2 == plan.before.kv_bytes_per_token
     assert SlidingLayers(sliding=0.5).milder() == "sliding=0.25"
     assert SlidingLayers(method="every").milder() == ""
