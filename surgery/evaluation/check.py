@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 PROBE_LENGTH, GENERATED = 24, 8
+LONGEST_WINDOW = 1024  # a check reads a text that is longer than the window of a layer, up to this window
 FILES, FRESH = "checking files", "checking in a fresh process"  # stages
 FILES_SHARE = 50  # percent of the stage FILES that hashing takes, roughly; the test for NaN takes the rest
 PACKAGE = str(Path(__file__).parents[2])  # the folder from which a fresh process imports this package
@@ -248,6 +249,8 @@ def _probe_length(anatomy: Anatomy, device: torch.device) -> int:
     """Tokens of the text that a check reads: enough to show what each part of the model does."""
     used_parts = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
     lengths = [PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used_parts)]
+    windows = {layer.window for layer in anatomy.layers} - {None}
+    lengths += [window + GENERATED for window in windows if window <= LONGEST_WINDOW]
     if device.type == "cuda" and any("gate" in entry for _, entry in used_parts):
         import torch
 

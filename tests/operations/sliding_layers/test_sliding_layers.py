@@ -34,6 +34,7 @@ from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import load_text
 from surgery.engines import find
 from surgery.errors import SurgeryError
+from surgery.evaluation.check import _probe_length
 from surgery.operations.sliding_layers.ablation import choose_layers
 from surgery.operations.sliding_layers.operation import SlidingLayers, spans
 from surgery.operations.sliding_layers.window_search import WindowSearch
@@ -577,3 +578,10 @@ def test_the_plan_says_layers_family_and_a_milder_setting():
     assert SlidingLayers(sliding=0.5).milder() == "sliding=0.25"
     assert SlidingLayers(method="every").milder() == ""
     assert SlidingLayers(method="every", full_every=3).wanted(Anatomy.of(base("llama"))) == [0, 1, 3]
+
+
+def test_the_check_reads_beyond_the_window():
+    model = build("Llama", **(DEEP | {"max_position_embeddings": 2048}))
+    assert _probe_length(Anatomy.of(model), torch.device("cpu")) == 24
+    convert(model, method="listed", layers=[1], window=512)
+    assert _probe_length(Anatomy.of(model), torch.device("cpu")) > 512
