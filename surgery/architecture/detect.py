@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
 from surgery.architecture.layer import BYTES, Latent, LayerAnatomy
+from surgery.architecture.sliding import SLIDING
 from surgery.architecture.weights import packed_shapes
 from surgery.errors import ModelError, UnsupportedModelError
 from surgery.io.safetensors import STORED_NAMES
@@ -274,7 +275,7 @@ def _window(text, index: int) -> int | None:
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     if kinds:
-        return window if kinds[index] == "sliding_attention" else None
+        return window if kinds[index] == SLIDING else None
     return window if getattr(text, "use_sliding_window", True) else None
 
 

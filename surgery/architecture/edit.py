@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy, query_names
 from surgery.architecture.sliding import WINDOWS, refuse_windows, write_windows
+from surgery.architecture.stock_class import set_fields
 from surgery.architecture.surgery_block import layer_entries
 from surgery.errors import ModelError
 
@@ -52,10 +53,8 @@ def write_layers(
     if slides:
         write_windows(model, after)
     else:
-        config = model.config.get_text_config()  # not `before.config`: an earlier step may have made another one
-        for name, value in after.edits.items():
-            if getattr(config, name, None) != value:
-                setattr(config, name, value)
+        # Not `before.config`: an earlier step may have made another one.
+        set_fields(model.config.get_text_config(), after.edits)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
     if entries := layer_entries(after, shapes, needed=surgical):
         from surgery.runtime.modeling_surgery import patch

@@ -15,6 +15,7 @@ from surgery.architecture.stock_class import (
     empty_model,
     refuse_other_class,
     refuse_other_forward,
+    set_fields,
     stock_config,
     take_class,
 )
@@ -114,12 +115,12 @@ def write_windows(model, after: Anatomy) -> None:
     other = after.model_type != model.config.model_type
     config = stock_config(model.config, after.edits) if other else deepcopy(model.config)
     if not other:
-        _set_fields(config, after)
+        set_fields(config, after.edits)
     stock = empty_model(model, config)  # whatever fails has failed now
     if other:
         take_class(model, stock, _changing_paths(after))
     else:
-        _set_fields(model.config, after)
+        set_fields(model.config, after.edits)
     pairs = [(model.base_model, stock.base_model)]
     for layer, made in zip(after.layers, stock.base_model.layers, strict=True):
         block, _, attention = layer.path.rpartition(".")
@@ -131,8 +132,3 @@ def write_windows(model, after: Anatomy) -> None:
 def _changing_paths(after: Anatomy) -> list[str]:
     """The modules of the layers that the stock family has under other classes."""
     return [path for layer in after.layers for path in (layer.path.rpartition(".")[0], layer.path)]
-
-
-def _set_fields(config, after: Anatomy) -> None:
-    for name, value in after.edits.items():
-        setattr(config, name, value)

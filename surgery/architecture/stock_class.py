@@ -52,6 +52,13 @@ def stock_config(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrained
     return made
 
 
+def set_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
+    """Set fields of a config; one that has its value already stays untouched."""
+    for name, value in fields.items():
+        if getattr(config, name, None) != value:
+            setattr(config, name, value)
+
+
 def empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A causal model of a config, without memory, that calls attention as `model` does."""
     import torch

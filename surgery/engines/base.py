@@ -180,6 +180,11 @@ def other_width(anatomy: Anatomy) -> bool:
     return any(layer.heads * layer.head_dim != hidden for layer in anatomy.layers)
 
 
+def some_slide(anatomy: Anatomy) -> bool:
+    """Whether some layers have a sliding window and others have none."""
+    return len({layer.window is None for layer in anatomy.layers}) > 1
+
+
 def unlike_stock(anatomy: Anatomy) -> tuple[str, str]:
     """Of layers that are `per_layer`: what no stock config can give, and the nearest that one can."""
     if anatomy.alike:

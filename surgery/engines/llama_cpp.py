@@ -25,6 +25,7 @@ from surgery.engines.base import (
     other_width,
     parts_of,
     per_layer,
+    some_slide,
     unlike_stock,
 )
 from surgery.engines.process import ask_script, reason, refuse_killed, run_script
@@ -153,9 +154,10 @@ def _obstacles_of_windows(anatomy: Anatomy) -> list[Obstacle]:
     nearest = "this result in Transformers or vLLM; or gqa, which merges KV heads"
     if kind == "ministral":
         return [Obstacle("windows in some layers: llama.cpp's converter does not know the family ministral", nearest)]
-    mixed = len({layer.window is None for layer in layers}) > 1
     every = FULL_EVERY.get(kind)
-    if mixed and (not every or any((layer.window is None) != (not (layer.index + 1) % every) for layer in layers)):
+    if some_slide(anatomy) and (
+        not every or any((layer.window is None) != (not (layer.index + 1) % every) for layer in layers)
+    ):
         return [Obstacle(f"windows in some layers of {kind}: llama.cpp does not read which layers slide", nearest)]
     return []
 

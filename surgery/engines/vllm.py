@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.architecture.layer import BYTES, LayerAnatomy, groups_of
+from surgery.architecture.sliding import FULL, SLIDING
 from surgery.engines import vllm_environment
 from surgery.engines.artifact import RECORD
 from surgery.engines.base import (
@@ -26,6 +27,7 @@ from surgery.engines.base import (
     other_width,
     parts_of,
     per_layer,
+    some_slide,
     unlike_stock,
 )
 from surgery.engines.process import ask_script
@@ -83,7 +85,7 @@ class VLLM(ServingEngine):
         if anatomy.latent:
             why = "latent attention: vLLM 0.32 on a CPU, where the proof runs, computes other values than Transformers"
             return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
-        if _some_slide(anatomy) and anatomy.model_type in NO_WINDOWS:
+        if some_slide(anatomy) and anatomy.model_type in NO_WINDOWS:
             why = f"windows in some layers of {anatomy.model_type}: vLLM refuses them"
             return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
         unequal = _obstacles_of_layers(anatomy) if as_decilm(anatomy) else []
@@ -107,11 +109,11 @@ class VLLM(ServingEngine):
         if apart:
             config, facts = decilm_config(anatomy), {"architecture": "DeciLMForCausalLM"}
             shutil.copyfile(Path(__file__).with_name(CODE), file / CODE)
-        elif as_llama(anatomy):
+        else:
+            config.pop(OWN_CODE, None)
+        if as_llama(anatomy):
             config |= LLAMA
             facts = {"architecture": LLAMA["architectures"][0]}
-        if not apart:
-            config.pop(OWN_CODE, None)
         write_json(file / CONFIG, config)
         write_text(file / CARD, _card(folder.resolve().name, anatomy))
         return facts
@@ -181,18 +183,13 @@ def _card(name: str, anatomy: Anatomy) -> str:
 
 def as_llama(anatomy: Anatomy) -> bool:
     """Whether vLLM computes these layers as a Llama's, which it gives a window by `layer_types`."""
-    return anatomy.model_type == "ministral"
+    return anatomy.model_type == "ministral" and not as_decilm(anatomy)
 
 
 def as_decilm(anatomy: Anatomy) -> bool:
     """Whether vLLM computes these layers as a DeciLM alone, and not as the family itself."""
-    of_its_own = other_width(anatomy) or _some_slide(anatomy)
+    of_its_own = other_width(anatomy) or some_slide(anatomy)
     return per_layer(anatomy) or (anatomy.model_type in DIVIDED and of_its_own)
-
-
-def _some_slide(anatomy: Anatomy) -> bool:
-    """Whether some layers have a sliding window and others have none."""
-    return len({layer.window is None for layer in anatomy.layers}) > 1
 
 
 def query_heads(layers: tuple[LayerAnatomy, ...]) -> int:
@@ -230,7 +227,7 @@ def decilm_config(anatomy: Anatomy) -> dict[str, Any]:
         kept["qkv_bias"] = True
     if windows := {layer.window for layer in layers if layer.window}:
         kept["sliding_window"] = windows.pop()
-        kept["layer_types"] = ["sliding_attention" if layer.window else "full_attention" for layer in layers]
+        kept["layer_types"] = [SLIDING if layer.window else FULL for layer in layers]
     return kept
 
 

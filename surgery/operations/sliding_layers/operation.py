@@ -97,15 +97,10 @@ class SlidingLayers(Variants, WeightRewrite):
         chosen, total = self.wanted(anatomy), count(len(anatomy.layers), "layer")
         if not chosen:
             return PlannedChange(anatomy, ("nothing: no layer gets the window",))
-        which = "" if self.measured else f" ({spans(chosen)})"
+        which = f" ({spans(chosen)})" if self.streams else ""  # else a measurement chooses them
         line = f"a window of {self.window:,} tokens in {len(chosen)} of {total}{which}"
         after = self.after(anatomy, chosen)
         return PlannedChange(after, (line,), NATIVE, tuple(self._notes(anatomy, after)))
-
-    @property
-    def measured(self) -> bool:
-        """Whether a measurement decides which layers get the window."""
-        return not self.streams
 
     def after(self, anatomy: Anatomy, chosen: Collection[int]) -> Anatomy:
         """The anatomy in which these layers, and those that slide already, have the window."""
