@@ -47,7 +47,7 @@ DECIDED = {
     "evaluation/harness": "answers command scores task_files task_index task_set",
     "evaluation/probes": "base distances fields grid recall settings",
     "engines": "artifact base configuration_decilm llama_cpp llama_cpp_cache llama_cpp_converter llama_cpp_server "
-    "process proof run vllm vllm_environment vllm_process",
+    "process proof run vllm vllm_environment vllm_latent vllm_process",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",

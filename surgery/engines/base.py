@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # The nearest that engines without a part of the runtime can run.
 WEIGHTS_ALONE = "gqa and prune-heads, which change weights alone"
+NO_LATENT = "gqa, which merges KV heads; or this result in Transformers"
 SAME_WEIGHTS = "the base, whose weights are the same"
 
 
@@ -201,6 +202,21 @@ def parts_of(anatomy: Anatomy, reasons: dict[str, tuple[str, str]]) -> list[Obst
     """
     used = dict.fromkeys(name for layer in anatomy.layers for name in layer.parts)
     return [Obstacle(*reasons.get(name, (f"{name}, which only this package computes", "the base"))) for name in used]
+
+
+def obstacles_of_latent(anatomy: Anatomy, scaled: str, activation: str) -> list[Obstacle]:
+    """What engines that know DeepSeek's latent attention cannot express of a result with it.
+
+    Args:
+        scaled: why the engine cannot scale RoPE as the base does.
+        activation: why it cannot compute another MLP than DeepSeek's.
+    """
+    config, found = anatomy.config, []
+    if (kind := (config.rope_parameters or {}).get("rope_type", "default")) != "default":
+        found.append(Obstacle(f"latent attention with {kind} RoPE: {scaled}", NO_LATENT))
+    if (act := config.hidden_act) != "silu":
+        found.append(Obstacle(f"latent attention, and {act} as the MLP's activation: {activation}", NO_LATENT))
+    return found
 
 
 def _installed(package: str) -> bool:

@@ -1,7 +1,7 @@
 """llama.cpp: GGUF files, written by its own converter and run by its own server, each in a process.
 
 Layers that have different numbers of heads are written as the architecture `deci` (DeciLM, Nemotron-NAS), which
-llama.cpp computes like Llama with heads of its own in each layer.
+llama.cpp computes like Llama with heads of its own in each layer. Latent attention is written as `deepseek2`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from surgery.engines.base import (
     EngineQuestion,
     Obstacle,
     ServingEngine,
+    obstacles_of_latent,
     other_width,
     parts_of,
     per_layer,
@@ -52,6 +53,7 @@ PARTS = {
     "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
     "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", WEIGHTS_ALONE),
 }
+FLOAT32 = 4  # bytes of a weight that the converter stores in float32 in a file of every type
 CACHE = 1 << 28  # bytes of a cache whose size llama.cpp prints; it prints hundredths of a MiB
 FEWEST_CELLS, MOST_CELLS = 1024, 16384  # tokens of that cache
 SIZE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *([1-9]\d*) cells")
@@ -72,8 +74,8 @@ class LlamaCpp(ServingEngine):
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
         if anatomy.latent:
-            why = "latent attention with queries of full rank: llama.cpp's deepseek2 makes queries of a low rank"
-            return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
+            scaled = "llama.cpp's deepseek2 does not scale so"
+            return obstacles_of_latent(anatomy, scaled, "llama.cpp's deepseek2 computes silu alone")
         found = parts_of(anatomy, PARTS) + _obstacles_of_windows(anatomy)
         if anatomy.composite:
             alone = "the text model as a folder of its own; or convert_hf_to_gguf.py, which writes the other part too"
@@ -94,6 +96,10 @@ class LlamaCpp(ServingEngine):
         if done.returncode or not file.is_file():
             raise _conversion_error(done, folder)
         return facts
+
+    def disk_bytes(self, anatomy: Anatomy, kind: str) -> int:
+        made = FLOAT32 * len(anatomy.layers) * anatomy.config.get_text_config().hidden_size ** 2
+        return super().disk_bytes(anatomy, kind) + made * bool(anatomy.latent)
 
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         answers = ask_script("llama_cpp_server.py", self.name, {"file": str(file.resolve())}, question)
@@ -188,6 +194,8 @@ def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, A
             "num_key_value_heads_per_layer": [layer.kv_heads for layer in anatomy.layers],
         }
         facts["architecture"] = "deci"
+    if anatomy.latent:
+        facts["architecture"] = "deepseek2"
     return config, facts
 
 

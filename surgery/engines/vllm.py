@@ -8,6 +8,7 @@ zeros are put in: rows of the query projection and columns of the output project
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -31,6 +32,7 @@ from surgery.engines.base import (
     unlike_stock,
 )
 from surgery.engines.process import ask_script
+from surgery.engines.vllm_latent import WRONG_OPERATION, refusals, vector_factor, write_latent_weights
 from surgery.errors import SurgeryError
 from surgery.io import manifest
 from surgery.io.files import BASE_CARD, CARD, read_json, write_json, write_text
@@ -83,8 +85,7 @@ class VLLM(ServingEngine):
 
     def obstacles(self, anatomy: Anatomy) -> list[Obstacle]:
         if anatomy.latent:
-            why = "latent attention: vLLM 0.32 on a CPU, where the proof runs, computes other values than Transformers"
-            return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
+            return refusals(anatomy)
         if some_slide(anatomy) and anatomy.model_type in NO_WINDOWS:
             why = f"windows in some layers of {anatomy.model_type}: vLLM refuses them"
             return [Obstacle(why, "gqa, which merges KV heads; or this result in Transformers")]
@@ -96,7 +97,9 @@ class VLLM(ServingEngine):
         apart, config = as_decilm(anatomy), read_json(folder / CONFIG)
         weights = [name for name in manifest.paths_in(folder) if name.endswith(WEIGHTS) and "/" not in name]
         for name in weights:
-            if apart and name.endswith(".safetensors"):
+            if anatomy.latent:
+                write_latent_weights(folder / name, anatomy, file / name)
+            elif apart and name.endswith(".safetensors"):
                 _write_padded(folder / name, anatomy.layers, query_heads(anatomy.layers), file / name)
             else:
                 shutil.copyfile(folder / name, file / name)
@@ -114,12 +117,18 @@ class VLLM(ServingEngine):
         if as_llama(anatomy):
             config |= LLAMA
             facts = {"architecture": LLAMA["architectures"][0]}
+        if anatomy.latent:
+            config["tie_word_embeddings"] = False
         write_json(file / CONFIG, config)
         write_text(file / CARD, _card(folder.resolve().name, anatomy))
         return facts
 
     def disk_bytes(self, anatomy: Anatomy, kind: str) -> int:
         stored = BYTES.get(anatomy.dtype, 4)
+        if anatomy.latent:
+            config = anatomy.config
+            output = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+            return stored * (anatomy.parameters + output)
         if not as_decilm(anatomy):
             return stored * anatomy.parameters
         hidden, heads = anatomy.config.get_text_config().hidden_size, query_heads(anatomy.layers)
@@ -128,16 +137,24 @@ class VLLM(ServingEngine):
 
     def ask(self, file: Path, question: EngineQuestion) -> EngineAnswers:
         python = str(vllm_environment.interpreter(vllm_environment.environment()))
-        job = {"file": str(file.resolve()), "code": (file / CODE).is_file()}
+        job = {"file": str(file.resolve()), "code": (file / CODE).is_file(), "operations": _operations(file)}
         return ask_script("vllm_process.py", self.name, job, question, python)
 
     def command(self, file: str) -> str:
         import shlex
 
         code = " --trust-remote-code" if (Path(file) / CODE).is_file() else ""
+        if operations := _operations(Path(file)):
+            code += f" --compilation-config {shlex.quote(json.dumps({'custom_ops': operations}))}"
         own = vllm_environment.interpreter(vllm_environment.environment()).with_name("vllm")
         program = "vllm" if shutil.which("vllm") else shlex.quote(str(own))
         return f"{program} serve {shlex.quote(file)}{code}"
+
+
+def _operations(folder: Path) -> list[str]:
+    """vLLM's own operations that it must not use for this folder, as its setting `custom_ops` names them."""
+    latent = "kv_lora_rank" in (read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {})
+    return [WRONG_OPERATION] if latent else []
 
 
 def _write_tokenizer_config(folder: Path, target: Path, named: bool) -> None:
@@ -171,6 +188,8 @@ def _card(name: str, anatomy: Anatomy) -> str:
         kind = (
             "It is a DeciLM, which vLLM alone opens, with `--trust-remote-code`: its code is the class of its config."
         )
+    elif anatomy.latent and vector_factor(anatomy) != 1:
+        kind = "Open it with vLLM alone: the rows that make the latent vector are scaled for its norm's epsilon."
     elif as_llama(anatomy):
         kind = "It is a Llama with windows in some layers: open it with vLLM alone, since Transformers ignores them."
     return (

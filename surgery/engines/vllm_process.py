@@ -1,10 +1,10 @@
 """Run a folder in vLLM, as a process of vLLM's environment: `python -P vllm_process.py ANSWERS.json`.
 
 The file is run, never imported by the package. It reads one JSON object from stdin, {"file": folder, "code": whether
-the folder's own config class may run, "prompt": [ids], "generate": n, "best": k, "text": ..., "threads": n,
-"cache_bytes": bytes of all tokens' keys and values}. It writes {"generated": [ids], "best": [[[id, log-probability or
-null], ...], ...], "text_tokens": [ids], "cache_bytes": bytes of one token in the engine's cache} to ANSWERS.json.
-Weights and cache are float32.
+the folder's own config class may run, "operations": vLLM's setting custom_ops, "prompt": [ids], "generate": n, "best":
+k, "text": ..., "threads": n, "cache_bytes": bytes of all tokens' keys and values}. It writes {"generated": [ids],
+"best": [[[id, log-probability or null], ...], ...], "text_tokens": [ids], "cache_bytes": bytes of one token in the
+engine's cache} to ANSWERS.json. Weights and cache are float32.
 """
 
 import json
@@ -35,6 +35,7 @@ def answer(job: dict) -> dict:
         logprobs_mode="raw_logprobs",
         enforce_eager=True,
         disable_log_stats=True,
+        compilation_config={"custom_ops": job["operations"]},
     )
     greedily = SamplingParams(
         temperature=0, max_tokens=job["generate"], logprobs=job["best"], ignore_eos=True, detokenize=False

@@ -107,6 +107,33 @@ def test_llama_cpp_agrees(surgery, sources, tmp_path, family, step, expected):
     assert changed == [], "the folder can still be checked and pushed"
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("Llama", {"head_dim": 32, "rms_norm_eps": 1e-5}), ("Mistral", {"head_dim": 64, "tie_word_embeddings": False})],
+)
+def test_llama_cpp_agrees_about_latent_attention(surgery, tmp_path, family, fields):
+    """One vector of a token in its cache; the stock norm's epsilon is 1e-6, and a file has that of all its norms."""
+    from surgery.io.demo_model import demo_model
+
+    source = tmp_path / "source"
+    build(family, **SIZES | {"sliding_window": None} | fields).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, source)
+    text = {"calibration_text": "builtin", "calibration_samples": 4, "calibration_length": 64}
+    out = convert(source, tmp_path / "out", {"op": "mla", "rank": 40, "rope": 24} | text)
+    ran = surgery("export", out, "--for", "llama.cpp", "-o", "f.gguf")
+    assert ran.code == 0, ran.err
+    expected = {"architecture": "deepseek2", "attention.kv_lora_rank": 40, "rope.dimension_count": 24}
+    assert fields_of(tmp_path / "f.gguf", *[name for name in expected if name != "architecture"]) == expected
+    (entry,) = json.loads((out / "surgery.json").read_text())["exports"]
+    assert entry["largest_difference"] <= 1e-3
+    assert (entry["tokens"], entry["same_best"] + entry["near_ties"], entry["same_text_tokens"]) == (64, 64, True)
+    assert entry["compared"] > 20_000
+    assert entry["engine_cache_bytes_per_token"] == entry["kv_bytes_per_token"] == 2 * 2 * (40 + 24)
+    small = surgery("export", out, "--for", "llama.cpp", "--type", "f16", "-o", "small.gguf")
+    assert small.code == 0, "the rows of the vector are below the least number of float16: " + small.err
+
+
 @pytest.fixture(scope="module")
 def unequal(sources, tmp_path_factory) -> Path:
     return convert(sources["Llama"], tmp_path_factory.mktemp("unequal") / "out", UNEQUAL)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import surgery as package
-from surgery.engines import find, process, vllm, vllm_environment
+from surgery.engines import find, process, vllm, vllm_environment, vllm_latent
 from surgery.engines.base import EngineAnswers
 from surgery.engines.vllm import PARTS, VLLM, padded, query_heads
 from surgery.runtime.surgery_config import PARTS as RUNTIME_PARTS
@@ -109,6 +109,39 @@ def test_query_heads_in_groups_of_unequal_size(tmp_path):
     before, after = (load_file(where / "model.safetensors")[name] for where in (tmp_path / "out", folder))
     assert (before.shape[0], after.shape[0]) == (48, 64)
     assert torch.equal(after, torch.cat([before[:16], torch.zeros(16, 64), before[16:]]))
+
+
+@pytest.mark.parametrize(("shards", "dtype"), [(1, "float32"), (3, "float32"), (1, "bfloat16")])
+def test_latent_attention_with_one_epsilon_for_all_norms(tmp_path, monkeypatch, shards, dtype):
+    """vLLM's norm of the vector has the config's epsilon, and its output layer is a tensor of the file."""
+    monkeypatch.setattr(vllm_latent, "RANK", 20)
+    monkeypatch.setattr(vllm_latent, "ROPE", 12)
+    text = {"calibration_text": "builtin", "calibration_samples": 4, "calibration_length": 64}
+    step = {"op": "mla", "rank": 20, "rope": 12} | text
+    out = make(tmp_path / "out", "Llama", step, rms_norm_eps=1e-3, tie_word_embeddings=True)
+    tokens = torch.arange(40).view(1, 40)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=getattr(torch, dtype))
+    (out / "model.safetensors").unlink()
+    model.save_pretrained(out, max_shard_size=f"{model.num_parameters() * 4 // shards // 1000 + 10}KB")
+    with torch.no_grad():
+        expected = model.float()(tokens).logits
+    folder = written(out, tmp_path / "served")
+    assert len(list(folder.glob("*.safetensors"))) == len(list(out.glob("*.safetensors"))) >= min(shards, 2)
+    if shards > 1:
+        named = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert torch.equal(
+            load_file(folder / named["lm_head.weight"])["lm_head.weight"],
+            load_file(folder / named["model.embed_tokens.weight"])["model.embed_tokens.weight"],
+        )
+    served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert not served.config.tie_word_embeddings
+    with torch.no_grad():
+        assert (served(tokens).logits - expected).abs().max() > 1e-2, "in Transformers it is another model"
+        for layer in served.model.layers:
+            layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-3
+        assert torch.allclose(served(tokens).logits, expected, atol=2e-5)
+    assert "vLLM alone" in (folder / "README.md").read_text()
+    assert VLLM().command(str(folder)).endswith("""--compilation-config '{"custom_ops": ["-rotary_embedding"]}'""")
 
 
 def test_heads_of_zeros_stand_after_those_of_their_group():

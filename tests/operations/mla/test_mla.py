@@ -302,12 +302,26 @@ def test_a_stock_model_of_the_family_is_read_or_refused():
         Anatomy.of(transformers.DeepseekV3Config())
 
 
-@pytest.mark.parametrize(("engine", "says"), [("vllm", "computes other values"), ("llama.cpp", "of full rank")])
-def test_engines_that_cannot_run_it_say_so(engine, says):
-    model = llama(4)
+SCALED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "engine", "says"),
+    [
+        ({}, "vllm", ["a latent vector of 20 and a rotated key of 12: its attention takes 512 and 64 alone"]),
+        ({}, "llama.cpp", []),
+        ({"rope_parameters": SCALED}, "llama.cpp", ["latent attention with linear RoPE"]),
+        ({"rope_parameters": SCALED}, "vllm", ["512 and 64 alone", "it takes every scaling for YaRN"]),
+        ({"hidden_act": "gelu"}, "llama.cpp", ["gelu as the MLP's activation"]),
+        ({"hidden_act": "gelu"}, "vllm", ["512 and 64 alone", "gelu as the MLP's activation"]),
+    ],
+)
+def test_engines_that_cannot_run_it_say_so(fields, engine, says):
+    model = llama(4, **fields)
     convert(model, rank=20, rope=12)
-    (obstacle,) = find(engine).obstacles(Anatomy.of(model))
-    assert says in obstacle.what
+    obstacles = find(engine).obstacles(Anatomy.of(model))
+    assert len(obstacles) == len(says)
+    assert all(part in obstacle.what for part, obstacle in zip(says, obstacles, strict=True))
 
 
 def test_saved_with_its_report_and_measured_beside_its_base(tmp_path):
