@@ -55,7 +55,7 @@ DECIDED = {
     "output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device offload parallel placement progress speed transformers_logging",
-    "operations": "base expand head_mask rewrite variants",
+    "operations": "absorb base expand head_mask rewrite variants",
     "operations/duo_attention": "operation scorers",
     "operations/gqa": "base choose_layers closed_form closed_form_method grouping layer merge merge_methods operation",
     "operations/mla": "closed_form joint_rank layer operation weights",
@@ -70,7 +70,7 @@ DECIDED = {
     "search": "sweep",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
-    "surgery_kernels surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
+    "surgery_kernels surgery_latent surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
 }
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.
 MANY = {

@@ -46,7 +46,12 @@ def layer_entries(
 
 
 def _stock_numbers(anatomy: Anatomy) -> tuple[int, int | None]:
-    """The numbers of query and KV heads that the config names after the change; None: it has no field of KV heads."""
+    """The numbers of query and KV heads that the config names after the change; None: it has no field of KV heads.
+
+    A latent vector is one KV head, which a config of latent attention does not count.
+    """
+    if anatomy.latent:
+        return anatomy.layers[0].heads, 1
     heads, kv_heads = (
         anatomy.edits.get(name, getattr(anatomy.config, name, None))
         for name in ("num_attention_heads", "num_key_value_heads")

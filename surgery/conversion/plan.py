@@ -251,8 +251,8 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None
     """
     steps, current = [], anatomy
     for operation in recipe.operations:
-        problems = conflicts(operation, steps, anatomy) or missing_texts(operation)
-        problems = problems or after_latent(operation, current) or problems_of(operation, "problems", current)
+        problems = after_latent(operation, current) or conflicts(operation, steps, anatomy)
+        problems = problems or missing_texts(operation) or problems_of(operation, "problems", current)
         if problems:
             first, *rest = (RecipeMismatchError(problem, where=source) for problem in problems)
             raise RecipeMismatchError(first.what, where=source, others=tuple(rest))
@@ -296,9 +296,10 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
 
 def after_latent(operation: Operation, current: Anatomy) -> list[str]:
     """Why an operation cannot follow latent attention, whose heads have no keys and values of their own."""
-    if current.latent is None:
+    if current.latent is None or operation.on_latent:
         return []
-    return [f"{operation.op}: this model has latent attention (mla), which no operation changes: start from its base"]
+    what = "this model has latent attention (mla), whose heads it cannot change"
+    return [f"{operation.op}: {what}: start from its base"]
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:

@@ -204,6 +204,14 @@ def parts_of(anatomy: Anatomy, reasons: dict[str, tuple[str, str]]) -> list[Obst
     return [Obstacle(*reasons.get(name, (f"{name}, which only this package computes", "the base"))) for name in used]
 
 
+def stock_names(anatomy: Anatomy) -> dict[str, Any]:
+    """The fields of a config.json by which programs know the family, of a model that computes what the family does."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = anatomy.model_type
+    return {"model_type": kind, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
+
+
 def obstacles_of_latent(anatomy: Anatomy, scaled: str, activation: str) -> list[Obstacle]:
     """What engines that know DeepSeek's latent attention cannot express of a result with it.
 

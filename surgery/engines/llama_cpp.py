@@ -27,6 +27,7 @@ from surgery.engines.base import (
     parts_of,
     per_layer,
     some_slide,
+    stock_names,
     unlike_stock,
 )
 from surgery.engines.process import ask_script, reason, refuse_killed, run_script
@@ -195,6 +196,7 @@ def _config(folder: Path, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, A
         }
         facts["architecture"] = "deci"
     if anatomy.latent:
+        config = {key: value for key, value in config.items() if key not in SURGICAL} | stock_names(anatomy)
         facts["architecture"] = "deepseek2"
     return config, facts
 

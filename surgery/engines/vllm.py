@@ -29,6 +29,7 @@ from surgery.engines.base import (
     parts_of,
     per_layer,
     some_slide,
+    stock_names,
     unlike_stock,
 )
 from surgery.engines.process import ask_script
@@ -118,7 +119,8 @@ class VLLM(ServingEngine):
             config |= LLAMA
             facts = {"architecture": LLAMA["architectures"][0]}
         if anatomy.latent:
-            config["tie_word_embeddings"] = False
+            config.pop("surgery", None)
+            config |= stock_names(anatomy) | {"tie_word_embeddings": False}
         write_json(file / CONFIG, config)
         write_text(file / CARD, _card(folder.resolve().name, anatomy))
         return facts

@@ -11,6 +11,7 @@ from surgery.operations.base import Operation
 
 GROUP = "surgery.operations"
 BUILTIN = {  # op -> module of this package : class
+    "absorb": "absorb:Absorb",
     "duo_attention": "duo_attention.operation:DuoAttention",
     "expand": "expand:Expand",
     "gqa": "gqa.operation:GQA",

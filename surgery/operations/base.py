@@ -23,6 +23,7 @@ classes: see `variants.py`.
     unchanged_within           optional            length up to which a sequence gives the base's outputs
     milder                     optional            a setting that changes less, for a result that lost too much
     purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
+    on_latent                  optional            whether it is for latent attention; other operations refuse it
     usual_tier                 optional            the tier of the result, as far as the settings determine it
     in_words                   optional            what it did, for the title and the first paragraph of the model card
 """
@@ -229,6 +230,7 @@ class Operation(BaseModel):
     # A term of the equation, by its name in the runtime (`Part.terms`): "visibility", "visibility in prefill",
     # "visibility of the cache", "bias", "virtual keys", "gate". None: the operation changes weights.
     term: ClassVar[str | None] = None
+    on_latent: ClassVar[bool] = False
     carries_terms: ClassVar[tuple[str, ...]] = ()  # terms set earlier that stay valid after this weight change
 
     purpose: ClassVar[str] = "exact"  # one of PURPOSES

@@ -13,7 +13,8 @@ The path of one call, in the order of this file:
 
     surgery_attention   refuses unknown arguments, applies the gate, and runs the sequences of packed rows one by one
     _attention          splits queries and keys by kind of head; uses what the parts' `attach` put on the module
-                        (`surgery_corrections`, `surgery_sparse`), and calls the policy at the end (`surgery_policy`)
+                        (`surgery_corrections`, `surgery_sparse`), and calls the policy at the end (`surgery_policy`).
+                        Latent attention takes another way from here (`surgery_latent`)
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
     of_token, of_prompt by a kernel: one token and all kinds of heads, a prompt and one kind (surgery_kernels.py)
     _on_keys, _block    by PyTorch: keys in consecutive slots, as a full store or a ring holds them
@@ -92,6 +93,9 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     `options["on"]`: bool [batch, n, heads], the rows that the gate needs; the others are arbitrary. None: all.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (latent := getattr(module, "surgery_latent", None)) is not None:
+        vectors, rotated = (key[0].keys, key[0].values) if isinstance(key, list) else (key, value)
+        return latent(module, query, vectors, rotated, attention_mask, scale)
     kinds: HeadKinds = module.surgery_heads
     if isinstance(key, list):
         views = key

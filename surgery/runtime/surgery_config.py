@@ -38,7 +38,8 @@ from typing import NamedTuple
 
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 13), (6, 0))  # (from, before); the caches of 5.12 lack a method that ours builds on
-SINCE = {"gptj": (5, 24)}  # the base's model_type -> the first version in which its attention can be replaced
+# The base's model_type -> the first version in which its attention can be replaced.
+SINCE = {"gptj": (5, 24), "deepseek_v3": (5, 24)}
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
 PER_LAYER = "per_layer_config"  # the key of config.json by which Transformers 5 names what differs between layers
 QUERY_HEADS, KV_HEADS = "query heads", "KV heads"
@@ -49,6 +50,7 @@ ENTRY = "modeling_surgery"  # the file that config.json names
 # entry names it.
 FILES = {
     "split": "surgery_visibility",
+    "latent": "surgery_latent",
     "sparse": "surgery_sparse_prefill",
     "act": "surgery_act",
     "bias": "surgery_bias",

@@ -17,6 +17,7 @@ FAST = ("--no-check", "--no-eval")
 SHIPPED = {"act", "duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mae"}
 SHIPPED |= {
     "mla",
+    "mla-absorbed",
     "moh",
     "mqa",
     "prune-heads",

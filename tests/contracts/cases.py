@@ -82,6 +82,12 @@ CASES: dict[str, Case] = {
         native=True,
         refused_always=("qwen3", "gemma2", "gpt_oss", "mistral", "gpt2", "qwen2", "granite", "phi"),
     ),
+    "absorb": Case(
+        {},
+        {},  # every setting computes what its base does, which is latent attention: tests/operations/mla
+        ("op", "absorbed"),
+        refused_always=tuple(FAMILIES),
+    ),
     "expand": Case({}, {"expand, no more": lambda layer: {"kv_heads": layer.kv_heads}}, ("kv_heads", 0), native=True),
     "sliding_layers": Case(
         {"method": "listed", "layers": [0], "window": 4},

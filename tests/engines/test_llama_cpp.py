@@ -40,9 +40,9 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     return {family: root / family for family in FAMILIES}
 
 
-def convert(source: Path, out: Path, step: dict) -> Path:
+def convert(source: Path, out: Path, *steps: dict) -> Path:
     """A result that counts as checked."""
-    recipe = {"version": 1, "name": "made", "operations": [step], "evaluate": None}
+    recipe = {"version": 1, "name": "made", "operations": list(steps), "evaluate": None}
     package.apply(recipe, str(source), output=out, check=False, evaluate=False)
     edit_record(out, check={"passed": True, "items": []})
     return out
@@ -120,7 +120,8 @@ def test_llama_cpp_agrees_about_latent_attention(surgery, tmp_path, family, fiel
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model() / name, source)
     text = {"calibration_text": "builtin", "calibration_samples": 4, "calibration_length": 64}
-    out = convert(source, tmp_path / "out", {"op": "mla", "rank": 40, "rope": 24} | text)
+    steps = [{"op": "mla", "rank": 40, "rope": 24} | text, *[{"op": "absorb"}] * (family == "Mistral")]
+    out = convert(source, tmp_path / "out", *steps)
     ran = surgery("export", out, "--for", "llama.cpp", "-o", "f.gguf")
     assert ran.code == 0, ran.err
     expected = {"architecture": "deepseek2", "attention.kv_lora_rank": 40, "rope.dimension_count": 24}

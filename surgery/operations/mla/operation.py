@@ -36,7 +36,7 @@ class MLA(Operation):
         "The weights are fitted to the calibration text (by default half Python's language reference, half what the "
         "model writes itself); text of another kind loses more.",
         "Stock Transformers makes the keys and values of the whole past anew at each step, which takes time that the "
-        "base does not need.",
+        "base does not need; the operation absorb, after this one, avoids it.",
         "With a `rope` below the default, frequencies lose RoPE that matter in long texts: judge those before use.",
         "Train it with `surgery heal`: the rows that make the vector are stored scaled far down, and a step of "
         "another trainer's optimiser would replace them.",
@@ -150,7 +150,7 @@ class MLA(Operation):
         )
 
     def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
-        yield f"the result is a stock {STOCK}"
+        yield f"the layers are those of a stock {STOCK}"
         of = anatomy.layers[0].rotary // 2
         dropped = of - latent.rope // 2
         if dropped:
