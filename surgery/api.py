@@ -38,6 +38,7 @@ from surgery.machine.placement import Placement, current, placed, refuse_for_loa
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
+from surgery.search.fit import fit as fit
 from surgery.search.sweep import sweep as sweep
 
 if TYPE_CHECKING:

@@ -95,6 +95,14 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
     return healed.report
 
 
+def finish(folder: Path, base: Path, recipe: Recipe, options: RunOptions) -> Report:
+    """Check and score a folder that `apply_to_folder` wrote without that."""
+    options, report = _timed(options), Report.of(folder)
+    if _check(report, options):
+        _score(report, base, _judged_by(recipe, base), options)
+    return _close(report, options)
+
+
 def heal_to_folder(
     folder: str | Path,
     base: str | Path | None,

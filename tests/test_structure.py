@@ -67,7 +67,7 @@ DECIDED = {
     "recipes": "",
     "report": "card card_metadata card_sections card_summary gate head_map lineage page plots report reproduction "
     "summary timing verdict",
-    "search": "sweep",
+    "search": "budget fit fitted sweep trials",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_kernels surgery_latent surgery_query_blocks surgery_sparse_prefill surgery_stores surgery_visibility",
@@ -79,7 +79,7 @@ MANY = {
     "data": "calibration make_needles passkeys",
     "evaluation/benchmark": "bench",
     "evaluation/comparison": "compare",
-    "search": "sweep",
+    "search": "fit sweep",
     "healing": "of store",
     "operations/duo_attention": "ablation far_mass fisher gates induction retrieval",
     "operations/moh": "route",

@@ -1,8 +1,9 @@
-"""The verbs that put models side by side: try, reproduce, compare and sweep."""
+"""The verbs that put models side by side: try, reproduce, compare, sweep and fit."""
 
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,6 +142,58 @@ def sweep(
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
     _show(found, out, html, as_json)
+
+
+def fit(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The model to convert.", autocompletion=completion.models),
+    ],
+    kv: Annotated[float, typer.Option("--kv", metavar="SHARE", help="Leave this share of the base's KV cache.")],
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the best result here.")
+    ] = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Count the cache of a text of N tokens.")] = 8192,
+    native_only: Annotated[bool, typer.Option("--native-only", help="Only what stock Transformers loads.")] = False,
+    engine: Annotated[
+        str, typer.Option("--for", metavar="ENGINE", help="Only what this engine can run: llama.cpp or vllm.")
+    ] = "",
+    minutes: Annotated[
+        float | None, typer.Option(min=0, metavar="N", help="Begin no further trial after N minutes.")
+    ] = None,
+    text: Text = "builtin",
+    keep: Annotated[
+        Path, typer.Option("--keep", metavar="FOLDER", help="Keep figures and picture here; a run goes on from it.")
+    ] = Path("fit"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try every recipe that leaves this share of the KV cache, and apply the one that loses least."""
+    from surgery.cli.render import tables
+    from surgery.cli.render.console import progress_bar
+    from surgery.errors import SurgeryError
+    from surgery.search.fit import PICTURE
+    from surgery.search.fit import fit as run
+
+    asked = {"context": context, "native_only": native_only, "engine": engine, "minutes": minutes, "text": text}
+    with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
+        told = None if quiet or as_json else lambda name, trial: typer.echo(f"{name}: {trial}", err=True)
+        found = run(model, kv, output=out, folder=keep, overwrite=overwrite, progress=progress, on_trial=told, **asked)
+    with suppress(SurgeryError):  # without matplotlib the table is all
+        found.plot(keep / PICTURE)
+    if as_json:
+        emit(found.to_dict())
+    else:
+        tables.fitted(found)
+        if found.report is not None:
+            typer.echo(f"\n{found.report}")
+        else:
+            typer.echo(
+                f"next: surgery fit {shlex.quote(model)} --kv {kv:g} -o OUT (what was measured is kept in {keep})"
+            )
+    if found.report is not None:
+        found.report.raise_faults()
 
 
 def _names(text: str) -> list[str]:

@@ -42,6 +42,7 @@ VERBS = {  # in the order of `--help`: verb -> its function, and its line in the
     "reproduce": (compare_verbs.reproduce, "Run the recipe of an output again, and compare."),
     "compare": (compare_verbs.compare, "Measure several models beside their base, in one table."),
     "sweep": (compare_verbs.sweep, "Try values of a setting, and compare the results."),
+    "fit": (compare_verbs.fit, "Find what loses least for a share of the KV cache."),
     "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),
     "report": (page_verbs.report, "Write one HTML page about an output."),
     "export": (export_verb.export, "Write it for llama.cpp or vLLM, run it there, and compare."),
@@ -84,6 +85,7 @@ PLACED = (
     "reproduce",
     "compare",
     "sweep",
+    "fit",
     "report",
 )
 

@@ -22,6 +22,7 @@ classes: see `variants.py`.
     model_use                  optional            what measuring does with the model: layer by layer, as a whole
     unchanged_within           optional            length up to which a sequence gives the base's outputs
     milder                     optional            a setting that changes less, for a result that lost too much
+    ladders                    optional            settings that leave less and less of the KV cache, for `surgery fit`
     purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
     on_latent                  optional            whether it is for latent attention; other operations refuse it
     usual_tier                 optional            the tier of the result, as far as the settings determine it
@@ -293,6 +294,14 @@ class Operation(BaseModel):
     def milder(self) -> str:
         """A setting "key=value" that changes less, for a user whose result lost too much; "": none is known."""
         return ""
+
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        """Settings with which less and less of the KV cache is left; [] where no setting does that.
+
+        Each ladder is a list of changes to the fields, from the mildest on. `surgery fit` takes the first of each with
+        which the cache fits. Steps that `problems` refuses are passed over.
+        """
+        return []
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why the operation cannot be applied to such a model. Each text says what would work."""

@@ -14,11 +14,13 @@ from surgery.cli.render.layout import hanging, show
 from surgery.evaluation.benchmark.result import SPLIT
 from surgery.evaluation.probes.base import Probe, Result
 from surgery.evaluation.probes.base import Table as Data
+from surgery.io.printing import Table as Plain
 from surgery.io.printing import byte_size, count
 
 if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
     from surgery.evaluation.conversation import Reply
+    from surgery.search.fitted import Fitted
 
 SHOWN = {SPLIT: "converted"}  # name of a model in a benchmark's record -> what a person reads
 
@@ -71,6 +73,18 @@ def comparison(found: Comparison) -> None:
             out.print()
     for note in found.all_notes:
         hanging(out, "note: ", note, 6)
+
+
+def fitted(found: Fitted) -> None:
+    """Print what a search tried, and what was chosen."""
+    out = console()
+    for block in found.blocks():
+        if isinstance(block, Plain):
+            show(out, _as_rich(block))
+        elif isinstance(block, tuple):
+            hanging(out, f"{block[0]}: ", block[1], len(block[0]) + 2)
+        else:
+            hanging(out, "", block, 0, "dim")
 
 
 def measured(probe: type[Probe], result: Result, following: str = "") -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 OWN = ("sinks", "window", "seed", "state", "per")  # settings of a scorer that are fields here, or have no meaning
+LONGEST_WINDOW, STEP = 16384, 64  # tokens: the windows that `surgery fit` tries where all heads stream
 MOST_KEPT = 1 << 20  # most sinks, and most tokens of a window, as in the runtime (surgery_visibility.py)
 
 
@@ -127,6 +128,14 @@ class DuoAttention(Operation):
 
     def milder(self) -> str:
         return f"streaming_ratio={self.streaming_ratio / 2:g}" if self.streaming_ratio else ""
+
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        if self.streaming_ratio is None:
+            return []
+        if self.streaming_ratio == 1:  # all heads stream: what is left is the window
+            longest = min(anatomy.positions or LONGEST_WINDOW, LONGEST_WINDOW)
+            return [[{"window": window} for window in range(longest // STEP * STEP, 0, -STEP)]]
+        return [[{"streaming_ratio": share / 100} for share in range(1, 100)]]
 
     def problems_before(self, earlier: Anatomy) -> list[str]:
         """Refuse a checkpoint that weighs the first token in heads that could stream without sinks and so lose it."""

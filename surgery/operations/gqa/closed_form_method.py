@@ -80,6 +80,14 @@ class ClosedForm(GQA):
     def milder(self) -> str:
         return "" if self.kept_share or isinstance(self.kv_heads, list) else f"keep_layers={KEPT}"
 
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        heads, kv_heads, layers = anatomy.layers[0].heads, anatomy.layers[0].kv_heads, len(anatomy.layers)
+        fewer = [count for count in range(kv_heads - 1, 0, -1) if heads % count == 0]
+        return [
+            [{"kv_heads": count, "keep_layers": kept / layers} for kept in range(layers - 1, -1, -1)]
+            for count in fewer
+        ]
+
     @property
     def kept_share(self) -> float:
         return self.keep_layers or (KEPT if self.kv_heads is None else 0.0)

@@ -78,6 +78,9 @@ class MLA(Operation):
             return f"rank={self.rank + max(1, self.rank // 2)}"
         return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
 
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
+
     def latent(self, anatomy: Anatomy) -> Latent:
         """The latent attention that such a model gets."""
         layer, waves = anatomy.layers[0], _waves(anatomy)

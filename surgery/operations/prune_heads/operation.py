@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import compress
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -94,6 +94,11 @@ class PruneHeads(Operation):
         """Native if every layer loses the same number of whole KV groups."""
         alike = self.granularity == "kv_group" and self.per_layer is not None and not self.protect_layers
         return NATIVE if alike else SURGICAL
+
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        if self.granularity != "kv_group" or self.per_layer is None:
+            return []
+        return [[{"per_layer": count} for count in range(1, min(layer.kv_heads for layer in anatomy.layers))]]
 
     @property
     def model_use(self) -> Use:

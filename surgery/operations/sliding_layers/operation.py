@@ -165,6 +165,10 @@ class Ablation(SlidingLayers):
     def milder(self) -> str:
         return f"sliding={round(self.sliding / 2, 3):g}"
 
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        layers = len(full_layers(anatomy))
+        return [[{"sliding": count / layers} for count in range(1, layers)]]
+
     def wanted(self, anatomy: Anatomy) -> list[int]:
         full = full_layers(anatomy)
         return full[: int(self.sliding * len(full) + 0.5)]

@@ -1,0 +1,260 @@
+"""What reaches a budget of KV cache: recipes and pairs of them, worked out from plans. No weight is read.
+
+The operations say which settings leave less of the cache (`Operation.ladders`). A recipe of a new operation takes part
+without a change here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.config import recipe as recipes
+from surgery.config.catalogue import TRAINING_INCLUDED, TRAINING_NEEDED, Entry, entries
+from surgery.config.recipe import Recipe
+from surgery.conversion.plan import Plan, make_plan
+from surgery.engines import find
+from surgery.errors import SurgeryError
+from surgery.operations.base import NATIVE, Operation
+
+TEXT = "calibration_text"
+ALIKE = "exact"  # purpose of operations that leave the results as they are
+PURPOSES = ("cache", "quality", ALIKE)  # of the operations that are tried: others change more than the cache
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a result may take, and where it must run.
+
+    Attributes:
+        share: of the base's KV cache, at most.
+        context: tokens of the text whose cache is counted.
+        native: only stock checkpoints.
+        engine: an engine that must be able to run the result; "": none.
+    """
+
+    share: float
+    context: int
+    native: bool = False
+    engine: str = ""
+
+    def refusal(self, plan: Plan) -> str:
+        """Why a result that is small enough may not be taken; "": it may."""
+        if self.native and plan.tier != NATIVE:
+            return "its result is surgical: it needs code of its own"
+        if self.engine and (obstacles := find(self.engine).obstacles(plan.after)):
+            return f"{self.engine} cannot express {obstacles[0].what}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A recipe with settings that reach the budget.
+
+    Attributes:
+        name: the recipe and what was set in it.
+        recipe, plan: the recipe, and what it does to the model.
+        share: what is left of the base's KV cache at the budget's context.
+    """
+
+    name: str
+    recipe: Recipe
+    plan: Plan
+    share: float
+
+
+@dataclass
+class Options:
+    """What reaches a budget, and why other recipes do not.
+
+    Attributes:
+        found: the options, those that leave most of the cache first.
+        left_out: recipe -> why it is not among them.
+        nearest: the least share that any recipe reaches, with its name; None: no recipe makes the cache smaller.
+    """
+
+    found: list[Option] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    nearest: tuple[float, str] | None = None
+
+
+class Model(NamedTuple):
+    """The model that is to become smaller.
+
+    Attributes:
+        chats: whether its tokenizer has a chat template, which the calibration text `conversations` needs.
+    """
+
+    anatomy: Anatomy
+    name: str
+    folder: Path
+    chats: bool = True
+
+    def recipe(self, name: str) -> Recipe:
+        """A shipped recipe, with a calibration text that this model can write."""
+        recipe = recipes.load(name)
+        if self.chats:
+            return recipe
+        data = recipe.to_dict()
+        steps = [step | ({TEXT: "mixed"} if step.get(TEXT) == "conversations" else {}) for step in data["operations"]]
+        return recipes.load(data | {"operations": steps})
+
+
+def options(model: Model, budget: Budget) -> Options:
+    """Every shipped recipe with the mildest settings that reach a budget."""
+    made = Options()
+    for entry in entries():
+        recipe = model.recipe(entry.name)
+        if reason := _unwanted(entry, recipe):
+            made.left_out[entry.name] = reason
+        else:
+            _try(made, recipe, model, budget)
+    made.found = _without_doubles(made)
+    return made
+
+
+def pairs(two: list[Option], model: Model, budget: Budget) -> list[Option]:
+    """Both of two recipes, one after the other in either order, where they compose and reach a budget."""
+    made = Options()
+    for first, second in itertools.permutations(two, 2):
+        _try(made, _joined(first.recipe, second.recipe), model, budget)
+    return made.found
+
+
+def _unwanted(entry: Entry, recipe: Recipe) -> str:
+    """Why a recipe is not tried at all; "": it is."""
+    if entry.training == TRAINING_NEEDED:
+        return "its result needs training"
+    if entry.training == TRAINING_INCLUDED:
+        return "it trains, which `surgery heal` can do afterwards"
+    if other := next((each.purpose for each in recipe.operations if each.purpose not in PURPOSES), ""):
+        return f"it changes more than the cache ({other})"
+    return ""
+
+
+def _joined(first: Recipe, second: Recipe) -> Recipe:
+    """Both recipes one after the other, judged as the second is."""
+    data = second.to_dict() | {"name": f"{first.name} + {second.name}", "description": ""}
+    return recipes.load(data | {"operations": [*first.to_dict()["operations"], *data["operations"]]})
+
+
+def _try(made: Options, recipe: Recipe, model: Model, budget: Budget) -> None:
+    """Add what reaches the budget, or note why nothing does."""
+    anatomy, reasons, before = model.anatomy, [], len(made.found)
+    climbing = [index for index, each in enumerate(recipe.operations) if each.ladders(anatomy)]
+    if not climbing:
+        reasons.append("no setting of it makes the cache smaller")
+    for changes in _rungs_of_others(recipe, climbing, model, budget):
+        for ladder in recipe.operations[climbing[-1]].ladders(anatomy):
+            ways = [changes | {climbing[-1]: step} for step in ladder]
+            found, reason = _mildest(recipe, ways, model, budget, made)
+            if found is None:
+                reasons.append(reason)
+            else:
+                made.found.append(found)
+    if len(made.found) == before:
+        made.left_out[recipe.name] = reasons[-1] if reasons else "its first step leaves no place for the second"
+
+
+def _rungs_of_others(recipe: Recipe, climbing: list[int], model: Model, budget: Budget) -> Iterator[dict[int, dict]]:
+    """Settings of all operations with ladders but the last: each takes an equal part of the budget, as a factor."""
+    if not climbing:
+        return
+    part, each = budget.share ** (1 / len(climbing)), []
+    for index in climbing[:-1]:
+        operation, rungs = recipe.operations[index], []
+        alone = recipes.load(recipe.to_dict() | {"operations": [recipe.to_dict()["operations"][index]]})
+        for ladder in operation.ladders(model.anatomy):
+            step = _first(len(ladder), partial(_share_at, alone, ladder, model, budget), part)
+            rungs += [{index: ladder[step]}] if step is not None else []
+        each.append(rungs)
+    for chosen in itertools.product(*each):
+        yield {index: step for way in chosen for index, step in way.items()}
+
+
+def _mildest(
+    recipe: Recipe, ways: list[dict[int, dict]], model: Model, budget: Budget, made: Options
+) -> tuple[Option | None, str]:
+    """The first of some ways, from the mildest on, with which the result fits; else None and why."""
+    seen: dict[int, tuple[Plan | str, float]] = {}
+
+    def share_at(at: int) -> float:
+        if at not in seen:
+            seen[at] = _share(recipe, ways[at], model, budget)
+        return seen[at][1]
+
+    begin = _first(len(ways), share_at, budget.share)
+    least = min((share for plan, share in seen.values() if isinstance(plan, Plan)), default=None)
+    if least is not None and (made.nearest is None or least < made.nearest[0]):
+        made.nearest = (least, recipe.name)
+    refused = ""
+    for at in range(len(ways) if begin is None else begin, len(ways)):
+        share_at(at)
+        plan, share = seen[at]
+        if isinstance(plan, Plan):
+            if not (refusal := budget.refusal(plan)):
+                return Option(_name(recipe, ways[at]), plan.recipe, plan, share), ""
+            refused = refused or refusal
+    small = f"it leaves {least:.0%} of the cache at least" if least is not None and begin is None else ""
+    return None, refused or small or next(plan for plan, _ in seen.values() if isinstance(plan, str))
+
+
+def _first(count: int, share_at: Callable[[int], float], most: float) -> int | None:
+    """The first index at which a falling share is `most` at most, by bisection; None: at none."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        share = share_at(middle)
+        if share <= most:
+            high = middle
+        else:
+            low = middle + 1
+    return low if low < count else None
+
+
+def _share_at(recipe: Recipe, ladder: list[dict], model: Model, budget: Budget, at: int) -> float:
+    """What a step of a ladder of the recipe's first operation leaves of the cache."""
+    return _share(recipe, {0: ladder[at]}, model, budget)[1]
+
+
+def _share(recipe: Recipe, changes: dict[int, dict], model: Model, budget: Budget) -> tuple[Plan | str, float]:
+    """The plan with some settings, and what it leaves of the cache; or why there is none, and infinity."""
+    data = recipe.to_dict()
+    steps = [step | changes.get(index, {}) for index, step in enumerate(data["operations"])]
+    try:
+        plan = make_plan(recipes.load(data | {"operations": steps}), model.anatomy, model.name, model.folder)
+    except SurgeryError as error:
+        return error.what, inf
+    return plan, plan.after.kv_bytes_at(budget.context) / model.anatomy.kv_bytes_at(budget.context)
+
+
+def _name(recipe: Recipe, changes: dict[int, dict[str, Any]]) -> str:
+    """The recipe, and what was set in it: "mla keep_kv=0.5"."""
+    set_here = [f"{key}={_shown(value)}" for step in changes.values() for key, value in step.items()]
+    return " ".join([recipe.name, *set_here])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _without_doubles(made: Options) -> list[Option]:
+    """The options, the largest share first, without those that compute what an earlier one computes."""
+    kept: dict[str, Option] = {}
+    for option in sorted(made.found, key=lambda option: (-option.share, len(option.recipe.operations))):
+        computed = [step.model_dump(mode="json") for step in option.recipe.operations if not _alike(step)]
+        double = kept.setdefault(json.dumps(computed, sort_keys=True), option)
+        if double is not option:
+            made.left_out[option.recipe.name] = f"it computes what {double.recipe.name} computes"
+    return list(kept.values())
+
+
+def _alike(operation: Operation) -> bool:
+    return operation.purpose == ALIKE

@@ -1,0 +1,321 @@
+"""The least damage within a budget of KV cache: every recipe is planned, the promising ones are tried, one is kept.
+
+Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): every option is converted with little calibration
+text and measured on few texts. The better half, and what is not told apart from it, goes on: it is converted as its
+recipe says and measured on more texts. So do pairs of the two best recipes. Everything that was measured is kept with
+its seconds, so that the same call goes on after it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.config.arguments import refuse_no_function, refuse_no_path
+from surgery.config.options import RunOptions
+from surgery.data.text import load_text
+from surgery.engines import find
+from surgery.errors import OutputExistsError, RecipeMismatchError, SettingError, SurgeryError
+from surgery.io.files import REPORT, read_json, write_json
+from surgery.io.hub import resolve
+from surgery.io.identity import model_identity
+from surgery.io.loading import read_tokenizer
+from surgery.io.output_folder import output_path, overlap
+from surgery.machine.placement import placed
+from surgery.pipeline import finish
+from surgery.report.report import Report
+from surgery.search.budget import Budget, Model, Option, options, pairs
+from surgery.search.fitted import Fitted, Tried
+from surgery.search.trials import FIRST, WHOLE, Damage, Judge, Round, tried
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    from surgery.machine.progress import Progress
+
+FILE, PICTURE, TRIAL, BEST = "fit.json", "fit.png", "trial", "best"  # in the folder of a search
+CONTEXT = 8192
+LEAST = 2  # options that are tried as a whole
+
+
+@placed
+def fit(
+    model: str | Path,
+    kv: float,
+    *,
+    output: str | Path | None = None,
+    context: int = CONTEXT,
+    native_only: bool = False,
+    engine: str = "",
+    minutes: float | None = None,
+    text: str = "builtin",
+    folder: str | Path = "fit",
+    overwrite: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    on_trial: Callable[[str, Damage], None] | None = None,
+) -> Fitted:
+    """Find the recipe that loses least within a budget of KV cache, and apply it.
+
+    Args:
+        model: folder, name or Hub id of a base.
+        kv: share of the base's KV cache that the result may take, above 0 and below 1.
+        output: the folder that gets the best result; None: none is written, and the table says which is best.
+        context: tokens of the text whose cache is counted; answers are asked from so far back. It is cut to what the
+            model takes.
+        native_only: only stock checkpoints.
+        engine: "llama.cpp" or "vllm": only results that it can run.
+        minutes: no further option is tried after so many; None: all are.
+        text: "builtin" (its held-out part) or a text file, on which options are judged.
+        folder: holds the finished figures; the same call goes on from them.
+        overwrite: replace `output`.
+        device, dtype, progress: as for `surgery.apply`.
+        on_trial: called with an option's name and what it lost.
+
+    Raises:
+        SurgeryError: nothing reaches the budget, or an argument is at fault.
+    """
+    refuse_no_path("folder", folder)
+    refuse_no_function(progress=progress, on_trial=on_trial)
+    source, budget = _asked(model, kv, context, native_only, engine)
+    if output is not None:
+        _refuse_taken(output_path(output), source.folder, overwrite)
+    found = options(source, budget)
+    if not found.found:
+        raise _nothing(budget, found.nearest, found.left_out)
+    search = _Search(str(model), source, budget, str(text), Path(folder))
+    search.until = time.monotonic() + 60 * minutes if minutes is not None else None
+    search.progress, search.on_trial = progress, on_trial
+    result = search.run(found.found, found.left_out)
+    if output is not None and result.order:
+        options_of_run = RunOptions(overwrite=overwrite, progress=progress)
+        result.report = search.take_best(result, output_path(output), options_of_run)
+    return result
+
+
+def _asked(model: str | Path, kv: float, context: int, native_only: bool, engine: str) -> tuple[Model, Budget]:
+    """The model and the budget.
+
+    Raises:
+        SurgeryError: an argument is at fault, or the model was converted before.
+    """
+    if not isinstance(kv, int | float) or isinstance(kv, bool) or not 0 < kv < 1:
+        raise SettingError(f"kv is {kv}, and a share between 0 and 1 is wanted", fix="--kv 0.5")
+    if context < 2:
+        raise SettingError(f"context is {context}, and at least 2 tokens are wanted", fix=f"--context {CONTEXT}")
+    if engine:
+        find(engine)  # raises for another name
+    source = resolve(str(model))
+    anatomy = Anatomy.of(source.path)
+    if anatomy.surgical or (source.path / "surgery.json").is_file():
+        fix = "give the base that it was made from"
+        raise RecipeMismatchError("this model was converted already", where=source.name, fix=fix)
+    context = min(context, anatomy.positions or context)
+    chats = bool(read_tokenizer(source.path).chat_template)
+    return Model(anatomy, source.name, source.path, chats), Budget(float(kv), context, native_only, engine)
+
+
+def _refuse_taken(out: Path, base: Path, overwrite: bool) -> None:
+    """Raise where the result may not be put: only an earlier result of ours is replaced, and only if that is asked."""
+    if overlap(out, base):
+        raise SettingError("the output and the model's folder lie in one another", where=str(out), fix="-o OUT")
+    if os.path.lexists(out) and not (overwrite and (out / REPORT).is_file()):
+        ours = (out / REPORT).is_file()
+        fix = "choose another name, or add --overwrite" if ours else "choose another name"
+        raise OutputExistsError("OUT exists", where=str(out), fix=fix)
+
+
+def _nothing(budget: Budget, nearest: tuple[float, str] | None, left_out: dict[str, str]) -> RecipeMismatchError:
+    """The error that no recipe reaches a budget."""
+    what = f"nothing leaves {budget.share:.0%} of the KV cache at {budget.context:,} tokens, or less"
+    wanted = [*["a stock checkpoint"] * budget.native, *[f"a result for {budget.engine}"] * bool(budget.engine)]
+    what += f", as {' and '.join(wanted)}" if wanted else ""
+    fix = f"the nearest is {nearest[1]} with {nearest[0]:.2f}: --kv {nearest[0] + 0.005:.2f}" if nearest else ""
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+    return RecipeMismatchError(what, fix=fix or f"surgery inspect says what fits this model ({shown})")
+
+
+class _Search:
+    """A search in a folder.
+
+    Args:
+        name: the model, as the user named it.
+        text: on which options are judged.
+        folder: keeps figures, the result of the trial that runs, and the best result.
+    """
+
+    def __init__(self, name: str, model: Model, budget: Budget, text: str, folder: Path):
+        self.name, self.model, self.budget, self.folder = name, model, budget, folder
+        self.until: float | None = None
+        self.progress: Progress | None = None
+        self.on_trial: Callable[[str, Damage], None] | None = None
+        self.text, self.written = text, None
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = load_text(text, "held-out").sha256
+        self.identity = {
+            "base": model_identity(model.folder), "text": digest, "context": budget.context, "version": __version__
+        }  # fmt: skip
+        self.known = self._read()
+        self.judges: dict[str, Judge] = {}
+        self.notes: list[str] = []
+        self.failed: list[SurgeryError] = []
+
+    def run(self, found: list[Option], left_out: dict[str, str]) -> Fitted:
+        """Try the options, those that promise most last and most thoroughly."""
+        names = {option.name: Tried(option.name, option.share, option.plan.tier) for option in found}
+        result = Fitted(self.model.name, self.budget, names, left_out, notes=self.notes)
+        first = self._all(found, FIRST, names)
+        if not first and self.failed:
+            raise self.failed[0]
+        ranked = sorted(first, key=lambda option: names[option.name].first.total)  # type: ignore[union-attr]
+        for option in pairs(_two_best(ranked), self.model, self.budget):
+            names[option.name] = Tried(option.name, option.share, option.plan.tier)
+            ranked += self._all([option], FIRST, names)
+        ranked.sort(key=lambda option: names[option.name].first.total)  # type: ignore[union-attr]
+        going = _survivors([(option, names[option.name].first) for option in ranked])  # type: ignore[misc]
+        for option in ranked:
+            if option not in going:
+                names[option.name].why = "lost more in the first trial"
+        best: Damage | None = None
+        for option in going:
+            trial = self._trial(option, WHOLE, names)
+            if trial is not None and (best is None or trial.total < best.total):
+                best = trial
+                self._keep(option)
+        result.options = {option.name: option for option in going}
+        return result
+
+    def _all(self, found: list[Option], round_: Round, names: dict[str, Tried]) -> list[Option]:
+        """The options that could be tried in the time."""
+        return [option for option in found if self._trial(option, round_, names) is not None]
+
+    def _trial(self, option: Option, round_: Round, names: dict[str, Tried]) -> Damage | None:
+        """What an option lost, from the figures that are kept or from a trial; None: no time was left."""
+        key = _key(option, round_)
+        if key not in self.known:
+            if self.until is not None and time.monotonic() > self.until and self.known:
+                names[option.name].why = "not tried: the time was over"
+                return None
+            try:
+                to = self.folder / TRIAL, round_, self._judge(round_), self._said(option)
+                trial = tried(option.recipe, self.name, *to)
+            except SurgeryError as error:  # of this option; the others may do
+                names[option.name].why = f"not tried: {error.what}"
+                self.failed.append(error)
+                return None
+            self.known[key] = trial.to_dict()
+            self._write()
+        trial = Damage(**self.known[key])
+        setattr(names[option.name], round_.name, trial)
+        if self.on_trial is not None:
+            self.on_trial(option.name, trial)
+        return trial
+
+    def _judge(self, round_: Round) -> Judge:
+        if round_.name not in self.judges:
+            self.judges = {round_.name: Judge(self.model.folder, self.text, self.budget.context, round_.texts)}
+        return self.judges[round_.name]
+
+    def _said(self, option: Option) -> Callable[[str], Progress | None]:
+        """Gives the callback of a stage: everything inside is reported as this stage of this option."""
+
+        def stage(name: str) -> Progress | None:
+            if self.progress is None:
+                return None
+            told = self.progress
+            return lambda done, total, label: told(done, total, f"{name} {option.name}: {label.replace(':', ',')}")
+
+        return stage
+
+    def _keep(self, option: Option) -> None:
+        """Keep the result of the last trial as the best one, if it is there."""
+        made = self.folder / TRIAL
+        if made.is_dir():
+            shutil.rmtree(self.folder / BEST, ignore_errors=True)
+            made.rename(self.folder / BEST)
+            write_json(self.folder / f"{BEST}.json", {"key": _key(option, WHOLE)})
+
+    def take_best(self, result: Fitted, out: Path, asked: RunOptions) -> Report:
+        """Put the best result that passes its recipe's gate in the folder `out`; if none does, the best of all."""
+        order = result.order
+        for option in order:
+            report = self._finished(option, out, asked)
+            if report.gate != "failed":
+                break
+            result.rows[option.name].why = f"its gate failed: {'; '.join(report.data['gate'].get('reasons', []))}"
+        else:
+            result.notes.append("no option passes the gate of its recipe: this is the one that loses least")
+            option = order[0]
+            report = self._finished(option, out, asked) if len(order) > 1 else report
+        result.chosen = option.name
+        for name, row in result.rows.items():
+            row.why = "chosen" if name == option.name else row.why or row.beside(result.rows[option.name])
+        report.data["fit"] = result.to_dict()
+        report.save()
+        shutil.rmtree(self.folder / TRIAL, ignore_errors=True)
+        return report
+
+    def _finished(self, option: Option, out: Path, asked: RunOptions) -> Report:
+        """The result of an option in the folder `out`, checked and scored."""
+        if self.written is None:  # it may have appeared during this run
+            _refuse_taken(out, self.model.folder, asked.overwrite)
+        self._put(option, out, asked)
+        self.written = out
+        return finish(out, self.model.folder, option.recipe, asked)
+
+    def _put(self, option: Option, out: Path, asked: RunOptions) -> None:
+        """The result of an option in the folder `out`: the one that was kept, or made again."""
+        from surgery.pipeline import apply_to_folder
+
+        kept, note = self.folder / BEST, self.folder / f"{BEST}.json"
+        if out.exists():
+            shutil.rmtree(out)
+        if kept.is_dir() and note.is_file() and read_json(note).get("key") == _key(option, WHOLE):
+            shutil.copytree(kept, out)
+            return
+        quiet = RunOptions(check=False, evaluate=False, gate=False, progress=asked.progress)
+        apply_to_folder(option.recipe, self.name, out, quiet)
+
+    def _read(self) -> dict[str, dict]:
+        """The finished figures of an earlier run of this search."""
+        file = self.folder / FILE
+        if not file.is_file():
+            return {}
+        data = read_json(file)
+        if data.get("identity") != self.identity:
+            what = "this folder holds a search with another model, text or context, or of another version"
+            raise SettingError(what, where=str(self.folder), fix="name another folder: --keep FOLDER")
+        return data["trials"]
+
+    def _write(self) -> None:
+        write_json(self.folder / FILE, {"identity": self.identity, "trials": self.known})
+
+
+def _two_best(ranked: list[Option]) -> list[Option]:
+    """The two best options that are one operation each, and not the same one; [] if there are none."""
+    single = [option for option in ranked if len(option.recipe.operations) == 1]
+    others = [each for each in single if each.recipe.operations[0].op != single[0].recipe.operations[0].op]
+    return [single[0], others[0]] if others else []
+
+
+def _survivors(ranked: list[tuple[Option, Damage]]) -> list[Option]:
+    """The better half, and what does not lose more than its last one beyond the interval; at least `LEAST`."""
+    half = ranked[: max(LEAST, (len(ranked) + 1) // 2)]
+    return [
+        option
+        for option, trial in ranked
+        if any(trial is each for _, each in half) or not trial.worse_than(half[0][1])
+    ]
+
+
+def _key(option: Option, round_: Round) -> str:
+    """Identifies a trial of an option among the kept figures."""
+    data = json.dumps([option.recipe.to_dict()["operations"], round_], sort_keys=True)
+    return f"{option.name}, {round_.name} {hashlib.sha256(data.encode()).hexdigest()[:12]}"

@@ -1,0 +1,322 @@
+"""`surgery fit`: what reaches a budget, what a trial measures, and which option wins, stopped or not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from tokenizers_of_bytes import byte_tokenizer
+
+import surgery
+from surgery.config import recipe as recipes
+from surgery.conversion.plan import make_plan
+from surgery.errors import SurgeryError
+from surgery.search import fit as search
+from surgery.search.budget import Budget, Model, _first, options, pairs
+from surgery.search.trials import ANSWERS, FIRST, WHOLE, Damage, Judge, quick
+
+CONTEXT = 2048
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    build("Llama", vocab_size=300, intermediate_size=96, max_position_embeddings=2048, **sizes).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(base) -> Model:
+    return Model(surgery.Anatomy.of(base), "model", base, chats=False)
+
+
+def left(model: Model, operations: list[dict], context: int) -> float:
+    """What a plan leaves of the cache; above 1 where there is no plan."""
+    recipe = {"version": 1, "name": "r", "operations": operations, "evaluate": None}
+    try:
+        plan = make_plan(recipes.load(recipe), model.anatomy, "model", model.folder)
+    except SurgeryError:
+        return math.inf
+    return plan.after.kv_bytes_at(context) / model.anatomy.kv_bytes_at(context)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
+def test_every_option_is_the_mildest_of_its_ladder_that_fits(model, share):
+    found = options(model, Budget(share, CONTEXT)).found
+    assert found
+    for option in found:
+        assert option.share == option.plan.after.kv_bytes_at(CONTEXT) / model.anatomy.kv_bytes_at(CONTEXT) <= share
+        steps = option.recipe.to_dict()["operations"]
+        for index, operation in enumerate(option.recipe.operations):
+            for ladder in operation.ladders(model.anatomy):
+                at = [rung for rung in ladder if steps[index] | rung == steps[index]]
+                if not at:
+                    continue
+                milder = ladder[: ladder.index(at[0])]
+                others = [
+                    left(model, [*steps[:index], steps[index] | rung, *steps[index + 1 :]], CONTEXT) for rung in milder
+                ]
+                assert all(other > share for other in others), option.name
+
+
+def test_bisection_finds_the_first_of_a_falling_row():
+    for count in range(7):
+        for small in range(count + 1):
+            row = [1.0] * small + [0.25] * (count - small)
+            assert _first(count, row.__getitem__, 0.5) == (small if small < count else None)
+
+
+def test_what_is_left_out_says_why(model):
+    small, native = options(model, Budget(0.2, CONTEXT)), options(model, Budget(0.5, CONTEXT, native=True))
+    assert small.left_out["prune-heads"] == "it leaves 25% of the cache at least"
+    assert "surgical" in native.left_out["duo-attention"]
+    assert all(option.plan.tier == "native" for option in native.found)
+    assert native.left_out["mqa"] == "its result needs training"
+    assert native.left_out["expand-kv"] == "no setting of it makes the cache smaller"
+    engine = options(model, Budget(0.5, CONTEXT, engine="llama.cpp"))
+    assert "llama.cpp cannot express streaming heads" in engine.left_out["duo-attention"]
+    assert {option.recipe.name for option in engine.found} >= {"gqa", "mla", "prune-heads"}
+    assert options(model, Budget(0.5, CONTEXT)).left_out["mla-absorbed"] == "it computes what mla computes"
+
+
+def test_without_a_chat_template_conversations_are_no_calibration_text(model):
+    mla = next(option for option in options(model, Budget(0.5, CONTEXT)).found if option.recipe.name == "mla")
+    assert mla.recipe.operations[0].calibration_text == "mixed"
+    chatting = Model(*model[:3])
+    mla = next(option for option in options(chatting, Budget(0.5, CONTEXT)).found if option.recipe.name == "mla")
+    assert mla.recipe.operations[0].calibration_text == "conversations"
+
+
+def test_pairs_share_the_budget(model):
+    found = {option.recipe.name: option for option in options(model, Budget(0.4, CONTEXT)).found}
+    made = pairs([found["prune-heads"], found["duo-attention"]], model, Budget(0.4, CONTEXT))
+    assert {option.recipe.name for option in made} >= {"prune-heads + duo-attention"}
+    assert all(option.share <= 0.4 for option in made)
+    assert pairs([found["mla"], found["duo-attention"]], model, Budget(0.4, CONTEXT)) == [], "nothing follows mla"
+
+
+def test_a_quick_conversion_reads_a_quarter(model):
+    recipe = quick(recipes.load("prune-heads"))
+    assert (recipe.operations[0].calibration_samples, recipe.operations[0].score_samples) == (8, 2)
+    assert quick(recipes.load("streaming")).to_dict() == recipes.load("streaming").to_dict()
+
+
+def test_damage_is_what_float64_says(base, tmp_path):
+    """KL at every eighth position of plain text, and what the answers lost, each token of them counted once."""
+    judge = Judge(base, "builtin", CONTEXT, 1)
+    same = judge.measure(base)
+    assert (same["kl"], same["total"], same["kept"]) == (0.0, 0.0, same["asked"])
+    out = tmp_path / "out"
+    recipe = {
+        "version": 1,
+        "name": "r",
+        "operations": [{"op": "gqa", "kv_heads": 2, "method": "mean"}],
+        "evaluate": None,
+    }
+    surgery.apply(recipe, base, output=out, check=False, evaluate=False)
+    found, logs = judge.measure(out), []
+    for folder in (base, out):
+        one = surgery.load(folder).double()
+        with torch.no_grad():
+            logs.append([one(ids[None]).logits[0].log_softmax(-1) for ids, _ in judge.rows()])
+    (plain, recall), (changed, answered) = logs
+    at = torch.arange(0, CONTEXT - 1, 8)
+    kl = (plain[at].exp() * (plain[at] - changed[at])).sum(-1)
+    blocks = torch.stack([block.mean() for block in kl.chunk(16)])
+    ids, lost = judge.recalls[0].ids, []
+    for first, end in judge.recalls[0].answers:
+        rows = range(first, end)
+        lost.append(sum(float(recall[i - 1, ids[i]] - answered[i - 1, ids[i]]) for i in rows) / len(rows))
+    answers = sum(lost) / len(lost)
+    assert found["kl"] == pytest.approx(float(blocks.mean()), rel=1e-4)
+    assert found["answers"] == pytest.approx(answers, rel=1e-3, abs=1e-5)
+    assert found["total"] == pytest.approx(found["kl"] + ANSWERS * max(0.0, answers), rel=1e-4)
+    spread = torch.tensor(lost, dtype=torch.float64).std() / len(lost) ** 0.5
+    expected = math.hypot(float(blocks.std() / 16**0.5), ANSWERS * float(spread))
+    assert found["error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_forgotten_past_is_seen(base, tmp_path):
+    """A window that holds the plain text's last tokens loses the answers: they are asked from all over the text."""
+    judge = Judge(base, "builtin", CONTEXT, 1)
+    ends = [end for recall in judge.recalls for _, end in recall.spans]
+    assert len(ends) >= 2
+    assert min(ends) < CONTEXT // 2
+    assert len(judge.recalls[0].ids) <= CONTEXT
+
+
+def only(monkeypatch, *names: str) -> None:
+    """Let the package ship these recipes alone."""
+    known = {name: path for name, path in recipes.shipped().items() if name in names}
+    monkeypatch.setattr(recipes, "shipped", lambda: known)
+
+
+def trial(damage: float, error: float = 0.001) -> Damage:
+    return Damage(damage, 0.0, 0, 0, damage, error, 1.0)
+
+
+class Planned:
+    """Trials with damages by option, in place of conversions. A float is for both efforts."""
+
+    def __init__(self, damages: dict[str, float | tuple[float, float]], stop: int | None = None):
+        self.damages, self.stop, self.ran = damages, stop, []
+
+    def __call__(self, recipe, model, out: Path, effort, judge, say) -> Damage:
+        if len(self.ran) == self.stop:
+            raise KeyboardInterrupt
+        self.ran.append((recipe.name, effort.name))
+        found = self.damages.get(recipe.name, 9.0)
+        if isinstance(found, Exception):
+            raise found
+        out.mkdir(exist_ok=True, parents=True)
+        (out / "made").write_text(f"{recipe.name} {effort.name}")
+        return trial(found[effort is WHOLE] if isinstance(found, tuple) else found)
+
+
+DAMAGES = {"duo-attention": 0.2, "mla": (0.3, 0.1), "prune-heads": 0.9, "gqa": 0.25, "streaming": 2.0}
+
+
+def ran(base, tmp_path, monkeypatch, damages=DAMAGES, stop=None, **asked):
+    planned = Planned(damages, stop)
+    monkeypatch.setattr(search, "tried", planned)
+    monkeypatch.setattr(search, "Judge", lambda *_: None)
+    return planned, search.fit(base, 0.5, context=CONTEXT, folder=tmp_path / "fit", **asked)
+
+
+def test_the_better_half_is_tried_as_a_whole(base, tmp_path, monkeypatch):
+    planned, found = ran(base, tmp_path, monkeypatch)
+    first = [name for name, effort in planned.ran if effort == "first"]
+    whole = [name for name, effort in planned.ran if effort == "whole"]
+    assert {*DAMAGES} <= set(first)
+    assert len(whole) == (len(first) + 1) // 2
+    assert whole[:3] == ["duo-attention", "gqa", "gqa"][: len(whole)] or {"duo-attention", "gqa", "mla"} <= set(whole)
+    assert found.best.startswith("mla")
+    assert (tmp_path / "fit" / "best" / "made").read_text() == "mla whole"
+    assert found.rows[found.best].whole == trial(0.1)
+    text = str(found)
+    assert "lost more in the first trial" in text
+    assert found.to_dict()["options"][0]["option"] == found.best
+    assert "gqa + duo-attention" in {name.split(" kv")[0] for name in found.rows}, "a pair of the two best"
+
+
+def test_what_is_not_told_apart_goes_on(base, tmp_path, monkeypatch):
+    alike = dict.fromkeys([*DAMAGES, "duo-with-sinks", "learned-sinks", "hybrid-swa"], 0.2)
+    planned, _ = ran(base, tmp_path, monkeypatch, alike)
+    whole = [name for name, effort in planned.ran if effort == "whole"]
+    assert set(alike) & {name for name, _ in planned.ran} <= set(whole)
+
+
+@pytest.mark.parametrize("stop", range(0, 12, 2))
+def test_stopped_and_started_again_it_chooses_the_same(base, tmp_path, monkeypatch, stop):
+    planned, whole = ran(base, tmp_path / "whole", monkeypatch)
+    assert stop < len(planned.ran)
+    with pytest.raises(KeyboardInterrupt):
+        ran(base, tmp_path, monkeypatch, stop=stop)
+    again, found = ran(base, tmp_path, monkeypatch)
+    assert len(again.ran) == len(planned.ran) - stop, "nothing is measured twice"
+    assert found.best == whole.best
+    once_more, found = ran(base, tmp_path, monkeypatch)
+    assert once_more.ran == []
+    assert found.best == whole.best
+
+
+def test_an_option_that_cannot_be_converted(base, tmp_path, monkeypatch):
+    broken = DAMAGES | {"duo-attention": SurgeryError("no room for it")}
+    _, found = ran(base, tmp_path, monkeypatch, broken)
+    assert next(row.why for name, row in found.rows.items() if name.startswith("duo-attention")) == (
+        "not tried: no room for it"
+    )
+    every = {option.recipe.name: SurgeryError("no disk") for option in options(
+        Model(surgery.Anatomy.of(base), "m", base, False), Budget(0.5, CONTEXT)).found}  # fmt: skip
+    with pytest.raises(SurgeryError, match="no disk"):
+        ran(base, tmp_path / "other", monkeypatch, every)
+
+
+def test_no_trial_begins_after_the_time(base, tmp_path, monkeypatch):
+    planned, found = ran(base, tmp_path, monkeypatch, minutes=0)
+    assert len(planned.ran) == 1, "one is always tried"
+    assert sum(row.why == "not tried: the time was over" for row in found.rows.values()) >= 3
+    assert found.order == [], "none was tried as its recipe says"
+
+
+def test_the_best_that_passes_its_gate_is_written(base, tmp_path, monkeypatch):
+    """The first one fails it; the second is converted again, since only the best result was kept."""
+    planned, out = Planned({"streaming": 0.1, "prune-heads": 0.2}), tmp_path / "out"
+    monkeypatch.setattr(search, "tried", planned)
+    monkeypatch.setattr(search, "Judge", lambda *_: None)
+    only(monkeypatch, "streaming", "prune-heads")
+    seen = []
+
+    def finished(folder, base, recipe, options):
+        report = surgery.Report.of(made)
+        seen.append(recipe.name)
+        report.data["gate"] |= {"status": "failed" if recipe.name == "streaming" else "passed", "reasons": ["KL 2"]}
+        return report
+
+    made = tmp_path / "made"
+    surgery.apply("streaming", base, output=made, check=False, evaluate=False, overrides=["evaluate=null"])
+    monkeypatch.setattr(search, "finish", finished)
+    found = search.fit(base, 0.5, context=CONTEXT, folder=tmp_path / "fit", output=out)
+    assert seen == ["streaming", "prune-heads"]
+    assert found.chosen.startswith("prune-heads")
+    assert surgery.Anatomy.of(out).layers[0].kv_heads == 2
+    why = {row.name.split()[0]: row.why for row in found.rows.values() if "+" not in row.name}
+    assert (why["streaming"], why["prune-heads"]) == ("its gate failed: KL 2", "chosen")
+    assert json.loads((made / "surgery.json").read_text())["fit"]["best"] == found.chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"kv": 0.0}, "a share between 0 and 1"),
+        ({"kv": 1}, "a share between 0 and 1"),
+        ({"kv": True}, "a share between 0 and 1"),
+        ({"kv": 0.001}, "the nearest is"),
+        ({"context": 1}, "at least 2 tokens"),
+        ({"engine": "sglang"}, "no engine 'sglang'"),
+    ],
+)
+def test_wrong_arguments(base, tmp_path, asked, says):
+    with pytest.raises(SurgeryError) as caught:
+        search.fit(base, **({"kv": 0.5, "context": CONTEXT, "folder": tmp_path / "fit"} | asked))
+    assert says in str(caught.value)
+
+
+def test_a_converted_model_and_another_search_are_refused(base, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    surgery.apply("streaming", base, output=out, check=False, evaluate=False, overrides=["evaluate=null"])
+    with pytest.raises(SurgeryError, match="converted already"):
+        search.fit(out, 0.5, folder=tmp_path / "fit")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for taken, overwrite in ((out, False), (foreign, False), (foreign, True)):
+        with pytest.raises(SurgeryError, match="OUT exists"):
+            search.fit(base, 0.5, output=taken, overwrite=overwrite, folder=tmp_path / "fit")
+    with pytest.raises(SurgeryError, match="lie in one another"):
+        search.fit(base, 0.5, output=base / "out", folder=tmp_path / "fit")
+    ran(base, tmp_path, monkeypatch)
+    with pytest.raises(SurgeryError, match="a search with another model, text or context"):
+        search.fit(base, 0.5, context=256, folder=tmp_path / "fit")
+
+
+def test_the_whole_search_on_a_tiny_model(surgery, base, tmp_path, monkeypatch):
+    """The command, with two recipes: what it prints, what it writes, and the record in the result."""
+    only(monkeypatch, "streaming", "prune-heads")
+    ran = surgery("fit", base, "--kv", "0.5", "--context", CONTEXT, "-o", "out", "--keep", "kept")
+    assert ran.code in (0, 3), ran.err
+    assert "best: " in ran.out
+    record = json.loads(Path("out/surgery.json").read_text())
+    assert record["check"]["passed"]
+    assert record["fit"]["budget"] == {
+        "share": 0.5, "context": CONTEXT, "native_only": False, "engine": ""
+    }  # fmt: skip
+    assert len(json.loads(Path("kept/fit.json").read_text())["trials"]) >= 4
+    assert Path("kept/fit.png").is_file()
+    assert {row["option"].split()[0] for row in record["fit"]["options"]} >= {"streaming", "prune-heads"}
+    assert all(FIRST.name in row for row in record["fit"]["options"])
