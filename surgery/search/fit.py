@@ -156,7 +156,7 @@ class _Search:
         self.until: float | None = None
         self.progress: Progress | None = None
         self.on_trial: Callable[[str, Damage], None] | None = None
-        self.text, self.written = text, None
+        self.text, self.written, self.made = text, None, ""
         folder.mkdir(parents=True, exist_ok=True)
         digest = load_text(text, "held-out").sha256
         self.identity = {
@@ -192,36 +192,36 @@ class _Search:
         result.options = {option.name: option for option in going}
         return result
 
-    def _all(self, found: list[Option], round_: Round, names: dict[str, Tried]) -> list[Option]:
+    def _all(self, found: list[Option], stage: Round, names: dict[str, Tried]) -> list[Option]:
         """The options that could be tried in the time."""
-        return [option for option in found if self._trial(option, round_, names) is not None]
+        return [option for option in found if self._trial(option, stage, names) is not None]
 
-    def _trial(self, option: Option, round_: Round, names: dict[str, Tried]) -> Damage | None:
+    def _trial(self, option: Option, stage: Round, names: dict[str, Tried]) -> Damage | None:
         """What an option lost, from the figures that are kept or from a trial; None: no time was left."""
-        key = _key(option, round_)
+        key = _key(option, stage)
         if key not in self.known:
             if self.until is not None and time.monotonic() > self.until and self.known:
                 names[option.name].why = "not tried: the time was over"
                 return None
             try:
-                to = self.folder / TRIAL, round_, self._judge(round_), self._said(option)
+                to = self.folder / TRIAL, stage, self._judge(stage), self._said(option)
                 trial = tried(option.recipe, self.name, *to)
             except SurgeryError as error:  # of this option; the others may do
                 names[option.name].why = f"not tried: {error.what}"
                 self.failed.append(error)
                 return None
-            self.known[key] = trial.to_dict()
+            self.known[key], self.made = trial.to_dict(), key
             self._write()
         trial = Damage(**self.known[key])
-        setattr(names[option.name], round_.name, trial)
+        setattr(names[option.name], stage.name, trial)
         if self.on_trial is not None:
             self.on_trial(option.name, trial)
         return trial
 
-    def _judge(self, round_: Round) -> Judge:
-        if round_.name not in self.judges:
-            self.judges = {round_.name: Judge(self.model.folder, self.text, self.budget.context, round_.texts)}
-        return self.judges[round_.name]
+    def _judge(self, stage: Round) -> Judge:
+        if stage.name not in self.judges:
+            self.judges = {stage.name: Judge(self.model.folder, self.text, self.budget.context, stage.texts)}
+        return self.judges[stage.name]
 
     def _said(self, option: Option) -> Callable[[str], Progress | None]:
         """Gives the callback of a stage: everything inside is reported as this stage of this option."""
@@ -236,11 +236,13 @@ class _Search:
 
     def _keep(self, option: Option) -> None:
         """Keep the result of the last trial as the best one, if it is there."""
-        made = self.folder / TRIAL
-        if made.is_dir():
+        if self.made == _key(option, WHOLE):  # and not of another option, before this run was stopped
+            note = self.folder / f"{BEST}.json"
+            note.unlink(missing_ok=True)
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
-            made.rename(self.folder / BEST)
-            write_json(self.folder / f"{BEST}.json", {"key": _key(option, WHOLE)})
+            (self.folder / TRIAL).rename(self.folder / BEST)
+            write_json(note, {"key": self.made})
+            self.made = ""
 
     def take_best(self, result: Fitted, out: Path, asked: RunOptions) -> Report:
         """Put the best result that passes its recipe's gate in the folder `out`; if none does, the best of all."""
@@ -315,7 +317,7 @@ def _survivors(ranked: list[tuple[Option, Damage]]) -> list[Option]:
     ]
 
 
-def _key(option: Option, round_: Round) -> str:
+def _key(option: Option, stage: Round) -> str:
     """Identifies a trial of an option among the kept figures."""
-    data = json.dumps([option.recipe.to_dict()["operations"], round_], sort_keys=True)
-    return f"{option.name}, {round_.name} {hashlib.sha256(data.encode()).hexdigest()[:12]}"
+    data = json.dumps([option.recipe.to_dict()["operations"], stage], sort_keys=True)
+    return f"{option.name}, {stage.name} {hashlib.sha256(data.encode()).hexdigest()[:12]}"

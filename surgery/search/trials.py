@@ -189,7 +189,7 @@ def quick(recipe: Recipe) -> Recipe:
 
 
 def tried(
-    recipe: Recipe, model: str, out: Path, thoroughly: Round, judge: Judge, say: Callable[[str], Progress | None]
+    recipe: Recipe, model: str, out: Path, stage: Round, judge: Judge, say: Callable[[str], Progress | None]
 ) -> Damage:
     """Convert and measure a recipe; its result stays in the folder `out`, neither checked nor scored.
 
@@ -199,7 +199,7 @@ def tried(
     begun = time.monotonic()
     shutil.rmtree(out, ignore_errors=True)
     options = RunOptions(check=False, evaluate=False, gate=False, progress=say("converting"))
-    apply_to_folder(quick(recipe) if thoroughly.quick else recipe, model, out, options)
+    apply_to_folder(quick(recipe) if stage.quick else recipe, model, out, options)
     if (measuring := say("measuring")) is not None:
         measuring(0, 0, "measuring")
     return Damage(**judge.measure(out), seconds=time.monotonic() - begun)

@@ -221,6 +221,9 @@ def test_stopped_and_started_again_it_chooses_the_same(base, tmp_path, monkeypat
     again, found = ran(base, tmp_path, monkeypatch)
     assert len(again.ran) == len(planned.ran) - stop, "nothing is measured twice"
     assert found.best == whole.best
+    if (kept := tmp_path / "fit" / "best.json").is_file():  # else the best trial ended before it was kept
+        assert json.loads(kept.read_text())["key"].startswith(found.best)
+        assert (tmp_path / "fit" / "best" / "made").read_text() == "mla whole"
     once_more, found = ran(base, tmp_path, monkeypatch)
     assert once_more.ran == []
     assert found.best == whole.best
