@@ -158,6 +158,7 @@ def fit(
     engine: Annotated[
         str, typer.Option("--for", metavar="ENGINE", help="Only what this engine can run: llama.cpp or vllm.")
     ] = "",
+    thorough: Annotated[bool, typer.Option("--thorough", help="Try every option as its recipe says.")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0, metavar="N", help="Begin no further trial after N minutes.")
     ] = None,
@@ -177,6 +178,7 @@ def fit(
     from surgery.search.fit import fit as run
 
     asked = {"context": context, "native_only": native_only, "engine": engine, "minutes": minutes, "text": text}
+    asked["thorough"] = thorough
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         told = None if quiet or as_json else lambda name, trial: typer.echo(f"{name}: {trial}", err=True)
         found = run(model, kv, output=out, folder=keep, overwrite=overwrite, progress=progress, on_trial=told, **asked)

@@ -10,7 +10,16 @@ from surgery.evaluation.probes.base import Row
 from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
 from surgery.io.files import split_card
 from surgery.report.card_metadata import metadata
-from surgery.report.card_sections import figures_of, get, healing, licence, limits, loading, provenance
+from surgery.report.card_sections import (
+    alternatives,
+    figures_of,
+    get,
+    healing,
+    licence,
+    limits,
+    loading,
+    provenance,
+)
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.gate import finite
 from surgery.report.head_map import FILE as HEADS
@@ -35,6 +44,7 @@ def render_card(report: dict, base_card: str | None) -> str:
         "## What it costs and what it saves\n\n" + costs_text(report),
         *_heads(report),
         *healing(report),
+        *alternatives(report),
         "## How to use it\n\n" + loading(report),
         "## Checks\n\n" + checks_text(report),
         "## Limits\n\n" + limits(report),

@@ -53,6 +53,7 @@ def fit(
     context: int = CONTEXT,
     native_only: bool = False,
     engine: str = "",
+    thorough: bool = False,
     minutes: float | None = None,
     text: str = "builtin",
     folder: str | Path = "fit",
@@ -72,6 +73,7 @@ def fit(
             model takes.
         native_only: only stock checkpoints.
         engine: "llama.cpp" or "vllm": only results that it can run.
+        thorough: try every option as its recipe says, and not the better half alone.
         minutes: no further option is tried after so many; None: all are.
         text: "builtin" (its held-out part) or a text file, on which options are judged.
         folder: holds the finished figures; the same call goes on from them.
@@ -92,7 +94,7 @@ def fit(
         raise _nothing(budget, found.nearest, found.left_out)
     search = _Search(str(model), source, budget, str(text), Path(folder))
     search.until = time.monotonic() + 60 * minutes if minutes is not None else None
-    search.progress, search.on_trial = progress, on_trial
+    search.progress, search.on_trial, search.thorough = progress, on_trial, thorough
     result = search.run(found.found, found.left_out)
     if output is not None and result.order:
         options_of_run = RunOptions(overwrite=overwrite, progress=progress)
@@ -154,6 +156,7 @@ class _Search:
     def __init__(self, name: str, model: Model, budget: Budget, text: str, folder: Path):
         self.name, self.model, self.budget, self.folder = name, model, budget, folder
         self.until: float | None = None
+        self.thorough = False
         self.progress: Progress | None = None
         self.on_trial: Callable[[str, Damage], None] | None = None
         self.text, self.written, self.made = text, None, ""
@@ -169,51 +172,51 @@ class _Search:
 
     def run(self, found: list[Option], left_out: dict[str, str]) -> Fitted:
         """Try the options, those that promise most last and most thoroughly."""
-        names = {option.name: Tried(option.name, option.share, option.plan.tier) for option in found}
-        result = Fitted(self.model.name, self.budget, names, left_out, notes=self.notes)
-        first = self._all(found, FIRST, names)
+        rows = {option.name: Tried(option.name, option.share, option.plan.tier) for option in found}
+        result = Fitted(self.model.name, self.budget, rows, left_out, notes=self.notes)
+        first = self._all(found, FIRST, rows)
         if not first and self.failed:
             raise self.failed[0]
-        ranked = sorted(first, key=lambda option: names[option.name].first.total)  # type: ignore[union-attr]
-        for option in pairs(_two_best(ranked), self.model, self.budget):
-            names[option.name] = Tried(option.name, option.share, option.plan.tier)
-            ranked += self._all([option], FIRST, names)
-        ranked.sort(key=lambda option: names[option.name].first.total)  # type: ignore[union-attr]
-        going = _survivors([(option, names[option.name].first) for option in ranked])  # type: ignore[misc]
-        for option in ranked:
+        for option in pairs(_two_best(first), self.model, self.budget):
+            rows[option.name] = Tried(option.name, option.share, option.plan.tier)
+            first += self._all([option], FIRST, rows)
+        first.sort(key=_total)
+        going = [option for option, _ in first] if self.thorough else _survivors(first)
+        for option, _ in first:
             if option not in going:
-                names[option.name].why = "lost more in the first trial"
+                rows[option.name].why = "lost more in the first trial"
         best: Damage | None = None
         for option in going:
-            trial = self._trial(option, WHOLE, names)
+            trial = self._trial(option, WHOLE, rows)
             if trial is not None and (best is None or trial.total < best.total):
                 best = trial
                 self._keep(option)
         result.options = {option.name: option for option in going}
         return result
 
-    def _all(self, found: list[Option], stage: Round, names: dict[str, Tried]) -> list[Option]:
-        """The options that could be tried in the time."""
-        return [option for option in found if self._trial(option, stage, names) is not None]
+    def _all(self, found: list[Option], stage: Round, rows: dict[str, Tried]) -> list[tuple[Option, Damage]]:
+        """The options that could be tried in the time, with what they lost; the least first."""
+        lost = ((option, self._trial(option, stage, rows)) for option in found)
+        return sorted(((option, trial) for option, trial in lost if trial is not None), key=_total)
 
-    def _trial(self, option: Option, stage: Round, names: dict[str, Tried]) -> Damage | None:
+    def _trial(self, option: Option, stage: Round, rows: dict[str, Tried]) -> Damage | None:
         """What an option lost, from the figures that are kept or from a trial; None: no time was left."""
         key = _key(option, stage)
         if key not in self.known:
             if self.until is not None and time.monotonic() > self.until and self.known:
-                names[option.name].why = "not tried: the time was over"
+                rows[option.name].why = "not tried: the time was over"
                 return None
             try:
                 to = self.folder / TRIAL, stage, self._judge(stage), self._said(option)
                 trial = tried(option.recipe, self.name, *to)
             except SurgeryError as error:  # of this option; the others may do
-                names[option.name].why = f"not tried: {error.what}"
+                rows[option.name].why = f"not tried: {error.what}"
                 self.failed.append(error)
                 return None
             self.known[key], self.made = trial.to_dict(), key
             self._write()
         trial = Damage(**self.known[key])
-        setattr(names[option.name], stage.name, trial)
+        setattr(rows[option.name], stage.name, trial)
         if self.on_trial is not None:
             self.on_trial(option.name, trial)
         return trial
@@ -300,21 +303,22 @@ class _Search:
         write_json(self.folder / FILE, {"identity": self.identity, "trials": self.known})
 
 
-def _two_best(ranked: list[Option]) -> list[Option]:
+def _total(each: tuple[Option, Damage]) -> float:
+    return each[1].total
+
+
+def _two_best(ranked: list[tuple[Option, Damage]]) -> list[Option]:
     """The two best options that are one operation each, and not the same one; [] if there are none."""
-    single = [option for option in ranked if len(option.recipe.operations) == 1]
+    single = [option for option, _ in ranked if len(option.recipe.operations) == 1]
     others = [each for each in single if each.recipe.operations[0].op != single[0].recipe.operations[0].op]
     return [single[0], others[0]] if others else []
 
 
 def _survivors(ranked: list[tuple[Option, Damage]]) -> list[Option]:
-    """The better half, and what does not lose more than its last one beyond the interval; at least `LEAST`."""
-    half = ranked[: max(LEAST, (len(ranked) + 1) // 2)]
-    return [
-        option
-        for option, trial in ranked
-        if any(trial is each for _, each in half) or not trial.worse_than(half[0][1])
-    ]
+    """The better half, at least `LEAST`, and what does not lose more than the best one beyond the interval."""
+    half = max(LEAST, (len(ranked) + 1) // 2)
+    best = ranked[0][1]
+    return [option for place, (option, lost) in enumerate(ranked) if place < half or not lost.worse_than(best)]
 
 
 def _key(option: Option, stage: Round) -> str:

@@ -212,6 +212,12 @@ def test_what_is_not_told_apart_goes_on(base, tmp_path, monkeypatch):
     assert set(alike) & {name for name, _ in planned.ran} <= set(whole)
 
 
+def test_thoroughly_every_option_is_tried_as_a_whole(base, tmp_path, monkeypatch):
+    planned, found = ran(base, tmp_path, monkeypatch, thorough=True)
+    assert len(planned.ran) == 2 * len(found.rows)
+    assert found.best.startswith("mla")
+
+
 @pytest.mark.parametrize("stop", range(0, 12, 2))
 def test_stopped_and_started_again_it_chooses_the_same(base, tmp_path, monkeypatch, stop):
     planned, whole = ran(base, tmp_path / "whole", monkeypatch)
@@ -323,3 +329,6 @@ def test_the_whole_search_on_a_tiny_model(surgery, base, tmp_path, monkeypatch):
     assert Path("kept/fit.png").is_file()
     assert {row["option"].split()[0] for row in record["fit"]["options"]} >= {"streaming", "prune-heads"}
     assert all(FIRST.name in row for row in record["fit"]["options"])
+    card = Path("out/README.md").read_text()
+    assert "of what leaves 50% of the base's KV cache at 2,048 tokens, it loses least" in card
+    assert "| chosen |" in card
