@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 ANSWERS = 0.1  # weight of what answers lose, in nats a token, beside 1 for plain text
 HALF_95 = 1.96  # standard errors on each side of an interval
-SAMPLES = ("calibration_samples", "score_samples")  # settings of operations: texts that a conversion reads
-FEWER, FEWEST = 4, 2  # a quick conversion reads a quarter of them, but no fewer than two
+# Settings of operations that say how much a conversion reads or tries -> the least of it in a quick one, which has a
+# quarter.
+QUICKER, FEWER = {"calibration_samples": 2, "score_samples": 2, "rounds": 1}, 4
 KEYS = 8  # passkeys in a text
 NEAR = 64  # tokens before the end of a text that hold none
 EVERY, BLOCKS = 8, 16  # plain text is judged at every 8th token; its error comes from so many blocks of these
@@ -49,7 +50,7 @@ class Round(NamedTuple):
 
     Attributes:
         name: among the figures that are kept.
-        quick: whether the conversion reads less calibration text than the recipe asks for.
+        quick: whether the conversion reads and tries less than the recipe asks for.
         texts: of each kind, plain and with passkeys.
     """
 
@@ -176,10 +177,10 @@ def _error(values: list[float]) -> float:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The recipe with less calibration text."""
+    """The recipe with a faster conversion."""
     data = recipe.to_dict()
     steps = [
-        step | {key: max(FEWEST, step[key] // FEWER) for key in SAMPLES if step.get(key)}
+        step | {key: min(step[key], max(least, step[key] // FEWER)) for key, least in QUICKER.items() if step.get(key)}
         for step in data["operations"]
     ]
     try:

@@ -104,6 +104,8 @@ def test_pairs_share_the_budget(model):
 def test_a_quick_conversion_reads_a_quarter(model):
     recipe = quick(recipes.load("prune-heads"))
     assert (recipe.operations[0].calibration_samples, recipe.operations[0].score_samples) == (8, 2)
+    hybrid = quick(recipes.load("hybrid-swa")).operations[0]
+    assert (hybrid.calibration_samples, hybrid.rounds) == (1, 1)
     assert quick(recipes.load("streaming")).to_dict() == recipes.load("streaming").to_dict()
 
 
