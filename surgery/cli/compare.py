@@ -191,9 +191,7 @@ def fit(
         if found.report is not None:
             typer.echo(f"\n{found.report}")
         else:
-            typer.echo(
-                f"next: surgery fit {shlex.quote(model)} --kv {kv:g} -o OUT (what was measured is kept in {keep})"
-            )
+            typer.echo(f"next: the same command with -o OUT (what was measured is kept in {keep})")
     if found.report is not None:
         found.report.raise_faults()
 

@@ -26,7 +26,9 @@ from surgery.operations.base import NATIVE, Operation
 
 TEXT = "calibration_text"
 ALIKE = "exact"  # purpose of operations that leave the results as they are
+PROMPT = "prompt"  # purpose of operations that make prompts faster
 PURPOSES = ("cache", "quality", ALIKE)  # of the operations that are tried: others change more than the cache
+GOALS = ("quality", "decode", "prefill")  # the least damage, or the fastest of what passes its gate
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,26 @@ class Budget:
         context: tokens of the text whose cache is counted.
         native: only stock checkpoints.
         engine: an engine that must be able to run the result; "": none.
+        goal: one of `GOALS`.
     """
 
     share: float
     context: int
     native: bool = False
     engine: str = ""
+    goal: str = GOALS[0]
+
+    def refusal_of_purposes(self, recipe: Recipe, anatomy: Anatomy) -> str:
+        """Why a recipe serves another goal than this one; "": it may serve this one."""
+        wanted = (*PURPOSES, PROMPT) if self.goal == "prefill" else PURPOSES
+        if other := next((each.purpose for each in recipe.operations if each.purpose not in wanted), ""):
+            return f"it changes more than the cache ({other})"
+        if self.goal == "prefill":
+            prompts = any(each.purpose == PROMPT for each in recipe.operations)
+            return "" if prompts else "it makes no prompt faster"
+        if not any(each.ladders(anatomy) for each in recipe.operations):
+            return "no setting of it makes the cache smaller"
+        return ""
 
     def refusal(self, plan: Plan) -> str:
         """Why a result that is small enough may not be taken; "": it may."""
@@ -76,12 +92,14 @@ class Options:
 
     Attributes:
         found: the options, those that leave most of the cache first.
-        left_out: recipe -> why it is not among them.
+        left_out: recipe -> why it is not among them, of recipes that can make the cache smaller.
+        others: recipe -> why it was not considered: it trains, or leaves the cache as it is.
         nearest: the least share that any recipe reaches, with its name; None: no recipe makes the cache smaller.
     """
 
     found: list[Option] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
     nearest: tuple[float, str] | None = None
 
 
@@ -112,8 +130,8 @@ def options(model: Model, budget: Budget) -> Options:
     made = Options()
     for entry in entries():
         recipe = model.recipe(entry.name)
-        if reason := _unwanted(entry, recipe):
-            made.left_out[entry.name] = reason
+        if reason := _untrained(entry) or budget.refusal_of_purposes(recipe, model.anatomy):
+            made.others[entry.name] = reason
         else:
             _try(made, recipe, model, budget)
     made.found = _without_doubles(made)
@@ -128,15 +146,11 @@ def pairs(two: list[Option], model: Model, budget: Budget) -> list[Option]:
     return made.found
 
 
-def _unwanted(entry: Entry, recipe: Recipe) -> str:
-    """Why a recipe is not tried at all; "": it is."""
+def _untrained(entry: Entry) -> str:
+    """Why a recipe is not tried since it trains; "": it does not."""
     if entry.training == TRAINING_NEEDED:
         return "its result needs training"
-    if entry.training == TRAINING_INCLUDED:
-        return "it trains, which `surgery heal` can do afterwards"
-    if other := next((each.purpose for each in recipe.operations if each.purpose not in PURPOSES), ""):
-        return f"it changes more than the cache ({other})"
-    return ""
+    return "it trains, which `surgery heal` can do afterwards" if entry.training == TRAINING_INCLUDED else ""
 
 
 def _joined(first: Recipe, second: Recipe) -> Recipe:
@@ -150,7 +164,9 @@ def _try(made: Options, recipe: Recipe, model: Model, budget: Budget) -> None:
     anatomy, reasons, before = model.anatomy, [], len(made.found)
     climbing = [index for index, each in enumerate(recipe.operations) if each.ladders(anatomy)]
     if not climbing:
-        reasons.append("no setting of it makes the cache smaller")
+        found, reason = _mildest(recipe, [{}], model, budget, made)
+        made.found += [found] if found else []
+        reasons.append(reason)
     for changes in _rungs_of_others(recipe, climbing, model, budget):
         for ladder in recipe.operations[climbing[-1]].ladders(anatomy):
             ways = [changes | {climbing[-1]: step} for step in ladder]

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from surgery.io.output_folder import output_path, overlap
 from surgery.machine.placement import placed
 from surgery.pipeline import finish
 from surgery.report.report import Report
-from surgery.search.budget import Budget, Model, Option, options, pairs
+from surgery.search.budget import GOALS, Budget, Model, Option, Options, options, pairs
 from surgery.search.fitted import Fitted, Tried
 from surgery.search.trials import FIRST, WHOLE, Damage, Judge, Round, tried
 from surgery.version import __version__
@@ -41,18 +42,20 @@ if TYPE_CHECKING:
 
 FILE, PICTURE, TRIAL, BEST = "fit.json", "fit.png", "trial", "best"  # in the folder of a search
 CONTEXT = 8192
+LEAST_CONTEXT = 64  # tokens: fewer hold no passkey
 LEAST = 2  # options that are tried as a whole
 
 
 @placed
 def fit(
     model: str | Path,
-    kv: float,
+    kv: float | None = None,
     *,
     output: str | Path | None = None,
     context: int = CONTEXT,
     native_only: bool = False,
     engine: str = "",
+    goal: str = GOALS[0],
     thorough: bool = False,
     minutes: float | None = None,
     text: str = "builtin",
@@ -67,12 +70,15 @@ def fit(
 
     Args:
         model: folder, name or Hub id of a base.
-        kv: share of the base's KV cache that the result may take, above 0 and below 1.
+        kv: share of the base's KV cache that the result may take, above 0 and below 1; may be left out for the goal
+            "prefill".
         output: the folder that gets the best result; None: none is written, and the table says which is best.
         context: tokens of the text whose cache is counted; answers are asked from so far back. It is cut to what the
             model takes.
         native_only: only stock checkpoints.
         engine: "llama.cpp" or "vllm": only results that it can run.
+        goal: "quality": what loses least. "decode", "prefill": of the options that are tried as their recipes say and
+            pass their gates, the fastest at decoding behind a text of `context` tokens, or at such a prompt.
         thorough: try every option as its recipe says, and not the better half alone.
         minutes: no further option is tried after so many; None: all are.
         text: "builtin" (its held-out part) or a text file, on which options are judged.
@@ -86,7 +92,7 @@ def fit(
     """
     refuse_no_path("folder", folder)
     refuse_no_function(progress=progress, on_trial=on_trial)
-    source, budget = _asked(model, kv, context, native_only, engine)
+    source, budget = _asked(model, kv, Budget(1.0, context, native_only, engine, goal))
     if output is not None:
         _refuse_taken(output_path(output), source.folder, overwrite)
     found = options(source, budget)
@@ -95,33 +101,44 @@ def fit(
     search = _Search(str(model), source, budget, str(text), Path(folder))
     search.until = time.monotonic() + 60 * minutes if minutes is not None else None
     search.progress, search.on_trial, search.thorough = progress, on_trial, thorough
-    result = search.run(found.found, found.left_out)
+    result = search.run(found)
+    if output is None and result.order:
+        words = {"quality": "loses least", "decode": "decodes fastest", "prefill": "reads prompts fastest"}
+        result.settle(result.order[0].name, words[goal])
     if output is not None and result.order:
         options_of_run = RunOptions(overwrite=overwrite, progress=progress)
         result.report = search.take_best(result, output_path(output), options_of_run)
     return result
 
 
-def _asked(model: str | Path, kv: float, context: int, native_only: bool, engine: str) -> tuple[Model, Budget]:
-    """The model and the budget.
+def _asked(model: str | Path, kv: float | None, budget: Budget) -> tuple[Model, Budget]:
+    """The model, and the budget with its share.
 
     Raises:
         SurgeryError: an argument is at fault, or the model was converted before.
     """
-    if not isinstance(kv, int | float) or isinstance(kv, bool) or not 0 < kv < 1:
-        raise SettingError(f"kv is {kv}, and a share between 0 and 1 is wanted", fix="--kv 0.5")
-    if context < 2:
-        raise SettingError(f"context is {context}, and at least 2 tokens are wanted", fix=f"--context {CONTEXT}")
-    if engine:
-        find(engine)  # raises for another name
+    if budget.goal not in GOALS:
+        raise SettingError(f"there is no goal {budget.goal!r}", exists=", ".join(GOALS), fix=f"--goal {GOALS[0]}")
+    if kv is None and budget.goal == "prefill":
+        kv = 1.0
+    elif not isinstance(kv, int | float) or isinstance(kv, bool) or not 0 < kv < 1:
+        what = (
+            "no share of the KV cache is named" if kv is None else f"kv is {kv}, and a share between 0 and 1 is wanted"
+        )
+        raise SettingError(what, fix="--kv 0.5")
+    if budget.context < LEAST_CONTEXT:
+        what = f"context is {budget.context}, and at least {LEAST_CONTEXT} tokens are wanted"
+        raise SettingError(what, fix=f"--context {CONTEXT}")
+    if budget.engine:
+        find(budget.engine)  # raises for another name
     source = resolve(str(model))
     anatomy = Anatomy.of(source.path)
     if anatomy.surgical or (source.path / "surgery.json").is_file():
         fix = "give the base that it was made from"
         raise RecipeMismatchError("this model was converted already", where=source.name, fix=fix)
-    context = min(context, anatomy.positions or context)
+    context = min(budget.context, anatomy.positions or budget.context)
     chats = bool(read_tokenizer(source.path).chat_template)
-    return Model(anatomy, source.name, source.path, chats), Budget(float(kv), context, native_only, engine)
+    return Model(anatomy, source.name, source.path, chats), replace(budget, share=float(kv), context=context)
 
 
 def _refuse_taken(out: Path, base: Path, overwrite: bool) -> None:
@@ -170,11 +187,11 @@ class _Search:
         self.notes: list[str] = []
         self.failed: list[SurgeryError] = []
 
-    def run(self, found: list[Option], left_out: dict[str, str]) -> Fitted:
+    def run(self, asked: Options) -> Fitted:
         """Try the options, those that promise most last and most thoroughly."""
-        rows = {option.name: Tried(option.name, option.share, option.plan.tier) for option in found}
-        result = Fitted(self.model.name, self.budget, rows, left_out, notes=self.notes)
-        first = self._all(found, FIRST, rows)
+        rows = {option.name: Tried(option.name, option.share, option.plan.tier) for option in asked.found}
+        result = Fitted(self.model.name, self.budget, rows, asked.left_out, asked.others, notes=self.notes)
+        first = self._all(asked.found, FIRST, rows)
         if not first and self.failed:
             raise self.failed[0]
         for option in pairs(_two_best(first), self.model, self.budget):
@@ -185,13 +202,10 @@ class _Search:
         for option, _ in first:
             if option not in going:
                 rows[option.name].why = "lost more in the first trial"
-        best: Damage | None = None
-        for option in going:
-            trial = self._trial(option, WHOLE, rows)
-            if trial is not None and (best is None or trial.total < best.total):
-                best = trial
-                self._keep(option)
         result.options = {option.name: option for option in going}
+        for option in going:
+            if self._trial(option, WHOLE, rows) is not None and result.order[0] is option:
+                self._keep(option)
         return result
 
     def _all(self, found: list[Option], stage: Round, rows: dict[str, Tried]) -> list[tuple[Option, Damage]]:
@@ -201,7 +215,7 @@ class _Search:
 
     def _trial(self, option: Option, stage: Round, rows: dict[str, Tried]) -> Damage | None:
         """What an option lost, from the figures that are kept or from a trial; None: no time was left."""
-        key = _key(option, stage)
+        key = self._key(option, stage)
         if key not in self.known:
             if self.until is not None and time.monotonic() > self.until and self.known:
                 rows[option.name].why = "not tried: the time was over"
@@ -223,7 +237,8 @@ class _Search:
 
     def _judge(self, stage: Round) -> Judge:
         if stage.name not in self.judges:
-            self.judges = {stage.name: Judge(self.model.folder, self.text, self.budget.context, stage.texts)}
+            timed = self.budget.goal if stage is WHOLE and self.budget.goal != GOALS[0] else ""
+            self.judges = {stage.name: Judge(self.model.folder, self.text, self.budget.context, stage.texts, timed)}
         return self.judges[stage.name]
 
     def _said(self, option: Option) -> Callable[[str], Progress | None]:
@@ -239,7 +254,7 @@ class _Search:
 
     def _keep(self, option: Option) -> None:
         """Keep the result of the last trial as the best one, if it is there."""
-        if self.made == _key(option, WHOLE):  # and not of another option, before this run was stopped
+        if self.made == self._key(option, WHOLE):  # and not of another option, before this run was stopped
             note = self.folder / f"{BEST}.json"
             note.unlink(missing_ok=True)
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
@@ -260,8 +275,7 @@ class _Search:
             option = order[0]
             report = self._finished(option, out, asked) if len(order) > 1 else report
         result.chosen = option.name
-        for name, row in result.rows.items():
-            row.why = "chosen" if name == option.name else row.why or row.beside(result.rows[option.name])
+        result.settle(option.name, "chosen")
         report.data["fit"] = result.to_dict()
         report.save()
         shutil.rmtree(self.folder / TRIAL, ignore_errors=True)
@@ -282,11 +296,17 @@ class _Search:
         kept, note = self.folder / BEST, self.folder / f"{BEST}.json"
         if out.exists():
             shutil.rmtree(out)
-        if kept.is_dir() and note.is_file() and read_json(note).get("key") == _key(option, WHOLE):
+        if kept.is_dir() and note.is_file() and read_json(note).get("key") == self._key(option, WHOLE):
             shutil.copytree(kept, out)
             return
         quiet = RunOptions(check=False, evaluate=False, gate=False, progress=asked.progress)
         apply_to_folder(option.recipe, self.name, out, quiet)
+
+    def _key(self, option: Option, stage: Round) -> str:
+        """Identifies a trial of an option among the kept figures."""
+        timed = [self.budget.goal] * (stage is WHOLE and self.budget.goal != GOALS[0])
+        data = json.dumps([option.recipe.to_dict()["operations"], stage, *timed], sort_keys=True)
+        return f"{option.name}, {stage.name} {hashlib.sha256(data.encode()).hexdigest()[:12]}"
 
     def _read(self) -> dict[str, dict]:
         """The finished figures of an earlier run of this search."""
@@ -319,9 +339,3 @@ def _survivors(ranked: list[tuple[Option, Damage]]) -> list[Option]:
     half = max(LEAST, (len(ranked) + 1) // 2)
     best = ranked[0][1]
     return [option for place, (option, lost) in enumerate(ranked) if place < half or not lost.worse_than(best)]
-
-
-def _key(option: Option, stage: Round) -> str:
-    """Identifies a trial of an option among the kept figures."""
-    data = json.dumps([option.recipe.to_dict()["operations"], stage], sort_keys=True)
-    return f"{option.name}, {stage.name} {hashlib.sha256(data.encode()).hexdigest()[:12]}"

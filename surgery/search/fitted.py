@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.io.printing import Block, Printed, Table
+from surgery.io.printing import Block, Printed, Table, count
+from surgery.search.budget import GOALS
 
 if TYPE_CHECKING:
     from surgery.report.report import Report
@@ -37,6 +38,8 @@ class Tried:
         """Why another one was chosen."""
         if self.whole is None or best.whole is None:
             return ""
+        if best.whole.speed is not None:
+            return "slower"
         return "lost more" if self.whole.worse_than(best.whole) else "within the interval of the chosen one"
 
     @property
@@ -57,7 +60,8 @@ class Fitted(Printed):
         base: name of the base.
         budget: what the result may take.
         rows: option -> what it lost.
-        left_out: recipe -> why it was not tried.
+        left_out: recipe -> why it was not tried, of recipes that can make the cache smaller.
+        others: recipe -> why it was not considered.
         options: the options that were tried as their recipes say.
         chosen: name of the option that was applied; "": none was.
         report: the record of the result, if one was written.
@@ -68,6 +72,7 @@ class Fitted(Printed):
     budget: Budget
     rows: dict[str, Tried]
     left_out: dict[str, str]
+    others: dict[str, str]
     options: dict[str, Option] = field(default_factory=dict)
     chosen: str = ""
     report: Report | None = None
@@ -75,14 +80,19 @@ class Fitted(Printed):
 
     @property
     def order(self) -> list[Option]:
-        """The options that were tried as their recipes say, the least damage first."""
-        whole = [(row.whole.total, name) for name, row in self.rows.items() if row.whole is not None]
+        """The options that were tried as their recipes say, the best for the goal first."""
+        whole = [(self._rank(row), name) for name, row in self.rows.items() if row.whole is not None]
         return [self.options[name] for _, name in sorted(whole) if name in self.options]
 
     @property
     def best(self) -> str:
         """Name of the option that was chosen, or would be."""
         return self.chosen or (self.order[0].name if self.order else "")
+
+    def settle(self, name: str, words: str) -> None:
+        """Say which option is the best one, and of the others why they are not."""
+        for other, row in self.rows.items():
+            row.why = words if other == name else row.why or row.beside(self.rows[name])
 
     def headline(self) -> str:
         return f"{self.best or 'nothing'} for {self.budget.share:.0%} of the KV cache of {self.base}"
@@ -92,14 +102,19 @@ class Fitted(Printed):
             "damage: KL from the base on plain text, and 0.1 times what answers lose, in nats a token",
             f"kept: passkeys repeated from a text of {self.budget.context:,} tokens, of those that the base repeats",
         )
-        small = [f"{name}: {reason}" for name, reason in self.left_out.items() if "%" in reason or "code" in reason]
-        notes = [f"not tried: {each}" for each in small] + [f"note: {note}" for note in self.notes]
+        notes = [f"not tried: {name}: {reason}" for name, reason in self.left_out.items()]
+        if self.others:
+            notes.append(
+                f"not considered: {count(len(self.others), 'recipe')}, which train or leave the cache as it is"
+            )
+        notes += [f"note: {note}" for note in self.notes]
         return [self.table(), "", *words, "", ("best", self.best or "none"), *notes]
 
     def table(self) -> Table:
         """A row for each option, the least damage first."""
         rows = []
-        for row in sorted(self.rows.values(), key=_rank):
+        timed = self.budget.goal != GOALS[0]
+        for row in sorted(self.rows.values(), key=self._rank):
             trial = row.last
             figures = ["", "", "", "", ""]
             if trial is not None:
@@ -112,17 +127,25 @@ class Fitted(Printed):
                     kept,
                     f"{trial.seconds:.0f} s",
                 ]
-            rows.append([row.name, f"{row.share:.0%}", *figures, row.why])
-        return Table(("option", "KV", "trial", "damage", "KL", "kept", "time", ""), rows)
+            speed = [f"{trial.speed:.2f}x" if trial is not None and trial.speed else ""] * timed
+            rows.append([row.name, f"{row.share:.0%}", *figures, *speed, row.why])
+        return Table(("option", "KV", "trial", "damage", "KL", "kept", "time", *[self.budget.goal] * timed, ""), rows)
+
+    def _rank(self, row: Tried) -> tuple[bool, float]:
+        """Sorts what was tried as a whole before the rest, and the best for the goal first."""
+        if row.last is None:
+            return True, float("inf")
+        return row.whole is None, -row.last.speed if row.last.speed is not None else row.last.total
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
         budget = {"share": self.budget.share, "context": self.budget.context}
         budget |= {"native_only": self.budget.native, "engine": self.budget.engine}
-        rows = [row.to_dict() for row in sorted(self.rows.values(), key=_rank)]
+        budget |= {"goal": self.budget.goal}
+        rows = [row.to_dict() for row in sorted(self.rows.values(), key=self._rank)]
         return {
             "base": self.base, "budget": budget, "best": self.best, "options": rows, "left_out": self.left_out,
-            "notes": self.notes,
+            "others": self.others, "notes": self.notes,
         }  # fmt: skip
 
     def plot(self, path: str | Path) -> Path:
@@ -145,8 +168,3 @@ class Fitted(Printed):
             title=f"{self.base}: what was tried for {self.budget.share:.0%} of the cache",
             filled="tried as its recipe says",
         )
-
-
-def _rank(row: Tried) -> tuple[bool, float]:
-    """Sorts what was tried as a whole before the rest, and the least damage first."""
-    return row.whole is None, row.last.total if row.last is not None else float("inf")

@@ -42,6 +42,7 @@ QUICKER, FEWER = {"calibration_samples": 2, "score_samples": 2, "rounds": 1}, 4
 KEYS = 8  # passkeys in a text
 NEAR = 64  # tokens before the end of a text that hold none
 EVERY, BLOCKS = 8, 16  # plain text is judged at every 8th token; its error comes from so many blocks of these
+DECODED = 16  # tokens that are timed in decoding
 PLAIN = 2048  # tokens of a plain text
 
 
@@ -72,6 +73,7 @@ class Damage:
         kept, asked: passkeys repeated without a mistake, of those that the base repeats so.
         total: kl + ANSWERS * answers, where answers that became more probable count as 0.
         error: standard error of the total.
+        speed: times as fast as the base at what the search is for; None: that was not measured.
         seconds: what conversion and measurement took.
     """
 
@@ -82,6 +84,7 @@ class Damage:
     total: float
     error: float
     seconds: float
+    speed: float | None = None
 
     def worse_than(self, other: Damage) -> bool:
         """Whether it lost more than another one, beyond the interval of the difference."""
@@ -103,9 +106,11 @@ class Judge:
         text: "builtin" (its held-out part) or a text file.
         context: tokens of a text with passkeys.
         texts: of each kind.
+        timed: "decode" or "prefill", which is timed too; "": nothing is.
     """
 
-    def __init__(self, base: Path, text: str, context: int, texts: int):
+    def __init__(self, base: Path, text: str, context: int, texts: int, timed: str = ""):
+        self.context, self.timed = context, timed
         from surgery.data.passkeys import passkeys, plain_windows
 
         self.base, tokenizer, source = base, read_tokenizer(base), load_text(text, "held-out")
@@ -146,8 +151,16 @@ class Judge:
         known = [after for before, after in hits if before]
         total = kl + ANSWERS * max(0.0, answers)
         return {
-            "kl": kl, "answers": answers, "kept": sum(known), "asked": len(known), "total": total, "error": error
+            "kl": kl, "answers": answers, "kept": sum(known), "asked": len(known), "total": total, "error": error,
+            "speed": self._speed(out) if self.timed else None,
         }  # fmt: skip
+
+    def _speed(self, out: Path) -> float:
+        """Times as fast as the base, on a prompt of the context or in decoding after it."""
+        from surgery.evaluation.benchmark.run import bench
+
+        (row,) = bench(out, self.base, lengths=(self.context - DECODED,), rounds=1, decode=DECODED).ratios()
+        return row[f"{self.timed}_vs_stock"]
 
     def _log_probabilities(self, model: Any) -> Iterator[torch.Tensor]:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -77,8 +78,8 @@ def test_what_is_left_out_says_why(model):
     assert small.left_out["prune-heads"] == "it leaves 25% of the cache at least"
     assert "surgical" in native.left_out["duo-attention"]
     assert all(option.plan.tier == "native" for option in native.found)
-    assert native.left_out["mqa"] == "its result needs training"
-    assert native.left_out["expand-kv"] == "no setting of it makes the cache smaller"
+    assert native.others["mqa"] == "its result needs training"
+    assert native.others["expand-kv"] == "no setting of it makes the cache smaller"
     engine = options(model, Budget(0.5, CONTEXT, engine="llama.cpp"))
     assert "llama.cpp cannot express streaming heads" in engine.left_out["duo-attention"]
     assert {option.recipe.name for option in engine.found} >= {"gqa", "mla", "prune-heads"}
@@ -184,6 +185,34 @@ class Planned:
 DAMAGES = {"duo-attention": 0.2, "mla": (0.3, 0.1), "prune-heads": 0.9, "gqa": 0.25, "streaming": 2.0}
 
 
+@pytest.mark.parametrize(("goal", "kv"), [("decode", 0.5), ("prefill", None)])
+def test_the_fastest_that_passes_its_gate(base, tmp_path, monkeypatch, goal, kv):
+    """Of those that are tried as their recipes say; what loses less may be slower."""
+    speeds = {
+        "duo-attention": 1.2,
+        "gqa": 3.0,
+        "mla": 2.0,
+        "sparse-prefill": 1.5,
+        "xattention": 2.5,
+        "sparse-duo": 1.1,
+    }
+
+    def timed(recipe, model, out, stage, judge, say):
+        out.mkdir(exist_ok=True, parents=True)
+        speed = speeds.get(recipe.name, 0.5) if stage is WHOLE else None
+        return dataclasses.replace(trial(0.2), speed=speed)
+
+    monkeypatch.setattr(search, "tried", timed)
+    monkeypatch.setattr(search, "Judge", lambda *_: None)
+    found = search.fit(base, kv, context=CONTEXT, goal=goal, folder=tmp_path / "fit")
+    assert found.best.startswith("gqa" if goal == "decode" else "xattention")
+    assert found.rows[found.best].why == {"decode": "decodes fastest", "prefill": "reads prompts fastest"}[goal]
+    names = {row.recipe.name for row in found.options.values()}
+    assert ("sparse-prefill" in names) == (goal == "prefill")
+    assert "slower" in str(found)
+    assert "2.50x" in str(found) or goal == "decode"
+
+
 def ran(base, tmp_path, monkeypatch, damages=DAMAGES, stop=None, **asked):
     planned = Planned(damages, stop)
     monkeypatch.setattr(search, "tried", planned)
@@ -203,6 +232,8 @@ def test_the_better_half_is_tried_as_a_whole(base, tmp_path, monkeypatch):
     assert found.rows[found.best].whole == trial(0.1)
     text = str(found)
     assert "lost more in the first trial" in text
+    assert found.rows[found.best].why == "loses least"
+    assert "which train or leave the cache as it is" in text
     assert found.to_dict()["options"][0]["option"] == found.best
     assert "gqa + duo-attention" in {name.split(" kv")[0] for name in found.rows}, "a pair of the two best"
 
@@ -289,7 +320,10 @@ def test_the_best_that_passes_its_gate_is_written(base, tmp_path, monkeypatch):
         ({"kv": 1}, "a share between 0 and 1"),
         ({"kv": True}, "a share between 0 and 1"),
         ({"kv": 0.001}, "the nearest is"),
-        ({"context": 1}, "at least 2 tokens"),
+        ({"context": 63}, "at least 64 tokens"),
+        ({"kv": None}, "no share of the KV cache is named"),
+        ({"goal": "speed"}, "there is no goal 'speed'"),
+        ({"goal": "prefill", "kv": None, "engine": "vllm"}, "nothing leaves 100%"),
         ({"engine": "sglang"}, "no engine 'sglang'"),
     ],
 )
@@ -325,7 +359,7 @@ def test_the_whole_search_on_a_tiny_model(surgery, base, tmp_path, monkeypatch):
     record = json.loads(Path("out/surgery.json").read_text())
     assert record["check"]["passed"]
     assert record["fit"]["budget"] == {
-        "share": 0.5, "context": CONTEXT, "native_only": False, "engine": ""
+        "share": 0.5, "context": CONTEXT, "native_only": False, "engine": "", "goal": "quality"
     }  # fmt: skip
     assert len(json.loads(Path("kept/fit.json").read_text())["trials"]) >= 4
     assert Path("kept/fit.png").is_file()
