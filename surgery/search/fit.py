@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 FILE, PICTURE, TRIAL, BEST = "fit.json", "fit.png", "trial", "best"  # in the folder of a search
 CONTEXT = 8192
+BEST_AT = {"quality": "loses least", "decode": "decodes fastest", "prefill": "reads prompts fastest"}
 LEAST_CONTEXT = 64  # tokens: fewer hold no passkey
 LEAST = 2  # options that are tried as a whole
 
@@ -102,12 +103,8 @@ def fit(
     search.until = time.monotonic() + 60 * minutes if minutes is not None else None
     search.progress, search.on_trial, search.thorough = progress, on_trial, thorough
     result = search.run(found)
-    if output is None and result.order:
-        words = {"quality": "loses least", "decode": "decodes fastest", "prefill": "reads prompts fastest"}
-        result.settle(result.order[0].name, words[goal])
-    if output is not None and result.order:
-        options_of_run = RunOptions(overwrite=overwrite, progress=progress)
-        result.report = search.take_best(result, output_path(output), options_of_run)
+    if result.order:
+        search.conclude(result, output, overwrite)
     return result
 
 
@@ -261,6 +258,14 @@ class _Search:
             (self.folder / TRIAL).rename(self.folder / BEST)
             write_json(note, {"key": self.made})
             self.made = ""
+
+    def conclude(self, result: Fitted, output: str | Path | None, overwrite: bool) -> None:
+        """Write the best result, if an output is named, and say of each option why it is not the best one."""
+        if output is None:
+            result.settle(result.order[0].name, BEST_AT[self.budget.goal])
+        else:
+            asked = RunOptions(overwrite=overwrite, progress=self.progress)
+            result.report = self.take_best(result, output_path(output), asked)
 
     def take_best(self, result: Fitted, out: Path, asked: RunOptions) -> Report:
         """Put the best result that passes its recipe's gate in the folder `out`; if none does, the best of all."""
