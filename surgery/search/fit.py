@@ -34,7 +34,7 @@ from surgery.pipeline import finish
 from surgery.report.report import Report
 from surgery.search.budget import GOALS, Budget, Model, Option, Options, options, pairs
 from surgery.search.fitted import Fitted, Tried
-from surgery.search.trials import FIRST, WHOLE, Damage, Judge, Round, tried
+from surgery.search.trials import FIRST, HALF_95, WHOLE, Damage, Judge, Round, tried
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ FILE, PICTURE, TRIAL, BEST = "fit.json", "fit.png", "trial", "best"  # in the fo
 CONTEXT = 8192
 BEST_AT = {"quality": "loses least", "decode": "decodes fastest", "prefill": "reads prompts fastest"}
 LEAST_CONTEXT = 64  # tokens: fewer hold no passkey
-LEAST = 2  # options that are tried as a whole
+# An option that loses so many times what the best one loses is not tried as a whole. It is assumed that four times the
+# calibration text do not make up for that.
+HOPELESS = 4
 
 
 @placed
@@ -340,7 +342,11 @@ def _two_best(ranked: list[tuple[Option, Damage]]) -> list[Option]:
 
 
 def _survivors(ranked: list[tuple[Option, Damage]]) -> list[Option]:
-    """The better half, at least `LEAST`, and what does not lose more than the best one beyond the interval."""
-    half = max(LEAST, (len(ranked) + 1) // 2)
-    best = ranked[0][1]
-    return [option for place, (option, lost) in enumerate(ranked) if place < half or not lost.worse_than(best)]
+    """The better half, and what does not lose more than the best one beyond the interval; nothing that is hopeless."""
+    half, best = (len(ranked) + 1) // 2, ranked[0][1]
+    most = HOPELESS * (best.total + HALF_95 * best.error)
+    return [
+        option
+        for place, (option, lost) in enumerate(ranked)
+        if lost.total <= most and (place < half or not lost.worse_than(best))
+    ]
