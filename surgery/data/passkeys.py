@@ -109,6 +109,7 @@ def passkeys(
     keys: int,
     words: int = 8,
     alphabet: str = "text",
+    forms: tuple[str, str] = (NEEDLE, QUESTION),
 ) -> list[Recall]:
     """Sequences of text with hidden passkeys, all of which the end asks for.
 
@@ -124,6 +125,7 @@ def passkeys(
         alphabet: "text": words and labels are from the text, so that any language works, and a passkey has no word
             twice. "nato": the 26 code words of the NATO alphabet, drawn with replacement, and the labels are
             "number 1" and so on.
+        forms: what introduces a passkey by its {label}, and what asks for it.
 
     Source:
         Xiao et al. 2024 (arXiv 2410.10819), section 2.3, whose passkeys are 32 words of the NATO alphabet.
@@ -136,8 +138,8 @@ def passkeys(
     closing = _ids(tokenizer, ".\n\n")
     for index in range(samples):
         labels, texts = _labels_and_keys(draw, keys, words, None if alphabet == "nato" else vocabulary)
-        intros = [_ids(tokenizer, NEEDLE.format(label=label)) for label in labels]
-        questions = [_ids(tokenizer, QUESTION.format(label=label)) for label in labels]
+        intros = [_ids(tokenizer, forms[0].format(label=label)) for label in labels]
+        questions = [_ids(tokenizer, forms[1].format(label=label)) for label in labels]
         answers = [_ids(tokenizer, f" {key}") for key in texts]
         count, room = keys, 0
         while count and room < count:  # room: number of positions in the plain text where a passkey may be

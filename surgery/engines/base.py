@@ -222,6 +222,12 @@ def obstacles_of_latent(anatomy: Anatomy, scaled: str, activation: str) -> list[
     config, found = anatomy.config, []
     if (kind := (config.rope_parameters or {}).get("rope_type", "default")) != "default":
         found.append(Obstacle(f"latent attention with {kind} RoPE: {scaled}", NO_LATENT))
+    if not getattr(config, "rope_interleave", True):
+        found.append(Obstacle("latent attention whose rotated channels lie in halves: it takes pairs", NO_LATENT))
+    if getattr(config, "attention_bias", False):
+        found.append(Obstacle("latent attention with biases: it has no place for them", NO_LATENT))
+    if getattr(config, "first_k_dense_replace", len(anatomy.layers)) < len(anatomy.layers):
+        found.append(Obstacle("latent attention beside experts: only dense layers are written", NO_LATENT))
     if (act := config.hidden_act) != "silu":
         found.append(Obstacle(f"latent attention, and {act} as the MLP's activation: {activation}", NO_LATENT))
     return found

@@ -11,7 +11,6 @@ from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
 from surgery.io.files import split_card
 from surgery.report.card_metadata import metadata
 from surgery.report.card_sections import (
-    alternatives,
     figures_of,
     get,
     healing,
@@ -44,7 +43,7 @@ def render_card(report: dict, base_card: str | None) -> str:
         "## What it costs and what it saves\n\n" + costs_text(report),
         *_heads(report),
         *healing(report),
-        *alternatives(report),
+        *_alternatives(report),
         "## How to use it\n\n" + loading(report),
         "## Checks\n\n" + checks_text(report),
         "## Limits\n\n" + limits(report),
@@ -64,6 +63,38 @@ def _heads(report: dict) -> list[str]:
         return []
     what = "Which KV heads see all, and which (hatched) see sinks and a window, by layer"
     return [f"![{what}]({HEADS})\n\n*{what}. Heads have the base's numbers.*"]
+
+
+def _alternatives(report: dict) -> list[str]:
+    """What `surgery fit` tried before it chose this recipe, as a list of one section; [] if it did not choose it."""
+    found = get(report, "fit")
+    budget, rows = get(found, "budget"), found.get("options") or []
+    if not rows:
+        return []
+    lines = [
+        "| option | KV cache | trial | damage | KL | passkeys kept | |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        lost = row.get("whole") or row.get("first") or {}
+        figures = ["", "", "", ""]
+        if finite(lost.get("total")):
+            figures = [
+                "whole" if row.get("whole") else "first",
+                f"{lost['total']:.3f}",
+                f"{lost['kl']:.3f}",
+                f"{lost['kept']} of {lost['asked']}",
+            ]
+        lines.append(f"| {' | '.join([row['option'], format(row['share'], '.0%'), *figures, row['why']])} |")
+    told = (
+        f"`surgery fit` chose this recipe among what leaves {budget['share']:.0%} of the base's KV cache at "
+        f"{budget['context']:,} tokens, or less. The damage is the KL from the base on plain text, and a tenth of "
+        "what answers lose that are asked from all over such a text, in nats a token. In the first trial a conversion "
+        "reads less calibration text, so that damages of the two trials are not to be compared."
+    )
+    told = " ".join([told, *(f"{note[:1].upper()}{note[1:]}." for note in found.get("notes") or [])])
+    table = "\n".join(lines)
+    return [f"## What else was tried\n\n{told}\n\n{table}"]
 
 
 def costs_text(report: dict) -> str:

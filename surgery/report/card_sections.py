@@ -190,28 +190,6 @@ def _limits_of(fields: dict) -> tuple[str, ...]:
         return operation.LIMITATIONS
 
 
-def alternatives(report: dict) -> list[str]:
-    """What `surgery fit` tried before it chose this recipe, as a list of one section; [] if it did not choose it."""
-    found = get(report, "fit")
-    budget, rows = get(found, "budget"), found.get("options") or []
-    if not rows:
-        return []
-    lines = ["| option | KV cache | damage | KL | passkeys kept | |", "| --- | ---: | ---: | ---: | ---: | --- |"]
-    for row in rows:
-        lost = row.get("whole") or row.get("first") or {}
-        figures = ["", "", ""]
-        if finite(lost.get("total")):
-            figures = [f"{lost['total']:.3f}", f"{lost['kl']:.3f}", f"{lost['kept']} of {lost['asked']}"]
-        lines.append(f"| {' | '.join([row['option'], format(row['share'], '.0%'), *figures, row['why']])} |")
-    told = (
-        f"`surgery fit` chose this recipe: of what leaves {budget['share']:.0%} of the base's KV cache at "
-        f"{budget['context']:,} tokens, it loses least. The damage is the KL from the base on plain text, and a tenth "
-        "of what answers lose that are asked from all over such a text, in nats a token."
-    )
-    table = "\n".join(lines)
-    return [f"## What else was tried\n\n{told}\n\n{table}"]
-
-
 def provenance(report: dict) -> str:
     """The command that repeats the surgery, and a list of base, versions, seeds and hashes."""
     base, files = get(report, "base"), get(report, "files")

@@ -112,8 +112,12 @@ def _most_absorbed(module) -> int:
 
 
 def _is_plain(projection) -> bool:
-    """Whether a projection is its weight alone: no adapter, no quantisation, and no hook that brings the weight."""
-    return type(projection) is torch.nn.Linear and "forward" not in vars(projection) and not projection.weight.is_meta
+    """Whether a projection is its weight alone: no adapter, no quantisation, and no hook."""
+    hooks = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
+    weight = projection._parameters.get("weight")  # a weight that is computed is no parameter
+    return (
+        type(projection) is torch.nn.Linear and not hooks and type(weight) is torch.nn.Parameter and not weight.is_meta
+    )
 
 
 def _expanded(module, query, vectors, rotated):

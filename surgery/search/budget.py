@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,16 +133,24 @@ def options(model: Model, budget: Budget) -> Options:
             made.others[entry.name] = reason
         else:
             _try(made, recipe, model, budget)
-    made.found = _without_doubles(made)
+    if budget.goal == GOALS[0]:
+        made.found = _without_doubles(made)
     return made
 
 
 def pairs(two: list[Option], model: Model, budget: Budget) -> list[Option]:
-    """Both of two recipes, one after the other in either order, where they compose and reach a budget."""
+    """Both of two recipes, one after the other in either order, where they compose and each saves a part."""
     made = Options()
     for first, second in itertools.permutations(two, 2):
         _try(made, _joined(first.recipe, second.recipe), model, budget)
-    return made.found
+    return [option for option in made.found if _both_save(option, model, budget)]
+
+
+def _both_save(option: Option, model: Model, budget: Budget) -> bool:
+    """Whether each of the operations saves a part of the cache, and none reaches the budget alone."""
+    data = option.recipe.to_dict()
+    alone = (recipes.load(data | {"operations": [step]}) for step in data["operations"])
+    return all(budget.share < _share(recipe, {}, model, budget)[1] < 1 for recipe in alone)
 
 
 def _untrained(entry: Entry) -> str:
@@ -161,83 +168,66 @@ def _joined(first: Recipe, second: Recipe) -> Recipe:
 
 def _try(made: Options, recipe: Recipe, model: Model, budget: Budget) -> None:
     """Add what reaches the budget, or note why nothing does."""
-    anatomy, reasons, before = model.anatomy, [], len(made.found)
-    climbing = [index for index, each in enumerate(recipe.operations) if each.ladders(anatomy)]
-    if not climbing:
-        found, reason = _mildest(recipe, [{}], model, budget, made)
-        made.found += [found] if found else []
-        reasons.append(reason)
-    for changes in _rungs_of_others(recipe, climbing, model, budget):
-        for ladder in recipe.operations[climbing[-1]].ladders(anatomy):
-            ways = [changes | {climbing[-1]: step} for step in ladder]
-            found, reason = _mildest(recipe, ways, model, budget, made)
-            if found is None:
-                reasons.append(reason)
-            else:
-                made.found.append(found)
-    if len(made.found) == before:
+    found, reasons = [], []
+    for ways in _ladders(recipe, model, budget):
+        option, reason = _mildest(recipe, ways, model, budget, made)
+        found += [option] if option else []
+        reasons += [reason] if reason else []
+    made.found += found
+    if not found:
         made.left_out[recipe.name] = reasons[-1] if reasons else "its first step leaves no place for the second"
 
 
-def _rungs_of_others(recipe: Recipe, climbing: list[int], model: Model, budget: Budget) -> Iterator[dict[int, dict]]:
-    """Settings of all operations with ladders but the last: each takes an equal part of the budget, as a factor."""
-    if not climbing:
+def _ladders(recipe: Recipe, model: Model, budget: Budget) -> Iterator[list[dict[int, dict]]]:
+    """Ladders of the recipe as a whole: operation -> changes, for each rung of its last operation with a ladder.
+
+    Each of the operations before that takes an equal part of the budget, as a factor.
+    """
+    ladders = {index: rungs for index, each in enumerate(recipe.operations) if (rungs := _climbs(each, model))}
+    if not ladders:
+        yield [{}]
         return
-    part, each = budget.share ** (1 / len(climbing)), []
-    for index in climbing[:-1]:
-        operation, rungs = recipe.operations[index], []
-        alone = recipes.load(recipe.to_dict() | {"operations": [recipe.to_dict()["operations"][index]]})
-        for ladder in operation.ladders(model.anatomy):
-            step = _first(len(ladder), partial(_share_at, alone, ladder, model, budget), part)
-            rungs += [{index: ladder[step]}] if step is not None else []
-        each.append(rungs)
-    for chosen in itertools.product(*each):
-        yield {index: step for way in chosen for index, step in way.items()}
+    *others, last = ladders
+    data, part = recipe.to_dict(), replace(budget, share=budget.share ** (1 / len(ladders)), native=False, engine="")
+    chosen: list[list[dict[int, dict]]] = []
+    for index in others:
+        alone = recipes.load(data | {"operations": [data["operations"][index]]})
+        mildest = [_first_rung(alone, ladder, model, part) for ladder in ladders[index]]
+        chosen.append([{index: rung} for rung in mildest if rung is not None])
+    for before in itertools.product(*chosen):
+        changes = {index: rung for way in before for index, rung in way.items()}
+        for ladder in ladders[last]:
+            yield [changes | {last: rung} for rung in ladder]
+
+
+def _climbs(operation: Operation, model: Model) -> list[list[dict[str, Any]]]:
+    """The ladders of an operation that have rungs."""
+    return [ladder for ladder in operation.ladders(model.anatomy) if ladder]
+
+
+def _first_rung(recipe: Recipe, ladder: list[dict], model: Model, budget: Budget) -> dict | None:
+    """The mildest rung of a ladder of the recipe's only operation that fits."""
+    return next((rung for rung in ladder if _share(recipe, {0: rung}, model, budget)[1] <= budget.share), None)
 
 
 def _mildest(
     recipe: Recipe, ways: list[dict[int, dict]], model: Model, budget: Budget, made: Options
 ) -> tuple[Option | None, str]:
     """The first of some ways, from the mildest on, with which the result fits; else None and why."""
-    seen: dict[int, tuple[Plan | str, float]] = {}
-
-    def share_at(at: int) -> float:
-        if at not in seen:
-            seen[at] = _share(recipe, ways[at], model, budget)
-        return seen[at][1]
-
-    begin = _first(len(ways), share_at, budget.share)
-    least = min((share for plan, share in seen.values() if isinstance(plan, Plan)), default=None)
-    if least is not None and (made.nearest is None or least < made.nearest[0]):
-        made.nearest = (least, recipe.name)
-    refused = ""
-    for at in range(len(ways) if begin is None else begin, len(ways)):
-        share_at(at)
-        plan, share = seen[at]
-        if isinstance(plan, Plan):
-            if not (refusal := budget.refusal(plan)):
-                return Option(_name(recipe, ways[at]), plan.recipe, plan, share), ""
+    refused, least, faulty = "", inf, ""
+    for way in ways:
+        plan, share = _share(recipe, way, model, budget)
+        if not isinstance(plan, Plan):
+            faulty = faulty or plan
+        elif refusal := budget.refusal(plan):
             refused = refused or refusal
-    small = f"it leaves {least:.0%} of the cache at least" if least is not None and begin is None else ""
-    return None, refused or small or next(plan for plan, _ in seen.values() if isinstance(plan, str))
-
-
-def _first(count: int, share_at: Callable[[int], float], most: float) -> int | None:
-    """The first index at which a falling share is `most` at most, by bisection; None: at none."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) // 2
-        share = share_at(middle)
-        if share <= most:
-            high = middle
+        elif share <= budget.share:
+            return Option(_name(recipe, way), plan.recipe, plan, share), ""
         else:
-            low = middle + 1
-    return low if low < count else None
-
-
-def _share_at(recipe: Recipe, ladder: list[dict], model: Model, budget: Budget, at: int) -> float:
-    """What a step of a ladder of the recipe's first operation leaves of the cache."""
-    return _share(recipe, {0: ladder[at]}, model, budget)[1]
+            least = min(least, share)
+    if least < inf and (made.nearest is None or least < made.nearest[0]):
+        made.nearest = (least, recipe.name)
+    return None, refused or (f"it leaves {least:.0%} of the cache at least" if least < inf else faulty)
 
 
 def _share(recipe: Recipe, changes: dict[int, dict], model: Model, budget: Budget) -> tuple[Plan | str, float]:

@@ -13,24 +13,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.config.arguments import refuse_no_function, refuse_no_path
+from surgery.config.arguments import no_model, refuse_no_function, refuse_no_path
 from surgery.config.options import RunOptions
 from surgery.data.text import load_text
 from surgery.engines import find
-from surgery.errors import OutputExistsError, RecipeMismatchError, SettingError, SurgeryError
+from surgery.errors import MachineError, OutputExistsError, RecipeMismatchError, SettingError, SurgeryError
 from surgery.io.files import REPORT, read_json, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity
 from surgery.io.loading import read_tokenizer
-from surgery.io.output_folder import output_path, overlap
-from surgery.machine.placement import placed
-from surgery.pipeline import finish
+from surgery.io.output_folder import OutputFolder, machine_errors, overlap, refuse_to_replace, remove_own
+from surgery.machine.placement import current, placed
+from surgery.pipeline import apply_to_folder, finish
 from surgery.report.report import Report
 from surgery.search.budget import GOALS, Budget, Model, Option, Options, options, pairs
 from surgery.search.fitted import Fitted, Tried
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
 
 FILE, PICTURE, TRIAL, BEST = "fit.json", "fit.png", "trial", "best"  # in the folder of a search
 CONTEXT = 8192
+JUDGE = 2  # raise it when options are judged otherwise: kept figures are then of another search
+OTHER_KEEP = "name another folder: --keep FOLDER"
 BEST_AT = {"quality": "loses least", "decode": "decodes fastest", "prefill": "reads prompts fastest"}
-LEAST_CONTEXT = 64  # tokens: fewer hold no passkey
+LEAST_CONTEXT = 1024  # tokens: fewer hold no passkeys and a window
 # An option that loses so many times what the best one loses is not tried as a whole. It is assumed that four times the
 # calibration text do not make up for that.
 HOPELESS = 4
@@ -95,17 +99,18 @@ def fit(
     """
     refuse_no_path("folder", folder)
     refuse_no_function(progress=progress, on_trial=on_trial)
+    if minutes is not None and (not _is_number(minutes) or minutes < 0):
+        raise SettingError(f"minutes is {minutes!r}, and a number from 0 on is wanted", fix="--minutes 30")
     source, budget = _asked(model, kv, Budget(1.0, context, native_only, engine, goal))
-    if output is not None:
-        _refuse_taken(output_path(output), source.folder, overwrite)
+    _refuse_folders(output, Path(folder), source.folder, overwrite)
     found = options(source, budget)
     if not found.found:
         raise _nothing(budget, found.nearest, found.left_out)
     search = _Search(str(model), source, budget, str(text), Path(folder))
     search.until = time.monotonic() + 60 * minutes if minutes is not None else None
     search.progress, search.on_trial, search.thorough = progress, on_trial, thorough
-    result = search.run(found)
-    if result.order:
+    with search.locked():
+        result = search.run(found)
         search.conclude(result, output, overwrite)
     return result
 
@@ -120,16 +125,18 @@ def _asked(model: str | Path, kv: float | None, budget: Budget) -> tuple[Model, 
         raise SettingError(f"there is no goal {budget.goal!r}", exists=", ".join(GOALS), fix=f"--goal {GOALS[0]}")
     if kv is None and budget.goal == "prefill":
         kv = 1.0
-    elif not isinstance(kv, int | float) or isinstance(kv, bool) or not 0 < kv < 1:
+    elif not _is_number(kv) or not 0 < kv < 1:
         what = (
             "no share of the KV cache is named" if kv is None else f"kv is {kv}, and a share between 0 and 1 is wanted"
         )
         raise SettingError(what, fix="--kv 0.5")
-    if budget.context < LEAST_CONTEXT:
-        what = f"context is {budget.context}, and at least {LEAST_CONTEXT} tokens are wanted"
+    if type(budget.context) is not int or budget.context < LEAST_CONTEXT:
+        what = f"context is {budget.context!r}, and at least {LEAST_CONTEXT} tokens are wanted"
         raise SettingError(what, fix=f"--context {CONTEXT}")
     if budget.engine:
         find(budget.engine)  # raises for another name
+    if not isinstance(model, str | Path):
+        raise no_model(model)
     source = resolve(str(model))
     anatomy = Anatomy.of(source.path)
     if anatomy.surgical or (source.path / "surgery.json").is_file():
@@ -140,14 +147,28 @@ def _asked(model: str | Path, kv: float | None, budget: Budget) -> tuple[Model, 
     return Model(anatomy, source.name, source.path, chats), replace(budget, share=float(kv), context=context)
 
 
-def _refuse_taken(out: Path, base: Path, overwrite: bool) -> None:
-    """Raise where the result may not be put: only an earlier result of ours is replaced, and only if that is asked."""
-    if overlap(out, base):
-        raise SettingError("the output and the model's folder lie in one another", where=str(out), fix="-o OUT")
-    if os.path.lexists(out) and not (overwrite and (out / REPORT).is_file()):
-        ours = (out / REPORT).is_file()
-        fix = "choose another name, or add --overwrite" if ours else "choose another name"
-        raise OutputExistsError("OUT exists", where=str(out), fix=fix)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse_folders(output: str | Path | None, keep: Path, base: Path, overwrite: bool) -> None:
+    """Raise where the figures or the result may not be put. Only what surgery wrote is ever replaced."""
+    if overlap(keep, base):
+        raise SettingError("the figures may not lie in the model's folder or hold it", where=str(keep), fix=OTHER_KEEP)
+    if keep.exists() and not keep.is_dir():
+        raise SettingError("this is a file, and a folder is needed", where=str(keep), fix=OTHER_KEEP)
+    if taken := [name for name in (TRIAL, BEST) if (keep / name).exists() and not (keep / FILE).is_file()]:
+        what = f"a search needs the name {taken[0]!r} in this folder, and did not write what is there"
+        raise SettingError(what, where=str(keep), fix=OTHER_KEEP)
+    if output is None:
+        return
+    out = OutputFolder(output, base, "fit").out
+    if overlap(out, keep):
+        raise SettingError("the output and the figures may not lie in one another", where=str(out), fix="-o OUT")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise OutputExistsError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
+        refuse_to_replace(out)
 
 
 def _nothing(budget: Budget, nearest: tuple[float, str] | None, left_out: dict[str, str]) -> RecipeMismatchError:
@@ -175,16 +196,35 @@ class _Search:
         self.thorough = False
         self.progress: Progress | None = None
         self.on_trial: Callable[[str, Damage], None] | None = None
-        self.text, self.written, self.made = text, None, ""
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = load_text(text, "held-out").sha256
+        self.text, self.made = text, ""
+        digest, place = load_text(text, "held-out").sha256, current()
         self.identity = {
-            "base": model_identity(model.folder), "text": digest, "context": budget.context, "version": __version__
+            "base": model_identity(model.folder), "text": digest, "context": budget.context, "version": __version__,
+            "judge": JUDGE, "device": place.device, "dtype": place.dtype,
         }  # fmt: skip
-        self.known = self._read()
+        self.known: dict[str, dict] = {}
         self.judges: dict[str, Judge] = {}
         self.notes: list[str] = []
         self.failed: list[SurgeryError] = []
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other search uses the folder, and the figures of an earlier run are known."""
+        import filelock
+
+        with machine_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(str(self.folder / ".lock"))
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise MachineError("another search uses this folder", where=str(self.folder), fix=OTHER_KEEP) from None
+        try:
+            self.known = self._read()
+            self._write()
+            yield
+        finally:
+            lock.release()
 
     def run(self, asked: Options) -> Fitted:
         """Try the options, those that promise most last and most thoroughly."""
@@ -197,11 +237,11 @@ class _Search:
             rows[option.name] = Tried(option.name, option.share, option.plan.tier)
             first += self._all([option], FIRST, rows)
         first.sort(key=_total)
-        going = [option for option, _ in first] if self.thorough else _survivors(first)
+        going = [option for option, _ in first] if self.thorough or not first else _survivors(first)
         for option, _ in first:
             if option not in going:
                 rows[option.name].why = "lost more in the first trial"
-        result.options = {option.name: option for option in going}
+        result.options = {option.name: option for option in asked.found} | {option.name: option for option, _ in first}
         for option in going:
             if self._trial(option, WHOLE, rows) is not None and result.order[0] is option:
                 self._keep(option)
@@ -216,7 +256,7 @@ class _Search:
         """What an option lost, from the figures that are kept or from a trial; None: no time was left."""
         key = self._key(option, stage)
         if key not in self.known:
-            if self.until is not None and time.monotonic() > self.until and self.known:
+            if self.until is not None and time.monotonic() > self.until and any(row.last for row in rows.values()):
                 rows[option.name].why = "not tried: the time was over"
                 return None
             try:
@@ -256,58 +296,77 @@ class _Search:
         if self.made == self._key(option, WHOLE):  # and not of another option, before this run was stopped
             note = self.folder / f"{BEST}.json"
             note.unlink(missing_ok=True)
-            shutil.rmtree(self.folder / BEST, ignore_errors=True)
+            remove_own(self.folder / BEST)
             (self.folder / TRIAL).rename(self.folder / BEST)
             write_json(note, {"key": self.made})
             self.made = ""
 
     def conclude(self, result: Fitted, output: str | Path | None, overwrite: bool) -> None:
-        """Write the best result, if an output is named, and say of each option why it is not the best one."""
+        """Write the best result, if an output is named, and say of each option why it is not the best one.
+
+        Raises:
+            SurgeryError: nothing was tried as its recipe says, and a result is wanted.
+        """
         if output is None:
-            result.settle(result.order[0].name, BEST_AT[self.budget.goal])
-        else:
-            asked = RunOptions(overwrite=overwrite, progress=self.progress)
-            result.report = self.take_best(result, output_path(output), asked)
-
-    def take_best(self, result: Fitted, out: Path, asked: RunOptions) -> Report:
-        """Put the best result that passes its recipe's gate in the folder `out`; if none does, the best of all."""
-        order = result.order
-        for option in order:
-            report = self._finished(option, out, asked)
-            if report.gate != "failed":
-                break
-            result.rows[option.name].why = f"its gate failed: {'; '.join(report.data['gate'].get('reasons', []))}"
-        else:
-            result.notes.append("no option passes the gate of its recipe: this is the one that loses least")
-            option = order[0]
-            report = self._finished(option, out, asked) if len(order) > 1 else report
-        result.chosen = option.name
-        result.settle(option.name, "chosen")
-        report.data["fit"] = result.to_dict()
-        report.save()
-        shutil.rmtree(self.folder / TRIAL, ignore_errors=True)
-        return report
-
-    def _finished(self, option: Option, out: Path, asked: RunOptions) -> Report:
-        """The result of an option in the folder `out`, checked and scored."""
-        if self.written is None:  # it may have appeared during this run
-            _refuse_taken(out, self.model.folder, asked.overwrite)
-        self._put(option, out, asked)
-        self.written = out
-        return finish(out, self.model.folder, option.recipe, asked)
-
-    def _put(self, option: Option, out: Path, asked: RunOptions) -> None:
-        """The result of an option in the folder `out`: the one that was kept, or made again."""
-        from surgery.pipeline import apply_to_folder
-
-        kept, note = self.folder / BEST, self.folder / f"{BEST}.json"
-        if out.exists():
-            shutil.rmtree(out)
-        if kept.is_dir() and note.is_file() and read_json(note).get("key") == self._key(option, WHOLE):
-            shutil.copytree(kept, out)
+            if result.order:
+                result.settle(result.order[0].name, BEST_AT[self.budget.goal])
             return
-        quiet = RunOptions(check=False, evaluate=False, gate=False, progress=asked.progress)
-        apply_to_folder(option.recipe, self.name, out, quiet)
+        if not result.order:
+            if self.failed:
+                raise self.failed[0]
+            fix = "more --minutes: the same command goes on from what was measured"
+            raise SettingError("no option was tried as its recipe says", where=str(self.folder), fix=fix)
+        option, report = self._best(result)
+        result.settle(option.name, "chosen")
+        result.chosen = option.name
+        out = OutputFolder(output, self.model.folder, "fit", overwrite=overwrite, resume=not overwrite)
+        with out.opened(option.plan.output_bytes) as partial:
+            shutil.copytree(report.folder, partial, dirs_exist_ok=True)
+        result.report = Report.of(out.out)
+        result.report.data["fit"] = result.to_dict()
+        result.report.save()
+        for name in (TRIAL, BEST):
+            remove_own(self.folder / name)
+
+    def _best(self, result: Fitted) -> tuple[Option, Report]:
+        """The best option that keeps what is asked from far back, and passes its check and gate; else the best of all.
+
+        Its result is in the folder `BEST`, checked and scored.
+        """
+        for option in self._candidates(result):
+            row = result.rows[option.name]
+            if row.whole is not None and not row.whole.keeps:
+                row.why = f"it repeats {row.whole.kept} of the {row.whole.asked} passkeys that the base repeats"
+                continue
+            try:
+                report = self._finished(option)
+            except SurgeryError as error:
+                row.why = f"it could not be finished: {error.what}"
+                continue
+            if report.passed and (report.gate == "passed" or not report.data["gate"]["limits"]):
+                return option, report
+            reasons = "; ".join(report.data["gate"].get("reasons", []))
+            row.why = f"its gate failed: {reasons}" if report.passed else "its check failed"
+        result.notes.append("no option keeps enough: this is the one that loses least")
+        return result.order[0], self._finished(result.order[0])
+
+    def _candidates(self, result: Fitted) -> Iterator[Option]:
+        """What was tried as its recipe says, the best first; then the others, which are tried so when asked for."""
+        yield from result.order
+        for row in sorted(result.rows.values(), key=lambda row: row.first.total if row.first else inf):
+            option = result.options[row.name]
+            if row.first and not row.whole and self._trial(option, WHOLE, result.rows) is not None:
+                yield option
+
+    def _finished(self, option: Option) -> Report:
+        """The result of an option in the folder `BEST`, checked and scored; it is made again if it was not kept."""
+        kept, note, key = self.folder / BEST, self.folder / f"{BEST}.json", self._key(option, WHOLE)
+        if not (note.is_file() and read_json(note).get("key") == key and (kept / REPORT).is_file()):
+            note.unlink(missing_ok=True)
+            asked = RunOptions(check=False, evaluate=False, gate=False, overwrite=True, progress=self.progress)
+            apply_to_folder(option.recipe, self.name, kept, asked)
+            write_json(note, {"key": key})
+        return finish(kept, self.model.folder, option.recipe, RunOptions(progress=self.progress))
 
     def _key(self, option: Option, stage: Round) -> str:
         """Identifies a trial of an option among the kept figures."""
@@ -323,7 +382,7 @@ class _Search:
         data = read_json(file)
         if data.get("identity") != self.identity:
             what = "this folder holds a search with another model, text or context, or of another version"
-            raise SettingError(what, where=str(self.folder), fix="name another folder: --keep FOLDER")
+            raise SettingError(what, where=str(self.folder), fix=OTHER_KEEP)
         return data["trials"]
 
     def _write(self) -> None:

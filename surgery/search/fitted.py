@@ -62,7 +62,7 @@ class Fitted(Printed):
         rows: option -> what it lost.
         left_out: recipe -> why it was not tried, of recipes that can make the cache smaller.
         others: recipe -> why it was not considered.
-        options: the options that were tried as their recipes say.
+        options: the options, by name.
         chosen: name of the option that was applied; "": none was.
         report: the record of the result, if one was written.
         notes: remarks for the reader.

@@ -9,11 +9,10 @@ nothing on short texts.
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from surgery.config import recipe as recipes
 from surgery.config.options import RunOptions
 from surgery.data.text import load_text
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, SurgeryError
 from surgery.io.loading import loaded, read_tokenizer
 from surgery.pipeline import apply_to_folder
 
@@ -40,10 +39,13 @@ HALF_95 = 1.96  # standard errors on each side of an interval
 # quarter.
 QUICKER, FEWER = {"calibration_samples": 2, "score_samples": 2, "rounds": 1}, 4
 KEYS = 8  # passkeys in a text
+# They share no form and no words with those on which heads and layers are chosen: code words in place of the text's.
+NEEDLE, QUESTION = "\n\nNote {label} of the log reads:", "\n\nRead note {label} of the log out:"
 NEAR = 64  # tokens before the end of a text that hold none
 EVERY, BLOCKS = 8, 16  # plain text is judged at every 8th token; its error comes from so many blocks of these
 DECODED = 16  # tokens that are timed in decoding
 PLAIN = 2048  # tokens of a plain text
+FEW, KEPT = 4, 0.7  # of at least so many passkeys that the base repeats, a result keeps so large a share
 
 
 class Round(NamedTuple):
@@ -73,6 +75,7 @@ class Damage:
         kept, asked: passkeys repeated without a mistake, of those that the base repeats so.
         total: kl + ANSWERS * answers, where answers that became more probable count as 0.
         error: standard error of the total.
+        blocks, lost: the KL of each block of plain text, and what each answer lost, of which these are the means.
         speed: times as fast as the base at what the search is for; None: that was not measured.
         seconds: what conversion and measurement took.
     """
@@ -84,11 +87,25 @@ class Damage:
     total: float
     error: float
     seconds: float
+    blocks: list[float] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
     speed: float | None = None
 
     def worse_than(self, other: Damage) -> bool:
-        """Whether it lost more than another one, beyond the interval of the difference."""
-        return not self.total - other.total <= HALF_95 * math.hypot(self.error, other.error)
+        """Whether it lost more than another one, beyond the interval of the difference on the same texts."""
+        error = math.hypot(self.error, other.error)
+        if len(self.blocks) == len(other.blocks) > 1 and len(self.lost) == len(other.lost) > 1:
+            plain, answers = (
+                _error([one - another for one, another in zip(*pair, strict=True)])
+                for pair in ((self.blocks, other.blocks), (self.lost, other.lost))
+            )
+            error = math.hypot(plain, ANSWERS * answers)
+        return not self.total - other.total <= HALF_95 * error
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it repeats most of the passkeys that the base repeats; True where the base repeats too few."""
+        return self.asked < FEW or self.kept >= KEPT * self.asked
 
     def __str__(self) -> str:
         kept = f", {self.kept} of {self.asked} passkeys" if self.asked else ""
@@ -110,12 +127,20 @@ class Judge:
     """
 
     def __init__(self, base: Path, text: str, context: int, texts: int, timed: str = ""):
-        self.context, self.timed = context, timed
         from surgery.data.passkeys import passkeys, plain_windows
 
+        self.context, self.timed = context, timed
         self.base, tokenizer, source = base, read_tokenizer(base), load_text(text, "held-out")
-        reach = {"sinks": 0, "window": NEAR, "keys": KEYS, "seed": 1}
-        self.recalls: list[Recall] = passkeys(source, tokenizer, samples=texts, length=context, **reach)
+        size: dict[str, Any] = {
+            "samples": texts,
+            "length": context,
+            "sinks": 0,
+            "window": NEAR,
+            "keys": KEYS,
+            "seed": 1,
+        }
+        forms: dict[str, Any] = {"alphabet": "nato", "forms": (NEEDLE, QUESTION)}
+        self.recalls: list[Recall] = passkeys(source, tokenizer, **size, **forms)
         self.plain = plain_windows(source, tokenizer, min(PLAIN, context), texts, 1)
 
     @cached_property
@@ -146,13 +171,15 @@ class Judge:
                 else:
                     lost_here, hits_here = _answers(self.recalls[index - len(self.plain)], want, got)
                     lost, hits = lost + lost_here, hits + hits_here
+        if not all(map(math.isfinite, (*blocks, *lost))):
+            raise ModelError("its outputs are not finite")
         kl, answers = statistics.fmean(blocks), statistics.fmean(lost)
         error = math.hypot(_error(blocks), ANSWERS * _error(lost))
         known = [after for before, after in hits if before]
         total = kl + ANSWERS * max(0.0, answers)
         return {
             "kl": kl, "answers": answers, "kept": sum(known), "asked": len(known), "total": total, "error": error,
-            "speed": self._speed(out) if self.timed else None,
+            "blocks": blocks, "lost": lost, "speed": self._speed(out) if self.timed else None,
         }  # fmt: skip
 
     def _speed(self, out: Path) -> float:
@@ -211,8 +238,7 @@ def tried(
         say: gives the callback of a stage, by its name.
     """
     begun = time.monotonic()
-    shutil.rmtree(out, ignore_errors=True)
-    options = RunOptions(check=False, evaluate=False, gate=False, progress=say("converting"))
+    options = RunOptions(check=False, evaluate=False, gate=False, overwrite=True, progress=say("converting"))
     apply_to_folder(quick(recipe) if stage.quick else recipe, model, out, options)
     if (measuring := say("measuring")) is not None:
         measuring(0, 0, "measuring")

@@ -81,7 +81,7 @@ def _contenders(stock, model) -> list[Contender]:
     model.
     """
     block = getattr(model.config, "surgery", None)
-    if not block:
+    if not block or any("latent" in layer for layer in block["layers"]):  # whose cache the stock module cannot read
         return [Contender(STOCK, stock), Contender(SPLIT, model, block)]
     layers = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
     all_full = Contender(FULL, model, {**block, "layers": layers})

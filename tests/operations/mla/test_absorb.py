@@ -46,19 +46,27 @@ def tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def made_keys(model) -> list[int]:
-    """The number of tokens for which keys and values are made, one entry a call of `kv_b_proj`."""
-    seen = []
-    for layer in model.model.layers:
-        layer.self_attn.kv_b_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """The number of tokens for which keys and values are made, one entry a layer."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    seen, stock = [], DeepseekV3Attention.expand_kv
+
+    def expand_kv(module, vectors, rotated):
+        seen.append(vectors.shape[2])
+        return stock(module, vectors, rotated)
+
+    monkeypatch.setattr(DeepseekV3Attention, "expand_kv", expand_kv)
     return seen
 
 
 @pytest.mark.parametrize("length", [1, 2, PAYS, PAYS + 1, LONG])
-def test_a_call_without_a_cache(stock, absorbed, length):
-    made = made_keys(absorbed)
-    assert difference(absorbed(tokens(2, length)).logits, stock(tokens(2, length)).logits) <= EXACT
-    assert made == ([] if length <= PAYS else [length] * 2)
+def test_a_call_without_a_cache(stock, absorbed, made, length):
+    got = absorbed(tokens(2, length)).logits
+    taken = list(made)
+    assert difference(got, stock(tokens(2, length)).logits) <= EXACT
+    assert taken == ([] if length <= PAYS else [length] * 2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -78,11 +86,11 @@ def test_padding(stock, absorbed, side, length):
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 6, (20, 1, 30, 1), (61, 7, 22), (90, 1, 2), (50, 65, 1)])
-def test_a_text_in_pieces(stock, absorbed, chunks):
+def test_a_text_in_pieces(stock, absorbed, made, chunks):
     """Chunks on both sides of the break-even, with the model's own cache, and with a plain one."""
     text = tokens(2, sum(chunks))
     want = stock(text).logits
-    made = made_keys(absorbed)
+    made.clear()
     for cache in (absorbed.make_cache(), transformers.DynamicCache()):
         parts, first = [], 0
         for length in chunks:
@@ -148,6 +156,26 @@ def test_an_adapter_on_the_maps_counts_in_every_call(stock, absorbed):
     assert difference(plain(TOKENS).logits, stock(TOKENS).logits) > 1e-3
     assert difference(ours(TOKENS).logits, plain(TOKENS).logits) <= EXACT
     assert difference(ours.merge_and_unload()(TOKENS).logits, plain(TOKENS).logits) <= EXACT
+
+
+def test_a_hook_on_the_maps_is_not_passed_over(stock, absorbed):
+    plain = copy.deepcopy(stock)
+    for model in (plain, absorbed):
+        model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: 0.5 * output)
+    assert difference(plain(TOKENS).logits, stock(TOKENS).logits) > 1e-3
+    assert difference(absorbed(TOKENS).logits, plain(TOKENS).logits) <= EXACT
+
+
+def test_it_is_timed_beside_its_base(absorbed, tmp_path):
+    """The stock module cannot read its cache, so no third model is timed."""
+    from surgery.evaluation.benchmark.run import bench
+
+    base = build("Llama", vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=4, head_dim=16, intermediate_size=96, max_position_embeddings=256)  # fmt: skip
+    base.save_pretrained(tmp_path / "base")
+    absorbed.float().save_pretrained(tmp_path / "out")
+    (row,) = bench(tmp_path / "out", tmp_path / "base", lengths=(64,), rounds=1, decode=2, synthetic=True).ratios()
+    assert row["decode_vs_stock"] > 0
 
 
 def test_saved_and_opened_in_both_ways(stock, absorbed, tmp_path):
