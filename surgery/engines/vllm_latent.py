@@ -48,7 +48,7 @@ def vector_factor(anatomy: Anatomy) -> float:
 def write_latent_weights(source: Path, anatomy: Anatomy, target: Path) -> None:
     """Copy a file of weights, or the index of several, as vLLM reads them.
 
-    Rows that are scaled are written in float32, so that nothing is rounded.
+    Rows that are scaled are written in float32: a server that runs in bfloat16 rounds them as it reads them.
     """
     tied, factor = anatomy.config.tie_word_embeddings, vector_factor(anatomy)
     if source.suffix == ".json":

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 PROBE_LENGTH, GENERATED = 24, 8
+STEPS = 4  # last tokens of the text that are also read one by one, where decoding is computed in a way of its own
+STEP_LIMITS = {"float32": 1e-3, "bfloat16": 0.2}  # dtype -> largest difference of logits, as a share of their spread
 LONGEST_WINDOW = 1024  # a check reads a text that is longer than the window of a layer, up to this window
 FILES, FRESH = "checking files", "checking in a fresh process"  # stages
 FILES_SHARE = 50  # percent of the stage FILES that hashing takes, roughly; the test for NaN takes the rest
@@ -229,8 +231,9 @@ def check_loading(
             inputs |= place or {}
             return inputs | options | {"logits": os.path.join(scratch, name)}
 
-        with_package = job(folder, "package", package=PACKAGE)
-        jobs = [job(folder, "new", trust=anatomy.surgical) if own_code else with_package]
+        steps = {"steps": STEPS} if anatomy.surgical and anatomy.latent else {}  # no other decodes in its own way
+        with_package = job(folder, "package", package=PACKAGE, **steps)
+        jobs = [job(folder, "new", trust=anatomy.surgical, **steps) if own_code else with_package]
         if base is not None:
             jobs.append(job(base, "base"))
         results = load_in_fresh_process(jobs)
@@ -306,7 +309,17 @@ def _loading_items(result: dict, name: str) -> list[Item]:
     if not result["finite"]:
         return [loads, Item("generates", FAILED, "the logits hold NaN or infinite values")]
     words = f"{len(result['generated'])} tokens, logits finite{_by_kernels(result)}"
-    return [loads, Item("generates", PASSED, words)]
+    return [loads, Item("generates", PASSED, words), *_steps(result)]
+
+
+def _steps(result: dict) -> list[Item]:
+    """Whether decoding, which is computed in another way than a prompt, gives what a prompt gives."""
+    found = result.get("step_difference")
+    if found is None:
+        return []
+    most = STEP_LIMITS.get(result["dtype"], max(STEP_LIMITS.values()))
+    words = f"logits differ by {found:.1e} of their spread, {most:g} at most"
+    return [Item("decodes what it reads", PASSED if found <= most else FAILED, words)]
 
 
 def _by_kernels(result: dict) -> str:

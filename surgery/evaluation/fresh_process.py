@@ -3,6 +3,8 @@
 The file is run (`python -P fresh_process.py`), never imported by the package. It reads a JSON list of jobs from stdin
 and writes one line of JSON for each job. A job is {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or
 null} with optional keys:
+- "steps": n reads the last n tokens one by one too, from the cache. The answer then says how far their logits are from
+  those of the whole text, as a share of their spread ("step_difference").
 - "device" and "dtype" say where the model runs and in which dtype; default: the CPU, and that of the weights.
 - "trust": true loads a surgical checkpoint with trust_remote_code, which runs the code in its folder. It is set only
   if that code is this package's own, byte for byte.
@@ -50,6 +52,7 @@ def load_in_this_process(job: dict) -> dict:
         generated = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=job["generate"], do_sample=False
         )
+        steps = {"step_difference": step_difference(model, tokens, logits, job["steps"])} if job.get("steps") else {}
     if job.get("logits"):
         torch.save(logits.float().cpu(), job["logits"])
     return {
@@ -60,8 +63,23 @@ def load_in_this_process(job: dict) -> dict:
         "finite": bool(logits.isfinite().all()),
         "generated": generated[0, tokens.shape[1] :].tolist(),
         "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **steps,
         **launched_kernels(),
     }
+
+
+def step_difference(model, tokens, logits, steps: int) -> float:
+    """How far the logits of the last tokens, read one by one, are from `logits`, as a share of their spread."""
+    import torch
+
+    length = tokens.shape[1]
+    read = model(input_ids=tokens[:, : length - steps], use_cache=True)
+    name = "cache" if hasattr(read, "cache") else "past_key_values"
+    past = {name: getattr(read, name)}
+    each = [model(input_ids=tokens[:, at : at + 1], **past).logits for at in range(length - steps, length)]
+    whole = logits[:, length - steps :].float()
+    return float((torch.cat(each, 1).float() - whole).abs().max() / whole.std())
 
 
 def launched_kernels() -> dict:

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .surgery_config import Part
 
 ABSORBED = "absorbed"
+LONG = 320  # tokens of a prompt that makes keys and values, unless the vector is short and the heads are wide
 BLOCK = 512  # queries whose scores of all keys exist at once, where a mask is needed
 
 
@@ -55,6 +56,9 @@ class LatentPart(Part):
 
     def display_key(self, layer: dict):
         return layer.get("latent")
+
+    def probe_length(self, layer: dict, least: int) -> int:
+        return least + LONG  # where a prompt is computed in the other way
 
 
 PART = LatentPart()

@@ -195,6 +195,31 @@ def test_saved_and_opened_in_both_ways(stock, absorbed, tmp_path):
         assert torch.equal(answer["logits"], want)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_steps_of_a_check(absorbed, monkeypatch, wrong):
+    """Wrong steps are found, although prompts and both ways to load show nothing of them."""
+    from surgery.evaluation import check, fresh_process
+    from surgery.runtime import surgery_latent
+
+    if wrong:
+        absorb = surgery_latent._absorbed
+        monkeypatch.setattr(surgery_latent, "_absorbed", lambda *args: lambda *block: 0.9 * absorb(*args)(*block))
+    text = tokens(1, LONG)
+    with torch.no_grad():
+        found = fresh_process.step_difference(absorbed, text, absorbed(text).logits, 4)
+    (item,) = check._steps({"step_difference": found, "dtype": "float32"})
+    assert item.status == ("failed" if wrong else "passed")
+    assert check._steps({}) == []
+
+
+def test_a_check_reads_the_last_tokens_one_by_one(stock, tmp_path):
+    copy.deepcopy(stock).float().save_pretrained(tmp_path / "base")
+    surgery.apply(recipe({"op": "absorb"}), tmp_path / "base", output=tmp_path / "out", check=False, evaluate=False)
+    items = {item["name"]: item["status"] for item in surgery.check(tmp_path / "out").data["check"]["items"]}
+    assert items["decodes what it reads"] == "passed"
+    assert "failed" not in items.values()
+
+
 def test_it_is_undone_after_a_block(stock):
     model = copy.deepcopy(stock)
     want = logits_of(model)

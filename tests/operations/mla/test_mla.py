@@ -324,6 +324,20 @@ def test_engines_that_cannot_run_it_say_so(fields, engine, says):
     assert all(part in obstacle.what for part, obstacle in zip(says, obstacles, strict=True))
 
 
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+def test_stock_models_that_engines_would_compute_otherwise(engine):
+    """What `mla` writes has none of this; a stock model that `absorb` was applied to may."""
+    fields = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 2}
+    other = {"rope_interleave": False, "attention_bias": True, "first_k_dense_replace": 1}
+    config = transformers.DeepseekV3Config(**fields | other)
+    said = " ".join(obstacle.what for obstacle in find(engine).obstacles(Anatomy.of(config)))
+    assert "in halves" in said
+    assert "biases" in said
+    assert "experts" in said
+    plain = transformers.DeepseekV3Config(**fields | {"first_k_dense_replace": 2, "rope_interleave": True})
+    assert find(engine).obstacles(Anatomy.of(plain)) == []
+
+
 def test_saved_with_its_report_and_measured_beside_its_base(tmp_path):
     """`save`, `check`, `bench` and `heal` know a result whose family is not the base's."""
     base = llama(4)
