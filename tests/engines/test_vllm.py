@@ -275,7 +275,7 @@ def test_numbers_of_heads_that_do_not_fit_together(refused, tmp_path, monkeypatc
 
 
 def test_every_part_of_the_runtime_has_its_reason():
-    assert set(PARTS) == set(RUNTIME_PARTS)
+    assert set(PARTS) == set(RUNTIME_PARTS) - {"latent"}, "engines decode latent attention so by themselves"
 
 
 @pytest.fixture
