@@ -1,9 +1,9 @@
 """The least damage within a budget of KV cache: every recipe is planned, the promising ones are tried, one is kept.
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): every option is converted with little calibration
-text and measured on few texts. The better half, and what is not told apart from it, goes on: it is converted as its
-recipe says and measured on more texts. So do pairs of the two best recipes. Everything that was measured is kept with
-its seconds, so that the same call goes on after it was stopped.
+text and measured on few texts. The better half, and what is not told apart from the best one, goes on: it is converted
+as its recipe says and measured on more texts. Pairs of the two best recipes take part. Everything that was measured is
+kept with its seconds, so that the same call goes on after it was stopped.
 """
 
 from __future__ import annotations
