@@ -23,6 +23,7 @@ from surgery.architecture.edit import snapshot
 from surgery.config import recipe as recipes
 from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
+from surgery.config.options import RunOptions
 from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
 from surgery.conversion.plan import make_plan
@@ -49,7 +50,6 @@ from surgery.report.timing import KEY, timing
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
-    from surgery.config.options import RunOptions
     from surgery.config.recipe import Evaluate, Recipe
     from surgery.evaluation.conversation import Reply
     from surgery.healing.heal import HealedFolder
@@ -95,8 +95,15 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
     return healed.report
 
 
+def convert_only(recipe: Recipe, model: str, out: Path, progress: Progress | None) -> None:
+    """Apply a recipe, in place of an earlier result in `out`. The result is neither checked nor scored."""
+    apply_to_folder(
+        recipe, model, out, RunOptions(check=False, evaluate=False, gate=False, overwrite=True, progress=progress)
+    )
+
+
 def finish(folder: Path, base: Path, recipe: Recipe, options: RunOptions) -> Report:
-    """Check and score a folder that `apply_to_folder` wrote without that."""
+    """Check and score a folder that `convert_only` wrote."""
     options, report = _timed(options), Report.of(folder)
     if _check(report, options):
         _score(report, base, _judged_by(recipe, base), options)

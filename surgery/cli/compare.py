@@ -149,7 +149,9 @@ def fit(
         str,
         typer.Argument(metavar="MODEL", help="The model to convert.", autocompletion=completion.models),
     ],
-    kv: Annotated[float, typer.Option("--kv", metavar="SHARE", help="Leave this share of the base's KV cache.")],
+    kv: Annotated[
+        float | None, typer.Option("--kv", metavar="SHARE", help="Leave this share of the base's KV cache.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the best result here.")
     ] = None,
@@ -158,6 +160,9 @@ def fit(
     engine: Annotated[
         str, typer.Option("--for", metavar="ENGINE", help="Only what this engine can run: llama.cpp or vllm.")
     ] = "",
+    goal: Annotated[
+        str, typer.Option(metavar="GOAL", help="quality; or decode or prefill: the fastest that passes its gate.")
+    ] = "quality",
     thorough: Annotated[bool, typer.Option("--thorough", help="Try every option as its recipe says.")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0, metavar="N", help="Begin no further trial after N minutes.")
@@ -178,7 +183,7 @@ def fit(
     from surgery.search.fit import fit as run
 
     asked = {"context": context, "native_only": native_only, "engine": engine, "minutes": minutes, "text": text}
-    asked["thorough"] = thorough
+    asked |= {"thorough": thorough, "goal": goal}
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         told = None if quiet or as_json else lambda name, trial: typer.echo(f"{name}: {trial}", err=True)
         found = run(model, kv, output=out, folder=keep, overwrite=overwrite, progress=progress, on_trial=told, **asked)

@@ -26,17 +26,18 @@ from surgery.config.options import RunOptions
 from surgery.data.text import load_text
 from surgery.engines import find
 from surgery.errors import MachineError, OutputExistsError, RecipeMismatchError, SettingError, SurgeryError
+from surgery.evaluation.paired import HALF_95
 from surgery.io.files import REPORT, read_json, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity
 from surgery.io.loading import read_tokenizer
 from surgery.io.output_folder import OutputFolder, machine_errors, overlap, refuse_to_replace, remove_own
 from surgery.machine.placement import current, placed
-from surgery.pipeline import apply_to_folder, finish
+from surgery.pipeline import convert_only, finish
 from surgery.report.report import Report
 from surgery.search.budget import GOALS, Budget, Model, Option, Options, options, pairs
 from surgery.search.fitted import Fitted, Tried
-from surgery.search.trials import FIRST, HALF_95, WHOLE, Damage, Judge, Round, tried
+from surgery.search.trials import FIRST, WHOLE, Damage, Judge, Round, tried
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -363,8 +364,7 @@ class _Search:
         kept, note, key = self.folder / BEST, self.folder / f"{BEST}.json", self._key(option, WHOLE)
         if not (note.is_file() and read_json(note).get("key") == key and (kept / REPORT).is_file()):
             note.unlink(missing_ok=True)
-            asked = RunOptions(check=False, evaluate=False, gate=False, overwrite=True, progress=self.progress)
-            apply_to_folder(option.recipe, self.name, kept, asked)
+            convert_only(option.recipe, self.name, kept, self.progress)
             write_json(note, {"key": key})
         return finish(kept, self.model.folder, option.recipe, RunOptions(progress=self.progress))
 

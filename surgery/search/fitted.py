@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.evaluation.paired import HALF_95
 from surgery.io.printing import Block, Printed, Table, count
 from surgery.search.budget import GOALS
 
@@ -119,7 +120,7 @@ class Fitted(Printed):
             figures = ["", "", "", "", ""]
             if trial is not None:
                 kept = f"{trial.kept}/{trial.asked}"
-                interval = f"{trial.total:.3f} ± {1.96 * trial.error:.3f}"
+                interval = f"{trial.total:.3f} ± {HALF_95 * trial.error:.3f}"
                 figures = [
                     "whole" if row.whole else "first",
                     interval,

@@ -16,7 +16,6 @@ import yaml
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
 from surgery.config.arguments import refuse_no_function, refuse_no_path
-from surgery.config.options import RunOptions
 from surgery.conversion.plan import make_plan
 from surgery.errors import SettingError
 from surgery.evaluation.comparison.measures import chosen
@@ -26,7 +25,7 @@ from surgery.io.hub import resolve
 from surgery.io.identity import model_identity
 from surgery.machine.placement import placed
 from surgery.machine.progress import renamed
-from surgery.pipeline import apply_to_folder
+from surgery.pipeline import convert_only
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Pr
         said = renamed(progress, f"converting with {name}")
         with tempfile.TemporaryDirectory(prefix="weights-", dir=folder) as temporary:
             out = Path(temporary) / "out"
-            apply_to_folder(recipe, model, out, RunOptions(check=False, evaluate=False, gate=False, progress=said))
+            convert_only(recipe, model, out, said)
             yield out
 
     return opened

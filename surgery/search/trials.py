@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgery.config import recipe as recipes
-from surgery.config.options import RunOptions
 from surgery.data.text import load_text
 from surgery.errors import ModelError, SurgeryError
+from surgery.evaluation.paired import HALF_95
 from surgery.io.loading import loaded, read_tokenizer
-from surgery.pipeline import apply_to_folder
+from surgery.pipeline import convert_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 ANSWERS = 0.1  # weight of what answers lose, in nats a token, beside 1 for plain text
-HALF_95 = 1.96  # standard errors on each side of an interval
 # Settings of operations that say how much a conversion reads or tries -> the least of it in a quick one, which has a
 # quarter.
 QUICKER, FEWER = {"calibration_samples": 2, "score_samples": 2, "rounds": 1}, 4
@@ -158,6 +157,8 @@ class Judge:
 
     def measure(self, out: Path) -> dict[str, Any]:
         """The figures of a `Damage` but for its seconds."""
+        from surgery.calibration.layerwise import kl
+
         expected = self.of_base
         blocks: list[float] = []
         lost: list[float] = []
@@ -166,19 +167,18 @@ class Judge:
             for index, got in enumerate(self._log_probabilities(model)):
                 want = expected[index].to(got)
                 if index < len(self.plain):
-                    kl = (want.exp() * (want - got)).sum(-1)
-                    blocks += [block.mean().item() for block in kl.double().chunk(BLOCKS)]
+                    blocks += map(kl, want.chunk(BLOCKS), got.chunk(BLOCKS))
                 else:
                     lost_here, hits_here = _answers(self.recalls[index - len(self.plain)], want, got)
                     lost, hits = lost + lost_here, hits + hits_here
         if not all(map(math.isfinite, (*blocks, *lost))):
             raise ModelError("its outputs are not finite")
-        kl, answers = statistics.fmean(blocks), statistics.fmean(lost)
+        plain, answers = statistics.fmean(blocks), statistics.fmean(lost)
         error = math.hypot(_error(blocks), ANSWERS * _error(lost))
         known = [after for before, after in hits if before]
-        total = kl + ANSWERS * max(0.0, answers)
+        total = plain + ANSWERS * max(0.0, answers)
         return {
-            "kl": kl, "answers": answers, "kept": sum(known), "asked": len(known), "total": total, "error": error,
+            "kl": plain, "answers": answers, "kept": sum(known), "asked": len(known), "total": total, "error": error,
             "blocks": blocks, "lost": lost, "speed": self._speed(out) if self.timed else None,
         }  # fmt: skip
 
@@ -238,8 +238,7 @@ def tried(
         say: gives the callback of a stage, by its name.
     """
     begun = time.monotonic()
-    options = RunOptions(check=False, evaluate=False, gate=False, overwrite=True, progress=say("converting"))
-    apply_to_folder(quick(recipe) if stage.quick else recipe, model, out, options)
+    convert_only(quick(recipe) if stage.quick else recipe, model, out, say("converting"))
     if (measuring := say("measuring")) is not None:
         measuring(0, 0, "measuring")
     return Damage(**judge.measure(out), seconds=time.monotonic() - begun)

@@ -55,7 +55,11 @@ FAULTS = {
     "operation that is a word": ("version: 1\nname: x\noperations: [gqa]\n", ["mine.yaml:3", "key op"]),
     "unknown operation": (
         GOOD.replace("op: gqa", "op: qga"),
-        ["mine.yaml:4: unknown operation 'qga'", "available: absorb, duo_attention, expand, gqa", "did you mean 'gqa'?"],
+        [
+            "mine.yaml:4: unknown operation 'qga'",
+            "available: absorb, duo_attention, expand, gqa",
+            "did you mean 'gqa'?",
+        ],
     ),
     "operation of a later version": (
         GOOD.replace("op: gqa", "op: kv_quant"),

@@ -425,7 +425,7 @@ def test_a_sweep_goes_on_and_refuses_before_it_converts(surgery, model, text, tm
     args = ("sweep", "streaming", model, "sinks=1", "-o", "s", "--text", text, "--only", "loss-512", "--json")
     first = surgery(*args, "window=3,9").json
     applied = []
-    monkeypatch.setattr("surgery.search.sweep.apply_to_folder", lambda *rest: applied.append(rest))
+    monkeypatch.setattr("surgery.search.sweep.convert_only", lambda *rest: applied.append(rest))
     assert surgery(*args, "window=3,9").json["rows"] == first["rows"]
     assert not applied
     ran = surgery("sweep", "gqa", model, "kv_heads=1,2", "-o", "t", "--text", text)

@@ -498,6 +498,14 @@ def test_a_converted_model_and_another_search_are_refused(base, tmp_path, monkey
         search.fit(base, 0.5, context=1024, folder=tmp_path / "fit")
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"), [(("--goal", "speed"), "there is no goal 'speed'"), ((), "no share of the KV cache is named")]
+)
+def test_the_command_knows_goals(surgery, base, asked, says):
+    ran = surgery("fit", base, *asked)
+    assert (ran.code, says in ran.err) == (2, True)
+
+
 def test_the_whole_search_on_a_tiny_model(surgery, base, tmp_path, monkeypatch):
     """The command, with two recipes: what it prints, what it writes, and the record in the result."""
     only(monkeypatch, "streaming", "prune-heads")
