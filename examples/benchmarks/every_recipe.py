@@ -144,7 +144,7 @@ def write_results(measured: Measured, recipes: list[str], options) -> None:
         "recipe",
         {"name": "outcome", "align": "left"},
         "KV bytes a token",
-        "KV bytes of sinks and windows",
+        "KV bytes that do not grow",
         "perplexity",
     ]
     content = {

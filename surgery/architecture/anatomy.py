@@ -85,7 +85,7 @@ class Anatomy:
 
     @property
     def kv_bytes_fixed(self) -> int:
-        """Bytes of the cache that do not depend on the length of the text, such as sinks and windows."""
+        """Bytes of the cache that do not depend on the length of the text, such as sinks, windows and keys that a policy keeps."""
         return round(self._kv_bytes(lambda head: head.fixed))
 
     def kv_bytes_at(self, tokens: int) -> int:
@@ -94,8 +94,9 @@ class Anatomy:
 
     def _kv_bytes(self, tokens: Callable[[HeadCost], float]) -> float:
         """Bytes of keys and values in the cache; `tokens` says how many tokens of a KV head count."""
-        costs = ((layer.kv_width, layer.kv_cost(self.positions)) for layer in self.layers)
-        return BYTES.get(self.dtype, 2) * sum(width * sum(map(tokens, heads)) for width, heads in costs)
+        size = BYTES.get(self.dtype, 2)
+        costs = ((layer.kv_width * size, head) for layer in self.layers for head in layer.kv_cost(self.positions))
+        return sum((width + head.beside) * tokens(head) for width, head in costs)
 
     @property
     def positions(self) -> int | None:

@@ -124,7 +124,8 @@ class LayerAnatomy:
         from surgery.runtime.surgery_config import HeadCost
 
         limit = self.window if self.window and self.window < (positions or inf) else None
-        heads = [HeadCost() if limit is None else HeadCost(0, limit)] * self.kv_heads
+        cost = HeadCost() if limit is None else HeadCost(0, limit)
+        heads = [cost._replace(readers=len(group)) for group in groups_of(self)]
         for part in self.parts.values():
             heads = part.kv_cost(self.entry, heads)
         return heads

@@ -2,7 +2,7 @@
 
 A table is [layers][KV heads] or [layers][query heads], with its origin. It is saved as JSON and can be used again. The
 two kinds have different formats, so that no reader takes one for the other. Heads are numbered as in the base.
-`surgery.operations.duo_attention.scorers` measures the scores.
+`surgery.operations.head_scorers.scorers` measures the scores.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def probe_names(incomplete: str) -> Iterator[Offer]:
 @_silent
 def score_methods(incomplete: str) -> Iterator[Offer]:
     """The ways to score heads."""
-    from surgery.operations.duo_attention.scorers import METHODS
+    from surgery.operations.head_scorers.scorers import METHODS
 
     yield from ((name, "") for name in METHODS)
 

@@ -12,7 +12,7 @@ from surgery.cli import completion, interrupt
 from surgery.cli.options import Base, Device, Json, ModelName, OutName, Quiet, emit
 from surgery.errors import CheckError, SurgeryError
 from surgery.machine.placement import AUTO
-from surgery.operations.duo_attention.scorers import METHODS
+from surgery.operations.head_scorers.scorers import METHODS
 
 SYNTHETIC, CALIBRATE = "Random weights (with --synthetic)", "Sparse prefill (with --calibrate)"
 GATES = "Learned gates (with --method gates)"
@@ -224,7 +224,7 @@ def score(
     """
     from surgery.cli.render import heads
     from surgery.cli.render.console import progress_bar
-    from surgery.operations.duo_attention.scorers import method_named, read_settings, score_to_file
+    from surgery.operations.head_scorers.scorers import method_named, read_settings, score_to_file
     from surgery.report import plots
 
     if output is None:

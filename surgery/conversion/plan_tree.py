@@ -32,7 +32,7 @@ def sizes(plan: Plan) -> list[str]:
     before, after = plan.before, plan.after
     rows = [f"KV cache per token: {arrow(before.kv_bytes_per_token, after.kv_bytes_per_token)} bytes"]
     if before.kv_bytes_fixed or after.kv_bytes_fixed:
-        fixed = f"KV cache of sinks and windows: {arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed"
+        fixed = f"KV cache that does not grow: {arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes"
         more = after.kv_bytes_fixed - before.kv_bytes_fixed
         saved = before.kv_bytes_per_token - after.kv_bytes_per_token
         if more > 0 and saved > 0:

@@ -16,6 +16,7 @@ BUILTIN = {  # op -> module of this package : class
     "expand": "expand:Expand",
     "gqa": "gqa.operation:GQA",
     "head_mask": "head_mask:HeadMask",
+    "kv_evict": "kv_evict.operation:KVEvict",
     "mae": "moh.operation:Mae",
     "mla": "mla.operation:MLA",
     "moh": "moh.operation:Moh",

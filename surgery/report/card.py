@@ -96,7 +96,7 @@ def costs_text(report: dict) -> str:
     fixed = get(plan, "kv_bytes_fixed")  # of streaming heads, and of windows of the base's own
     cache, sizes = get(plan, "kv_bytes_per_token"), get(plan, "parameters")
     kv = base.get("kv_bytes_per_token") or cache.get("before"), out.get("kv_bytes_per_token") or cache.get("after")
-    window = Row("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")
+    window = Row("KV cache, bytes that do not grow", fixed.get("before"), fixed.get("after"), "{:,.0f}")
     rows = [
         *(row for cls, result in probes.done(evaluation) for row in cls.rows(result)),
         Row("KV cache, bytes per token", *kv, "{:,.0f}"),

@@ -60,7 +60,7 @@ def changed(plan: dict[str, Any]) -> str:
         return words
     held, always = fixed.get("before") or 0, fixed.get("after") or 0
     once = f"{held:,} → {always:,}" if held and held != always else f"{always:,}"
-    also = f", plus {once} bytes of sinks and windows" if always or held else ""
+    also = f", plus {once} bytes that do not grow" if always or held else ""
     return f"{words}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token{also}"
 
 

@@ -195,6 +195,11 @@ def give_cache(module, args, kwargs):
                 f"this surgery notes in the model's own cache what it found in the prompt, and {type(cache).__name__} "
                 "cannot hold it: leave the cache out"
             )
+        elif any(part.in_own_cache(layer) for layer in validate(module.config) for part in used_parts(layer).values()):
+            raise ValueError(
+                f"this surgery drops keys from the model's own cache, and {type(cache).__name__} keeps them: leave "
+                "the cache out"
+            )
         return args, kwargs
     requested = kwargs.get("use_cache")
     if requested is None and module.training and torch.is_grad_enabled() and module.device.type != "meta":

@@ -13,8 +13,9 @@ The path of one call, in the order of this file:
 
     surgery_attention   refuses unknown arguments, applies the gate, and runs the sequences of packed rows one by one
     _attention          splits queries and keys by kind of head; uses what the parts' `attach` put on the module
-                        (`surgery_corrections`, `surgery_sparse`), and calls the policy at the end (`surgery_policy`).
-                        Latent attention takes another way from here (`surgery_latent`)
+                        (`surgery_corrections`, `surgery_sparse`). Latent attention takes another way from here
+                        (`surgery_latent`), and so do heads under a policy (`surgery_policy`), which works the call off
+                        in pieces
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
     of_token, of_prompt by a kernel: one token and all kinds of heads, a prompt and one kind (surgery_kernels.py)
     _on_keys, _block    by PyTorch: keys in consecutive slots, as a full store or a ring holds them
@@ -34,6 +35,8 @@ written out where that does not give it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import gcd
 from typing import NamedTuple
 
@@ -107,11 +110,17 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     for view in views:
         if view.visibility.sinks:
             view.settle_sinks(scoring.pad)
+    if (policy := getattr(module, "surgery_policy", None)) is not None:
+        outputs = [
+            policy.attend(module, kind, query, view, own, scoring, partial(_attend, made=None, scoring=scoring))
+            if view.visibility.by_policy
+            else _attend(query, view, own, None, scoring)
+            for kind, (query, view, own) in enumerate(zip(queries, views, terms, strict=True))
+        ]
+        return kinds.join(outputs)
     token = of_token(kinds, query, views, scoring, any(each.with_lse for each in terms))
     made = [None] * len(views) if token is None else zip(*map(kinds.split_queries, token), strict=True)
     outputs = [_attend(*each, scoring) for each in zip(queries, views, terms, made, strict=True)]
-    if (policy := getattr(module, "surgery_policy", None)) is not None:
-        policy.drop(kinds, queries, views, attention_mask, scoring.pad, scale, options["softcap"])
     return kinds.join(outputs)
 
 
@@ -141,6 +150,7 @@ class _Terms(NamedTuple):
         corrections: the parts' corrections of output and log-sum-exp, applied in order (e.g. `surgery_bias.Terms`).
         on: bool [batch, n, heads], the rows that the gate needs; None: all are needed.
         work: a `surgery_gated_compute.Work` that counts multiply-adds, or None.
+        observe: called as observe(query, view, out, lse) with the result of the corrections, or None.
     """
 
     sink: torch.Tensor | None
@@ -148,11 +158,16 @@ class _Terms(NamedTuple):
     corrections: list
     on: torch.Tensor | None
     work: object | None
+    observe: Callable | None = None
 
     @property
     def with_lse(self) -> bool:
         """Whether the log-sum-exp is needed."""
-        return bool(self.corrections) or self.sink is not None
+        return bool(self.corrections) or self.sink is not None or self.observe is not None
+
+    def part(self, begin: int, end: int) -> _Terms:
+        """The terms of some of a call's queries."""
+        return self if self.on is None else self._replace(on=self.on[:, begin:end])
 
 
 def _terms(module, kinds: HeadKinds, options: dict) -> list[_Terms]:
@@ -174,7 +189,7 @@ def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: 
         query: [batch, heads, n, head_dim]; the result has this shape, too.
         made: output and log-sum-exp before the corrections, where a kernel has computed them; or None.
     """
-    sink, sparse, corrections, on, work = terms
+    sink, sparse, corrections, on, work, observe = terms
     scoring, with_lse = scoring._replace(sink=sink), terms.with_lse
     if sparse is not None and sparse.applies(query.shape[2], view.end):
         rest = scoring.mask, scoring.scale, scoring.softcap
@@ -190,6 +205,8 @@ def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: 
             work.add_seen(view, query, ran)
     for correction in corrections:
         out, lse = correction.apply(out, lse, query, view, scoring)
+    if observe is not None:
+        observe(query, view, out, lse)
     if sink is not None:
         out, lse = add_keys(out, lse, sink.to(lse.dtype)[:, None, None].expand(*lse.shape, 1))
     return out.to(query.dtype) if with_lse else out

@@ -154,8 +154,12 @@ class _FirstToken:
             self.key, self.value = view.sink_keys[:, :, :1], view.sink_values[:, :, :1]
         else:
             width = view.keys.shape[2]
-            index = start % width if view.ring else (start - view.start).clamp(0, width - 1)
-            index = index[:, None, None, None].expand(*view.keys.shape[:2], 1, view.keys.shape[3])
+            if view.slots is not None:  # a policy has dropped keys, and kept this one
+                index = (view.slots == start[:, None, None]).int().argmax(-1)[..., None, None]
+            else:
+                index = start % width if view.ring else (start - view.start).clamp(0, width - 1)
+                index = index[:, None, None, None]
+            index = index.expand(*view.keys.shape[:2], 1, view.keys.shape[3])
             self.key, self.value = view.keys.gather(2, index), view.values.gather(2, index)
         position = torch.arange(view.end - length, view.end, device=device) - start[:, None]
         every = torch.ones_like(position, dtype=torch.bool)
@@ -178,7 +182,9 @@ class BiasAndVirtualKeys(Part):
         "surgery_key": Parameter(0.0, KV_HEADS),
         "surgery_value": Parameter(0.0, KV_HEADS),
     }
-    by_slots = True
+
+    def by_first_token(self, layer: dict) -> bool:
+        return "surgery_log_gamma" in layer.get("parameters", {}) or bool(layer.get("stand_in"))
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
         named = {name: shape for name, shape in layer.get("parameters", {}).items() if name in self.parameters}

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .surgery_stores import store_of
+from .surgery_kept_store import store_of
 from .surgery_visibility import HeadKinds, head_kinds
 
 # Transformers renamed the forward's argument during 5.x.
@@ -94,13 +94,19 @@ class SurgeryLayer(CacheLayerMixin):
                 store.pending = tuple(function(tensor) for tensor in store.pending)
 
     def reorder_cache(self, beam_idx) -> None:
-        self.change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._move(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._move(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices) -> None:
-        self.change(lambda tensor: tensor[indices, ...])
+        self._move(lambda tensor: tensor[indices, ...])
+
+    def _move(self, function) -> None:
+        """Give every stored tensor other rows. What was recorded of the old rows is accepted."""
+        self.change(function)
+        for store in self.stores:
+            store.accept()
 
     def offload(self) -> None:
         self.change(lambda tensor: tensor.to("cpu", non_blocking=True))
@@ -158,8 +164,8 @@ class SurgeryCache(Cache):
         count = -tokens_to_remove
         if not all(store.can_crop(count) for layer in self.layers for store in layer.stores):
             raise RuntimeError(
-                f"crop({tokens_to_remove}) reaches tokens that left a window; call activate_past_recording() before "
-                "the tokens that may be taken back"
+                f"crop({tokens_to_remove}) reaches back to before a window moved on or keys were dropped; call "
+                "activate_past_recording() before the tokens that may be taken back"
             )
         super().crop(tokens_to_remove)
 

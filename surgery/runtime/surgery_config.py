@@ -57,6 +57,13 @@ FILES = {
     "gate": "surgery_gated_compute",
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
+    "policy.attention": "surgery_kv_attention",
+    "policy.caote": "surgery_kv_caote",
+    "policy.lra": "surgery_kv_lra",
+    "policy.lfa": "surgery_kv_lfa",
+    "policy.norm": "surgery_kv_norm",
+    "policy.window": "surgery_kv_window",
+    "policy.random": "surgery_kv_random",
     # The package's kernels (surgery_kernels.py).
     "kernel.streaming_prefill": "streaming_prefill",
     "kernel.split_decode": "split_decode",
@@ -103,10 +110,14 @@ class HeadCost(NamedTuple):
     Attributes:
         growing: stored for each token of the text.
         fixed: stored whatever the length of the text.
+        beside: bytes that are stored beside the key and the value of each of these tokens.
+        readers: number of query heads that read it.
     """
 
     growing: float = 1
     fixed: int = 0
+    beside: int = 0
+    readers: int = 1
 
 
 class Part:
@@ -167,6 +178,14 @@ class Part:
 
         Then a cached decode is not one forward over the whole text, by definition, and the model needs its own cache.
         """
+        return False
+
+    def in_own_cache(self, layer: dict) -> bool:
+        """Whether the model needs its own cache, since another would hold, and show, keys that nobody may see."""
+        return False
+
+    def by_first_token(self, layer: dict) -> bool:
+        """Whether the part looks up the first token of each row in the cache."""
         return False
 
     def describe(self, layer: dict) -> tuple[str, str] | None:

@@ -29,6 +29,7 @@ class Counts:
 class Log(Policy):
     """A policy that keeps and counts all keys."""
 
+    keeps_first = True
     heads: dict[int, Counts] = field(default_factory=dict, init=False)
 
     def survivors(self, kept: Kept) -> None:

@@ -1,22 +1,26 @@
 """Policies that drop keys from the cache of full heads (KV eviction), and the interface through which they are called.
 
-An entry of the `surgery` block may hold `policy`: a name, and the settings of the policy:
+An entry of the `surgery` block may hold `policy`: a name, the settings of the policy, and perhaps `heads`, the indices
+of the KV heads that are under it (left out: all):
 
     {"name": "identity"}
+    {"name": "norm", "keys": 1024, "sinks": 4, "recent": 128, "interval": 256, "heads": [0, 2]}
 
-A policy applies to KV heads that see all tokens. (Heads that see sinks + window store only these already.) At the end
-of every call with a cache (a prompt, a chunk of one, a decoded token) the attention function calls `LayerPolicy.drop`.
-This passes the policy a `Kept`: the call's queries, and the keys and values in the cache. The policy returns the keys
-that stay, which may differ from KV head to KV head. No later query sees the other keys, and their memory is freed
-(`surgery_stores.KeptStore`). The remaining keys keep their positions.
+A policy applies to KV heads that see all tokens. (Heads that see sinks + window store only these already.) The
+attention function hands the queries of these heads to `LayerPolicy.attend`, which works a call off in pieces. After a
+piece it shows the policy what is stored now (`Kept`), and the policy returns the keys that stay, which may differ from
+KV head to KV head. No later query sees the other keys, and their memory is freed (`surgery_kept_store.KeptStore`). The
+remaining keys keep their positions.
+
+Where a piece ends is up to the policy. With `interval`, a piece ends at each position before a multiple of it, counted
+from a row's first real token. So a text gives the same result in one call, in chunks, without a cache, and in a padded
+batch. Without `interval` a piece is a call (a prompt, a chunk of one, a decoded token), and nothing is dropped without
+a cache, where gradients flow through the keys, or while the cache records tokens that may be removed again.
 
 A new policy is one file: a subclass of `Policy` whose fields are its settings, with `POLICY = YourPolicy` at its end,
-and a line in `surgery_config.FILES`, `"policy.<name>": "<file>"`. surgery_kv_log.py is a short example. In your own
-process, `POLICIES["<name>"] = YourPolicy` is enough. A policy does not learn whether a chunk is the last one of its
-prompt: a call with more than one query is a prompt or a chunk, and a call with one query is a decoded token.
-
-Nothing is dropped without a cache, in a cache other than `SurgeryCache`, where gradients flow through the keys, or
-while the cache records tokens that may be removed again (assisted generation).
+and a line in `surgery_config.FILES`, `"policy.<name>": "<file>"`. surgery_kv_log.py is a short example of a policy
+that is called after each call, and surgery_kv_norm.py of one that decides at positions. In your own process,
+`POLICIES["<name>"] = YourPolicy` is enough.
 """
 
 from __future__ import annotations
@@ -25,36 +29,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .surgery_config import FILES, HeadCost, Part, load_file, used_parts
-from .surgery_stores import KeyValues
-from .surgery_visibility import HeadKinds, Visibility
-
-
-@dataclass
-class Kept:
-    """The argument of a policy at the end of a call: the heads of one kind in one layer.
-
-    Attributes:
-        layer: index of the layer.
-        kv_heads: indices of these KV heads in the layer.
-        queries: [batch, heads, n, head_dim], the queries of this call's tokens, after RoPE, in order of KV heads.
-        keys, values: [batch, KV heads, kept, head_dim], the stored keys and values, including this call's.
-        positions: long [batch, KV heads, kept], counted from a row's first real token; -1 where no real token is
-            stored (padding). This call's tokens are the last ones.
-        scale, softcap: the factor on the scores and their cap; softcap may be None.
-        notes: values that the policy keeps for each key, name -> [batch, KV heads, kept, ...]. The policy may set and
-            change them. Notes stay with their keys; new keys have notes of 0.
-    """
-
-    layer: int
-    kv_heads: list[int]
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    scale: float
-    softcap: float | None
-    notes: dict[str, torch.Tensor]
+from .surgery_config import FILES, HeadCost, Part, all_whole, load_file, used_parts
+from .surgery_kv_call import Kept, LayerPolicy, Votes
+from .surgery_visibility import Visibility
 
 
 class Policy:
@@ -62,15 +39,42 @@ class Policy:
 
     A subclass is a dataclass. Its fields are the settings in a layer's entry. Each layer has one policy for all calls,
     so a policy must store what it remembers of a text as notes (`Kept.notes`).
+
+    Attributes:
+        interval: it decides before each multiple of this position; None: at the end of each call.
+        voters: number of queries before a decision whose votes are counted; 0: none.
+        at_prompt_end: it decides once, at the end of the call that filled the empty cache.
+        keeps_first: whether a row's first token always stays.
+        output: name of the output projection in the attention module, for votes that are weighed behind it; "": none.
     """
+
+    output: str = ""
+    interval: int | None = None
+    voters: int = 0
+    at_prompt_end: bool = False
+    keeps_first: bool = False
+
+    @property
+    def in_calls(self) -> bool:
+        """Whether it is asked at the end of every call."""
+        return self.interval is None and not self.at_prompt_end
 
     def survivors(self, kept: Kept) -> torch.Tensor | None:
         """Which of the stored keys stay.
 
         Returns:
-            None if all stay, or bool [batch, KV heads, kept], or distinct indices, long [batch, KV heads, m].
+            None if all stay, or bool [batch, KV heads, kept], or distinct indices, long [batch, KV heads, m]. With an
+            interval, bool: rows that do not decide now keep their keys.
         """
         raise NotImplementedError
+
+    def count(self, votes: Votes, kept: Kept) -> None:
+        """Note the votes of some queries in `kept.notes`."""
+        raise NotImplementedError
+
+    def forget(self, notes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The notes of rows that have just decided."""
+        return notes
 
     def problem(self) -> str:
         """The error in the settings, "" if there is none."""
@@ -80,6 +84,16 @@ class Policy:
         """The cost of a KV head in the cache under this policy; `cost`: without the policy."""
         return cost
 
+    @property
+    def most(self) -> int | None:
+        """The largest number of keys that the cache holds for a KV head; None: it grows with the text."""
+        return None
+
+    @property
+    def probe_length(self) -> int:
+        """How many tokens a text must have to show that keys are dropped."""
+        return 0
+
     def after_heads_change(self, queries: list[int], kv_heads: list[int]) -> dict:
         """The new values of settings that have a value for each head, when only these heads remain."""
         return {}
@@ -88,6 +102,8 @@ class Policy:
 @dataclass
 class Identity(Policy):
     """A policy that keeps all keys."""
+
+    keeps_first = True
 
     def survivors(self, kept: Kept) -> None:
         return None
@@ -107,10 +123,8 @@ def policy_of(entry: dict) -> Policy:
     if name not in names:
         raise ValueError(f"{entry!r} names no policy; there is: {', '.join(names)}")
     cls = POLICIES[name] if name in POLICIES else load_file(f"policy.{name}").POLICY
-    settings, known = (
-        {key: value for key, value in entry.items() if key != "name"},
-        {each.name for each in fields(cls) if each.init},
-    )
+    settings = {key: value for key, value in entry.items() if key not in ("name", "heads")}
+    known = {each.name for each in fields(cls) if each.init}
     if other := sorted(set(settings) - known):
         raise ValueError(f"policy {name!r} has no {other[0]!r}; it has: {', '.join(sorted(known)) or 'no settings'}")
     try:
@@ -122,76 +136,40 @@ def policy_of(entry: dict) -> Policy:
     return policy
 
 
-class LayerPolicy:
-    """The policy of one layer, as the attention function calls it."""
-
-    def __init__(self, policy: Policy, layer: int):
-        self.policy, self.layer = policy, layer
-
-    @torch.no_grad()
-    def drop(self, kinds: HeadKinds, queries: list, views: list[KeyValues], mask, pad, scale, softcap) -> None:
-        """Call the policy for every kind of head under it, and drop from the cache the keys that it does not keep.
-
-        Args:
-            queries, views: for each kind of head, the queries and the view of the call that ends.
-            mask: bool [batch, N], the slots of real tokens, or None.
-            pad: [batch], slots before each row's first real token, or None.
-        """
-        for (visibility, kv_heads), query, view in zip(kinds.spec[1], queries, views, strict=True):
-            if not visibility.by_policy or view.store is None:
-                continue
-            cached = view.keys, view.values, _positions(view, mask, pad)
-            shown = Kept(self.layer, kv_heads, query, *cached, scale, softcap, view.store.notes)
-            stays = self.policy.survivors(shown)
-            view.store.note(shown.notes)
-            if stays is not None:
-                view.store.select(_checked(stays, shown.positions))
-
-
-def _positions(view: KeyValues, mask, pad) -> torch.Tensor:
-    """The positions of a view's keys (`Kept.positions`)."""
-    slots, shape = view.slots, view.keys.shape[:3]
-    if slots is None:
-        slots = torch.arange(view.start, view.end, device=view.keys.device).expand(shape)
-    if mask is None:
-        return slots
-    real = (slots >= 0) & mask[:, None].expand(*shape[:2], -1).gather(2, slots.clamp(min=0))
-    return torch.where(real, slots - pad.long()[:, None, None], -1)
-
-
-def _checked(stays: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """A policy's result, checked.
-
-    Raises:
-        ValueError: it is neither bool for each key nor indices for each KV head.
-    """
-    is_mask = stays.dtype == torch.bool and stays.shape == positions.shape
-    if not is_mask and (stays.dtype != torch.long or stays.shape[:2] != positions.shape[:2] or stays.dim() != 3):
-        kind, wanted = f"{stays.dtype} {list(stays.shape)}", list(positions.shape)
-        raise ValueError(f"a policy gave {kind}; it is bool {wanted}, or long {[*wanted[:2], 'm']}")
-    return stays
-
-
 class KVPolicy(Part):
     """A policy for the cache of full heads. An entry has `policy` (see the module's docstring)."""
 
     keys = ("policy",)
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        try:
+            policy = policy_of(layer["policy"])
+        except ValueError as error:
+            return f"has a policy that cannot be: {error}"
+        heads = layer["policy"].get("heads", [])
+        if not all_whole(heads, 0) or len({*heads}) < len(heads) or max(heads, default=0) >= len(groups):
+            return f"must list KV heads from 0 to {len(groups) - 1} under its policy, each once, not {heads}"
         for name, part in used_parts(layer).items():
             if part.by_slots:
                 return f"has a policy for the cache and {name}, which needs all keys in order"
-        try:
-            policy_of(layer["policy"])
-        except ValueError as error:
-            return f"has a policy that cannot be: {error}"
+            if part.by_first_token(layer) and not policy.keeps_first:
+                return f"has {name}, which needs the first token, and a policy that may drop it: sinks from 1"
         return ""
 
     def methods(self, layer: dict) -> set[str]:
         return {f"policy.{layer['policy']['name']}"} & set(FILES)
 
     def visibilities(self, layer: dict, heads: list[Visibility]) -> list[Visibility]:
-        return [seen if seen.simplified().window is not None else replace(seen, by_policy=True) for seen in heads]
+        under, most = self._heads(layer, len(heads)), policy_of(layer["policy"]).most
+        return [
+            replace(seen, by_policy=True, most=most) if head in under and seen.simplified().window is None else seen
+            for head, seen in enumerate(heads)
+        ]
+
+    @staticmethod
+    def _heads(layer: dict, kv_heads: int) -> set[int]:
+        """The KV heads under the policy."""
+        return {*layer["policy"].get("heads", range(kv_heads))}
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         used = "policy" in layer
@@ -201,17 +179,29 @@ class KVPolicy(Part):
         return ("visibility of the cache",)
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
-        policy = policy_of(layer["policy"])
-        return [policy.kv_cost(cost) if cost.growing else cost for cost in heads]
+        policy, under = policy_of(layer["policy"]), self._heads(layer, len(heads))
+        return [policy.kv_cost(cost) if cost.growing and head in under else cost for head, cost in enumerate(heads)]
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
-        return {"policy": layer["policy"] | policy_of(layer["policy"]).after_heads_change(queries, kv_heads)}
+        entry = layer["policy"] | policy_of(layer["policy"]).after_heads_change(queries, kv_heads)
+        if "heads" in entry:
+            entry |= {"heads": [new for new, old in enumerate(kv_heads) if old in entry["heads"]]}
+        return {"policy": entry}
+
+    def by_prompt(self, layer: dict) -> bool:
+        return policy_of(layer["policy"]).at_prompt_end
+
+    def in_own_cache(self, layer: dict) -> bool:
+        return not policy_of(layer["policy"]).in_calls
 
     def describe(self, layer: dict) -> tuple[str, str]:
         return "policy of the cache", layer["policy"]["name"]
 
     def display_key(self, layer: dict):
         return layer["policy"]
+
+    def probe_length(self, layer: dict, least: int) -> int:
+        return max(least, policy_of(layer["policy"]).probe_length)
 
 
 PART = KVPolicy()

@@ -3,12 +3,12 @@
     Scoring     how the heads of a layer score keys in a call
     FullStore   full heads: every key, in a buffer that grows by blocks
     RingStore   heads that see sinks + window: a row's first real tokens and a ring of the last `window` slots
-    KeptStore   full heads under a policy (surgery_kv_policy.py): the keys that stay, which differ among KV heads
+    KeptStore   full heads under a policy: the keys that stay, which differ among KV heads (surgery_kept_store.py)
     KeyValues   the view of a store that the attention function gets for one call, in place of keys and values
 
-A method that drops keys needs no store of its own: it is a policy. The attention function calls the policy at the end
-of a call, and passes its result to `KeptStore.select`. Keys are stored after RoPE, at their original positions, and
-are never rotated again.
+A method that drops keys needs no store of its own: it is a policy. The policy adds a call's keys to its store, all at
+once or piece by piece (`KeptStore.add`), and says which stay (`KeptStore.select`). Keys are stored after RoPE, at
+their original positions, and are never rotated again.
 
 Row r of a left-padded batch has `pad[r]` slots before its first real token: the token in slot j has position
 j - pad[r]. Slots are the same for all rows, positions are not. The cache does not know the padding. The attention
@@ -25,7 +25,6 @@ import torch
 
 from .surgery_visibility import Visibility
 
-RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
 GROWTH = 256  # a full head's buffer grows by at least this many slots; a long one grows by 1/32 of its length
 
 
@@ -74,7 +73,7 @@ class KeyValues:
     sink_keys: torch.Tensor | None = None
     sink_values: torch.Tensor | None = None
     incoming: tuple[torch.Tensor, torch.Tensor] | None = None
-    store: RingStore | KeptStore | None = None
+    store: RingStore | FullStore | None = None
     slots: torch.Tensor | None = None
     gaps: bool = False
     sinks_and_ring: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -157,11 +156,14 @@ class FullStore:
         old = self.tensors.get(name)
         if old is not None and old.shape[2] >= end:
             return
-        room = end if old is None and end > GROWTH else end + _spare(end)
+        room = end if old is None and end > GROWTH else end + self._spare(end)
         new = like.new_empty((*like.shape[:2], room, *like.shape[3:]))
         if old is not None:
             new[:, :, : self.stored] = old[:, :, : self.stored]
         self.tensors[name] = new
+
+    def _spare(self, length: int) -> int:
+        return spare(length)
 
     def crop(self, count: int) -> None:
         self.seen, self.stored = max(self.seen - count, 0), max(self.stored - count, 0)
@@ -169,125 +171,18 @@ class FullStore:
     def can_crop(self, count: int) -> bool:
         return True
 
+    def accept(self) -> None:
+        """Forget how recorded tokens could be removed."""
 
-def _spare(length: int) -> int:
+
+def spare(length: int) -> int:
     """The number of spare slots that a buffer of this length gets when it grows."""
     return max(GROWTH, length // 32)
-
-
-class KeptStore(FullStore):
-    """The keys of some heads that a policy keeps, which may differ from KV head to KV head, with their slots.
-
-    Until a key is dropped, slots are consecutive and are not stored. The tokens of the calls since the last drop are
-    the last ones of every row and KV head, in order. So these tokens can be removed again (`crop`).
-    """
-
-    def reset(self) -> None:
-        super().reset()
-        self.settled = 0  # number of tokens that had come when keys were last dropped
-        self.gaps = False  # some KV heads keep fewer keys than others, and have slots of -1 for the rest
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
-        added = {"keys": keys, "values": values}
-        if "slots" in self.tensors:
-            slots = torch.arange(self.seen, self.seen + keys.shape[2], dtype=torch.int32, device=keys.device)
-            added["slots"] = slots.expand(*keys.shape[:2], -1)
-        added |= {name: old.new_zeros(*keys.shape[:3], *old.shape[3:]) for name, old in self.notes.items()}
-        view = self._append(added)
-        if "slots" in added:
-            view.slots, view.gaps = self._used("slots").long(), self.gaps
-        # Tokens that may be removed again must not push out others, and a graph needs its inputs: nothing is dropped.
-        view.store = None if recording or (torch.is_grad_enabled() and keys.requires_grad) else self
-        return view
-
-    @property
-    def notes(self) -> dict[str, torch.Tensor]:
-        """A policy's notes on the stored keys: name -> [batch, KV heads, stored, ...], 0 for new keys."""
-        return {name: self._used(name) for name in self.tensors if name not in RESERVED}
-
-    def note(self, notes: dict[str, torch.Tensor]) -> None:
-        """Replace the notes of the same names. A key's notes are dropped with the key.
-
-        Raises:
-            ValueError: a note does not have a value for each stored key, or has the name of one of the store's
-            tensors.
-        """
-        memory = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
-        changed = {}
-        for name, noted in notes.items():
-            if noted.shape[:3] != self._used("keys").shape[:3]:
-                wanted = list(self._used("keys").shape[:3])
-                raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
-            if name in RESERVED:
-                raise ValueError(f"a policy's note may not be called {name!r}: the cache holds {', '.join(RESERVED)}")
-            shown = self._used(name) if name in self.tensors else None
-            same = shown is not None and (noted.data_ptr(), noted.stride()) == (shown.data_ptr(), shown.stride())
-            if not (same and noted.shape == shown.shape and noted.dtype == shown.dtype):
-                shared = noted.untyped_storage().data_ptr() in memory  # a view of a note, or another note
-                changed[name] = noted.clone() if shared else noted
-        for name, noted in changed.items():
-            old = self.tensors.get(name)
-            if old is None or (old.dtype, old.shape[3:]) != (noted.dtype, noted.shape[3:]):
-                self.tensors[name] = noted
-            else:
-                old[:, :, : self.stored] = noted
-
-    def select(self, stays: torch.Tensor) -> None:
-        """Drop keys and free their memory.
-
-        Args:
-            stays: the stored keys that stay, bool [batch, KV heads, stored] or indices [batch, KV heads, m].
-        """
-        short, stored = None, self.stored
-        if stays.dtype == torch.bool:
-            real = self._used("slots") >= 0 if "slots" in self.tensors else torch.ones_like(stays)
-            if bool((stays | ~real).all()):
-                return
-            stays = stays & real
-            counts = stays.sum(-1, keepdim=True)
-            index = stays.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())]
-            short = torch.arange(index.shape[-1], device=index.device) >= counts
-        else:
-            index = stays.sort(dim=-1).values
-        if "slots" not in self.tensors:
-            slots = torch.arange(stored, dtype=torch.int32, device=index.device)
-            self.tensors["slots"] = slots.repeat(*index.shape[:2], 1)
-        for name in self.tensors:
-            old, where = self._used(name), index if self.tensors[name].dim() == 3 else index[..., None]
-            self._put(name, old.gather(2, where.expand(*index.shape, *old.shape[3:])))
-        self.stored, self.settled = index.shape[-1], self.seen
-        if short is not None:
-            self.tensors["slots"][:, :, : self.stored].masked_fill_(short, -1)
-        self.gaps = bool((self._used("slots") < 0).any())
-
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the remaining tensor into the buffer, or replace the buffer where it is far longer."""
-        buffer, length = self.tensors[name], tensor.shape[2]
-        if buffer.shape[2] - length <= _spare(length):
-            buffer[:, :, :length] = tensor
-        else:
-            self.tensors[name] = tensor
-
-    def crop(self, count: int) -> None:
-        super().crop(count)
-        if not self.seen:
-            self.reset()
-
-    def can_crop(self, count: int) -> bool:
-        """Whether `count` tokens can be removed; those that came since keys were last dropped can."""
-        return self.seen - count >= self.settled
 
 
 def _tracked(*tensors: torch.Tensor) -> bool:
     """Whether gradients flow through these tensors; if so, they must not be changed in place."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
-    """An empty store for the heads of one visibility."""
-    if visibility.window is not None:
-        return RingStore(visibility)
-    return KeptStore(visibility) if visibility.by_policy else FullStore(visibility)
 
 
 class RingStore:
@@ -390,3 +285,6 @@ class RingStore:
         """Whether `count` tokens can be removed: recorded ones can, and any while no token has left the window."""
         pending = self.pending[0].shape[2] if self.pending else 0
         return count <= pending or self.seen <= self.visibility.window
+
+    def accept(self) -> None:
+        """Forget nothing: recorded tokens wait for `crop`, or for a call that is not recorded."""

@@ -28,6 +28,7 @@ class Visibility:
         limit: the base model's own sliding window in this layer, or None.
         of_base: the window is the base's own.
         by_policy: a policy drops keys from the cache, which may differ among KV heads (surgery_kv_policy.py).
+        most: the largest number of keys that the policy lets the cache hold for a KV head; None: it grows.
     """
 
     sinks: int = 0
@@ -35,6 +36,7 @@ class Visibility:
     limit: int | None = None
     of_base: bool = False
     by_policy: bool = False
+    most: int | None = None
 
     def simplified(self) -> Visibility:
         """The same keys in the form that stores least: a base's window that is no wider replaces sinks and window."""

@@ -272,7 +272,7 @@ def test_what_comes_next_is_a_command_that_can_be_copied(surgery, model, text, t
     heads = ("streaming_ratio=1", "window=6", "sinks=2")
     done = surgery("apply", "duo-attention", base, *heads, *scored, "-o", "e", "--no-gate")
     assert done.out.splitlines()[-3] == 'load:      surgery.load("e")', done.out + done.err
-    assert "bytes of sinks and windows" in done.out
+    assert "bytes that do not grow" in done.out
 
 
 def test_a_name_is_printed_as_it_is(surgery, model):
@@ -294,7 +294,7 @@ def test_plan_of_a_head_split(surgery, model):
     assert "3 of 6 KV heads see only 2 sinks + 6 tokens" in shown
     assert "streaming KV heads" not in shown, "which layer has how many is not known before the model is measured"
     assert shown.count("self_attn") == 1
-    assert "KV cache of sinks and windows: 0 → 768 bytes, fixed" in shown
+    assert "KV cache that does not grow: 0 → 768 bytes" in shown
     assert re.search(r"^time: .*measure", shown, re.MULTILINE)
     (model.parent / "scores.tsv").write_text("0\t0\t1\n0\t1\t1\n")
     shown = surgery("plan", "duo-attention", model, f"scores={model.parent / 'scores.tsv'}").out

@@ -13,7 +13,7 @@ import pytest
 from surgery.config import recipe as recipes
 from surgery.evaluation import probes
 from surgery.operations import builtin_names
-from surgery.operations.duo_attention.scorers import METHODS
+from surgery.operations.head_scorers.scorers import METHODS
 from surgery.operations.variants import keys_of
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "huggingface_hub")

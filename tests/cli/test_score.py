@@ -9,7 +9,7 @@ from recalls import plant_answers
 
 from surgery.calibration.head_scores import HeadScores
 from surgery.cli.render.heads import HeadMap, tenth_of
-from surgery.operations.duo_attention.scorers import METHODS
+from surgery.operations.head_scorers.scorers import METHODS
 
 SPLIT = ("--no-check", "--no-eval", "sinks=2", "window=6")
 
@@ -157,7 +157,7 @@ def test_a_file_is_not_replaced_unasked(score, tmp_path):
 
 
 def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
-    from surgery.operations.duo_attention import learned_gates as gates
+    from surgery.operations.head_scorers import learned_gates as gates
 
     gates_of = ("--method", "gates", "--steps", 5)
     assert score(*gates_of, "-o", "whole.json").code == 0

@@ -61,6 +61,11 @@ def sinks(method: str, **fields: Any) -> Callable[[LayerAnatomy], dict[str, Any]
     return lambda _: {"method": method} | fields
 
 
+def evicting(method: str, **fields: Any) -> Callable[[LayerAnatomy], dict[str, Any]]:
+    votes = {"observe": 2} if method not in ("norm", "window", "random") else {}
+    return lambda _: {"method": method} | votes | fields
+
+
 def lower_betas(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("surgery_log_beta"):
@@ -103,6 +108,15 @@ CASES: dict[str, Case] = {
             "duo_attention, window": lambda _: {"streaming_ratio": 1.0, "window": LENGTH},
         },
         ("window", 0),
+    ),
+    "kv_evict": Case(
+        {"keys": 3, "sinks": 1, "recent": 2, "interval": 8, "observe": 2},
+        {
+            f"kv_evict, {method}": evicting(method, keys=LENGTH, interval=8)
+            for method in ("attention", "caote", "lra", "lfa", "norm", "window", "random")
+        },
+        ("keys", 0),
+        refused_always=("mistral", "starcoder2"),  # the base's own window in every layer drops keys already
     ),
     "sink_calibration": Case(
         {"method": "zero_tuning", "gamma": 3.0},

@@ -123,7 +123,7 @@ def test_a_script_that_has_turned_gradients_off(step, off, text):
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_healing_and_learned_gates_where_gradients_are_off(off, text):
-    from surgery.operations.duo_attention.learned_gates import gates
+    from surgery.operations.head_scorers.learned_gates import gates
 
     model = TINY["llama"](vocab_size=300, max_position_embeddings=1024)
     with off():

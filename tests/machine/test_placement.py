@@ -34,7 +34,7 @@ from surgery.machine.placement import (
     placed_on,
     put,
 )
-from surgery.operations.duo_attention import scorers
+from surgery.operations.head_scorers import scorers
 
 CPU = torch.device("cpu")
 CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]

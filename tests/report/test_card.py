@@ -368,8 +368,8 @@ def test_no_limits_are_no_gate():
 
 def test_streaming_heads_show_what_does_not_grow():
     plan = REPORT["plan"] | {"kv_bytes_fixed": {"before": 0, "after": 5120}}
-    assert "| KV cache, bytes of sinks and windows (fixed) | 0 | 5,120 |  |" in render_card(changed(plan=plan), None)
-    assert "sinks and windows" not in render_card(REPORT, None)
+    assert "| KV cache, bytes that do not grow | 0 | 5,120 |  |" in render_card(changed(plan=plan), None)
+    assert "that do not grow" not in render_card(REPORT, None)
     ops = {"operations": [{"op": "duo_attention", "streaming_ratio": 0.5}]}
     assert "Streaming heads do not see" in render_card(changed(recipe=REPORT["recipe"] | ops), None)
 

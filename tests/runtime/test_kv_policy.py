@@ -18,8 +18,9 @@ from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config, surgery_kv_policy
 from surgery.runtime.surgery_gated_compute import Work
 from surgery.runtime.surgery_gates import Gate
+from surgery.runtime.surgery_kept_store import KeptStore
 from surgery.runtime.surgery_kv_policy import Kept, Policy
-from surgery.runtime.surgery_stores import FullStore, KeptStore, RingStore
+from surgery.runtime.surgery_stores import FullStore, RingStore
 from surgery.runtime.surgery_visibility import Visibility
 
 GENERATED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -167,11 +168,11 @@ def test_a_setting_by_head_follows_the_heads(monkeypatch):
 def test_work_counts_the_keys_that_stay():
     store, work = KeptStore(Visibility(by_policy=True)), Work()
     keys = torch.randn(1, 2, 9, 8)
-    store.append(keys, keys, False)
+    store.add(keys, keys)
     stays = torch.zeros(1, 2, 9, dtype=torch.bool)
     stays[0, 0, [0, 3, 8]] = stays[0, 1, [1]] = True
     store.select(stays)
-    view = store.append(keys[:, :, :2], keys[:, :, :2], False)
+    view = store.add(keys[:, :, :2], keys[:, :, :2])
     work.add_seen(view, torch.randn(1, 6, 2, 8))  # 3 query heads read each KV head; tokens 9 and 10
     assert work.done["attention"] == 2 * 8 * 3 * ((3 + 1) + (3 + 2) + (1 + 1) + (1 + 2))
     assert work.dense["attention"] == 2 * 8 * 6 * (10 + 11)
@@ -182,12 +183,12 @@ def test_notes_stay_in_their_buffer():
     """A note that is made anew at each step is copied into the memory that it has, and frees none of another name."""
     store = KeptStore(Visibility(by_policy=True))
     keys = torch.randn(2, 3, 40, 8)
-    store.append(keys, keys, False)
+    store.add(keys, keys)
     store.note({"weight": torch.arange(240.0).reshape(2, 3, 40)})
-    store.append(keys[:, :, :1], keys[:, :, :1], False)
+    store.add(keys[:, :, :1], keys[:, :, :1])
     memory = store.tensors["weight"].data_ptr()
     for step in range(60):
-        store.append(keys[:, :, :1], keys[:, :, :1], False)
+        store.add(keys[:, :, :1], keys[:, :, :1])
         assert torch.equal(store.notes["weight"][:, :, -1], torch.zeros(2, 3)), "0 for a key that is new"
         store.note({"weight": store.notes["weight"] + step})
         store.note(store.notes)
@@ -466,13 +467,15 @@ def test_with_a_gate_the_policy_sees_every_query():
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ({"policy": {"name": "no"}}, "names no policy; there is: heavy, identity, indices"),
+        ({"policy": {"name": "no"}}, "names no policy; there is: attention, caote, heavy, identity, indices"),
         ({"policy": "identity"}, "names no policy"),
         ({"policy": {"name": "identity", "count": 3}}, "policy 'identity' has no 'count'; it has: no settings"),
         ({"policy": {"name": "largest"}}, "count"),
         ({"policy": {"name": "largest", "count": 0}}, "count must be from 1"),
         ({"policy": {"name": "identity"}, "sparse": {"method": "pooled", "block": 16}}, "and sparse, which needs all"),
-        ({"policy": {"name": "identity"}, "parameters": {"surgery_log_gamma": [4]}}, "and bias, which needs all"),
+        ({"policy": {"name": "real"}, "parameters": {"surgery_log_gamma": [4]}}, "bias, which needs the first token"),
+        ({"policy": {"name": "identity", "heads": [0, 9]}}, "must list KV heads from 0 to"),
+        ({"policy": {"name": "identity", "heads": [0, 0]}}, "each once, not"),
     ],
 )
 def test_what_cannot_be_is_refused(entry, says):

@@ -48,7 +48,7 @@ from surgery.machine import placement
 from surgery.machine.device import LOAD_OVERHEAD
 from surgery.machine.offload import ModelSizes
 from surgery.machine.placement import placed_on
-from surgery.operations.duo_attention.scorers import METHODS, score_to_file
+from surgery.operations.head_scorers.scorers import METHODS, score_to_file
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from surgery.calibration.attention_hook import answer_logits
-from surgery.operations.duo_attention import retrieval
+from surgery.operations.head_scorers import retrieval
 
 
 def plant_answers(monkeypatch, wrong=lambda sequence: ()) -> None:

@@ -76,7 +76,7 @@ def _facts(anatomy: Anatomy) -> list[str]:
 def _cache(anatomy: Anatomy) -> str:
     """Bytes of the KV cache: per token, and for the full context."""
     token, fixed = anatomy.kv_bytes_per_token, anatomy.kv_bytes_fixed
-    words = f"{token:,} bytes per token" + (f", and {fixed:,} bytes of sinks and windows" if fixed else "")
+    words = f"{token:,} bytes per token" + (f", and {fixed:,} bytes that do not grow" if fixed else "")
     full = anatomy.positions and f" ({byte_size(token * anatomy.positions + fixed)} at {anatomy.positions:,} tokens)"
     return words + (full or "")
 
@@ -122,7 +122,7 @@ def effects(fits: list[Fit], typed: str) -> None:
         head = [Text(word, style="dim") for word in ("recipe", "tier", "what it would do", "training")]
         columns(out, [head, *(_effect(fit.entry, fit.plan) for fit in able if fit.plan)], cut=True)
         if any(fit.plan and fit.plan.after.kv_bytes_fixed for fit in able):
-            out.print(Text("+ MB: a fixed part for each sequence, its sinks and windows.", style="dim"))
+            out.print(Text("+ MB: a fixed part for each sequence, its sinks, windows and kept keys.", style="dim"))
         for line in LEGEND:
             hanging(out, "", line, 0, "dim")
     _reasons(out, [fit for fit in fits if fit.problems])

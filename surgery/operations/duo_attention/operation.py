@@ -7,39 +7,19 @@ piece, prefill in chunks and decoding give the same result: a streaming head see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes
-from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
-from surgery.errors import RecipeMismatchError, SurgeryError
-from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
-from surgery.operations.base import (
-    SURGICAL,
-    ApplyContext,
-    InWords,
-    Measurement,
-    Operation,
-    PlannedChange,
-    Seed,
-    WholeNumber,
-)
-from surgery.operations.duo_attention.scorers import (
-    METHODS,
-    how_chosen,
-    is_method,
-    refuse_wrong_settings,
-    resolved_settings,
-    score,
-)
+from surgery.errors import RecipeMismatchError
+from surgery.machine.placement import Use
+from surgery.operations.base import SURGICAL, ApplyContext, InWords, Operation, PlannedChange, Seed, WholeNumber
+from surgery.operations.head_scorers.choice import HeadChoice
+from surgery.operations.head_scorers.scorers import METHODS, how_chosen
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-OWN = ("sinks", "window", "seed", "state", "per")  # settings of a scorer that are fields here, or have no meaning
 LONGEST_WINDOW, STEP = 16384, 64  # tokens: the windows that `surgery fit` tries where all heads stream
 MOST_KEPT = 1 << 20  # most sinks, and most tokens of a window, as in the runtime (surgery_visibility.py)
 
@@ -76,55 +56,28 @@ class DuoAttention(Operation):
     protect_layers: list[WholeNumber] = Field([], description="Layers whose heads all stay full.")
     seed: Seed = Field(0, description="Seed of the calibration sequences.")
 
+    @property
+    def _choice(self) -> HeadChoice:
+        return HeadChoice(
+            self.op,
+            self.streaming_ratio,
+            self.scores,
+            self.sinks,
+            self.window,
+            threshold=self.threshold,
+            scoring=self.scoring,
+            samples=self.calibration_samples,
+            length=self.calibration_length,
+            least=self.per_layer_min_retrieval,
+            protect=self.protect_layers,
+            seed=self.seed,
+        )
+
     def problems(self, anatomy: Anatomy) -> list[str]:
-        problems = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []
+        problems = []
         if (self.streaming_ratio is None) == (self.threshold is None):
             problems.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
-        if wrong := [i for i in self.protect_layers if i >= len(anatomy.layers)]:
-            problems.append(f"duo_attention: protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}")
-        fewest = min(layer.kv_heads for layer in anatomy.layers)
-        if self.per_layer_min_retrieval > fewest:
-            problems.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
-        if not problems:
-            try:
-                if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
-                    problems.append(f"duo_attention: {UNEQUAL}: put it before prune_heads, or give a score file")
-                if not is_method(self.scores):
-                    load_scores(self.scores, anatomy)
-            except SurgeryError as error:
-                phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-                problems.append("duo_attention: " + "; ".join(phrase for phrase in phrases if phrase))
-        if not problems:
-            problems += [f"duo_attention: scoring: {problem}" for problem in self._problems_of_scoring()]
-        reach = self.sinks + self.window
-        if (
-            not problems
-            and self._needs_scores
-            and is_method(self.scores)
-            and (anatomy.positions or reach + 1) <= reach
-        ):
-            problems.append(
-                f"duo_attention: this model takes {anatomy.positions} tokens, sinks + window are {reach}: there is no "
-                "far past to measure heads on; choose a smaller window"
-            )
-        return problems
-
-    def _problems_of_scoring(self) -> Iterator[str]:
-        if self.scoring is None:
-            return
-        if not is_method(self.scores):
-            yield f"{self.scores} is a score file, which has no settings: drop scoring"
-            return
-        if own := [key for key in self.scoring if key in OWN]:
-            yield f"{', '.join(own)} cannot be set here; duo_attention has the fields sinks, window and seed"
-        for key in ("samples", "length"):
-            if key in self.scoring and getattr(self, f"calibration_{key}") is not None:
-                yield f"{key} and calibration_{key} are two ways to say the same: drop one"
-        try:
-            refuse_wrong_settings(self.scores, self.scoring)
-        except SurgeryError as error:
-            for fault in (error, *error.others):
-                yield "; ".join(filter(None, (fault.what, fault.exists and f"available: {fault.exists}", fault.fix)))
+        return problems + self._choice.problems(anatomy)
 
     def milder(self) -> str:
         return f"streaming_ratio={self.streaming_ratio / 2:g}" if self.streaming_ratio else ""
@@ -150,7 +103,8 @@ class DuoAttention(Operation):
         ]
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
-        local, measured, total = self._local(anatomy), is_method(self.scores), self._able(anatomy)
+        local, choice, total = self._local(anatomy), self._choice, self._able(anatomy)
+        measured = choice.measured
         notes, known = [], ""
         if local:
             notes.append(
@@ -163,14 +117,11 @@ class DuoAttention(Operation):
                 f"{len(wide)} of {len(anatomy.layers)} layers have a window of the base's own, where a streaming head "
                 "saves little: how much smaller the cache gets depends on the choice of heads"
             )
-        if measured:
-            # Which heads stream is known only after measuring. How many is known, unless a threshold decides.
-            streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
+        streaming = choice.planned(anatomy, local)
+        if measured:  # how many heads stream is known, unless a threshold decides
             known = "up to " if self.threshold is not None else ""
-            if self._needs_scores:
+            if choice.needs_scores:
                 notes.append(f"which heads stream is decided by a measurement on the model (scores={self.scores})")
-        else:
-            streaming = self._choose(load_scores(self.scores, anatomy).scores, anatomy)
         count = sum(map(len, streaming))
         if self.streaming_ratio is not None and count < (wanted := round(self.streaming_ratio * total)):
             notes.append(
@@ -183,36 +134,12 @@ class DuoAttention(Operation):
             SURGICAL,
             tuple(notes),
             measured=measured,
-            measurements=self._measurements(anatomy) if measured and self._needs_scores else (),
+            measurements=choice.measurements(anatomy),
         )
 
     @property
     def model_use(self) -> Use:
-        if self.scores not in METHODS:
-            return LAYERS
-        return GRADIENTS if METHODS[self.scores].gradients else PASSES
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings of the scorer that are not None."""
-        own = {"samples": self.calibration_samples, "length": self.calibration_length}
-        return {key: value for key, value in (own | (self.scoring or {})).items() if value is not None}
-
-    def _measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """What the scorer runs, counted in forward passes of its sequences."""
-        settings = resolved_settings(self.scores, self._settings())
-        samples, asked = settings["samples"], settings["length"]
-        lengths = [min(length, anatomy.positions or inf) for length in (asked if isinstance(asked, list) else [asked])]
-        one = sum(forward_flops(anatomy, length, length) for length in lengths) / len(lengths)
-        if "steps" in settings:
-            full = max(samples, settings["steps"]) if settings["full"] == "base" else min(samples, settings["steps"])
-            flops = one * (full + GRADIENT * settings["steps"])
-            return (Measurement("training gates", flops, memory_on_gpu=gradient_bytes(anatomy, max(lengths))),)
-        # An ablation runs two texts from each head's layer on, which is half of a forward pass on average.
-        forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
-        of_text = gradient_bytes if METHODS[self.scores].gradients else activation_bytes
-        on_gpu = of_text(anatomy, max(lengths)) + logit_bytes(anatomy, max(lengths))
-        passes = samples * forwards
-        return (Measurement("measuring heads", one * passes, memory_on_gpu=on_gpu, passes=passes),)
+        return self._choice.model_use
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         total, count = self._able(before), sum(map(len, record["streaming"]))
@@ -245,9 +172,8 @@ class DuoAttention(Operation):
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.runtime.modeling_surgery import patch
 
-        measured = is_method(self.scores)
-        scores = self._measure(model, context) if measured else load_scores(self.scores, context.before)
-        streaming = self._choose(scores.scores, context.before)
+        scores = self._choice.measure(model, context)
+        streaming = self._choice.chosen(scores.scores, self._local(context.before))
         layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]
         try:
             patch(model, {"layers": layers})
@@ -260,27 +186,6 @@ class DuoAttention(Operation):
     def unchanged_within(self) -> int:
         return self.sinks + self.window
 
-    @property
-    def _needs_scores(self) -> bool:
-        return self.streaming_ratio not in (0.0, 1.0) or self.per_layer_min_retrieval > 0
-
-    def _measure(self, model, context: ApplyContext) -> HeadScores:
-        if not self._needs_scores:
-            return HeadScores("none", [[0.0] * layer.kv_heads for layer in context.before.layers])
-        tokenizer = context.tokenizer_for(
-            "measuring heads needs the tokenizer", self.op, ", or a score file (scores: FILE)"
-        )
-        return score(
-            model,
-            tokenizer,
-            self.scores,
-            sinks=self.sinks,
-            window=self.window,
-            seed=self.seed,
-            progress=context.progress,
-            **self._settings(),
-        )
-
     def _able(self, anatomy: Anatomy) -> int:
         """The number of KV heads that could stream."""
         local = self._local(anatomy)
@@ -289,13 +194,3 @@ class DuoAttention(Operation):
     def _local(self, anatomy: Anatomy) -> list[int]:
         """Layers that the split would not change, since the base's own window is no wider than `window`."""
         return [layer.index for layer in anatomy.layers if layer.window is not None and layer.window <= self.window]
-
-    def _choose(self, scores: list[list[float]], anatomy: Anatomy) -> list[list[int]]:
-        return choose_streaming(
-            scores,
-            ratio=self.streaming_ratio,
-            threshold=self.threshold,
-            min_retrieval=self.per_layer_min_retrieval,
-            protect=self.protect_layers,
-            local=self._local(anatomy),
-        )

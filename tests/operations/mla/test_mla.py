@@ -21,7 +21,7 @@ from surgery.engines import find
 from surgery.errors import SurgeryError
 from surgery.evaluation.benchmark.models import compare
 from surgery.operations.base import ApplyContext
-from surgery.operations.duo_attention.scorers import score
+from surgery.operations.head_scorers.scorers import score
 from surgery.operations.mla.joint_rank import joint_rank
 from surgery.operations.mla.operation import MLA
 from surgery.runtime.modeling_surgery import CACHE

@@ -16,9 +16,9 @@ from surgery.calibration.gradients import recomputed
 from surgery.data.passkeys import NATO, passkeys
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
-from surgery.operations.duo_attention import learned_gates
-from surgery.operations.duo_attention.learned_gates import PRESETS, gates
-from surgery.operations.duo_attention.scorers import (
+from surgery.operations.head_scorers import learned_gates
+from surgery.operations.head_scorers.learned_gates import PRESETS, gates
+from surgery.operations.head_scorers.scorers import (
     METHODS,
     how_chosen,
     refuse_wrong_settings,

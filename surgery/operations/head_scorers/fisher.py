@@ -29,7 +29,7 @@ from surgery.data.text import BUILTIN
 from surgery.machine.placement import exact
 from surgery.machine.progress import begin
 from surgery.operations.base import Count, Length, Seed
-from surgery.operations.duo_attention.far_mass import mass_outside
+from surgery.operations.head_scorers.far_mass import mass_outside
 from surgery.runtime.surgery_attention import surgery_attention
 
 ROWS = 256  # rows whose logits are in memory at once

@@ -12,8 +12,8 @@ from families import TINY, double, one_thread  # noqa: F401 (one_thread: a fixtu
 
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
-from surgery.operations.duo_attention.induction import copy_mass, repeated
-from surgery.operations.duo_attention.scorers import score
+from surgery.operations.head_scorers.induction import copy_mass, repeated
+from surgery.operations.head_scorers.scorers import score
 
 SINKS, WINDOW, LENGTH, PERIOD = 2, 9, 180, 45
 WORDS = Text("words", "0" * 64, TEXT)

@@ -18,12 +18,12 @@ from surgery.calibration.head_scores import HeadScores, choose_streaming, load_s
 from surgery.data.passkeys import Recall, passkeys, plain_windows
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
-from surgery.operations.duo_attention import fisher
-from surgery.operations.duo_attention import learned_gates as gates_module
-from surgery.operations.duo_attention.far_mass import mass_outside
-from surgery.operations.duo_attention.learned_gates import MixedAttention, answer_states, gates, schedule
-from surgery.operations.duo_attention.retrieval import NOWHERE, rows_of_passkeys, strongest_tokens
-from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
+from surgery.operations.head_scorers import fisher
+from surgery.operations.head_scorers import learned_gates as gates_module
+from surgery.operations.head_scorers.far_mass import mass_outside
+from surgery.operations.head_scorers.learned_gates import MixedAttention, answer_states, gates, schedule
+from surgery.operations.head_scorers.retrieval import NOWHERE, rows_of_passkeys, strongest_tokens
+from surgery.operations.head_scorers.scorers import METHODS, is_method, score, settings_of
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_attention import surgery_attention
 

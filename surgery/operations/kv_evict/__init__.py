@@ -1,0 +1,5 @@
+"""KV eviction: KV heads keep a fixed number of keys, whatever the length of the text.
+
+`base.py` has the fields that all policies share and the plan, `methods.py` a class for each policy with its own
+fields, and `operation.py` lists them. The rules themselves run in the checkpoint: `surgery/runtime/surgery_kv_*.py`.
+"""

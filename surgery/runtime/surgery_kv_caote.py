@@ -1,0 +1,111 @@
+"""Keep the keys without which the output of attention would change most (CAOTE).
+
+Without key j, whose weight is a, the output o of a head is o + a / (1 - a) * (o - v_j). This is exact for one key. A
+set S of keys leaves (o - sum of a_j v_j) / (1 - sum of a_j). `greedy` drops one key after the other by this formula.
+With `output` the change is measured behind the output projection W of the head: |W (o - v_j)|.
+
+Source: Goel et al. 2025, "CAOTE", arXiv 2504.14051.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .surgery_kv_evict import MeanVote
+from .surgery_kv_policy import Kept, Votes
+
+LEAST = 1e-6  # of 1 - a, where one key has all of the weight
+
+
+@dataclass
+class CaotePolicy(MeanVote):
+    """A query's vote for a key is the squared change of its output without that key.
+
+    Attributes:
+        output: name of the output projection in the attention module; "": the change is measured before it.
+        fast: the mean of the values that the query sees stands in for o (the paper's FastCAOTE).
+        greedy: drop one key after the other; after each, weights and outputs are those of the keys that are left. The
+            weights of `observe` queries are noted with each key. Virtual keys count as keys whose value is 0.
+    """
+
+    output: str = ""
+    fast: bool = False
+    greedy: bool = False
+
+    def vote(self, votes: Votes, kept: Kept) -> torch.Tensor:
+        weights, values, outputs = votes.weights, kept.values.to(votes.weights.dtype), votes.outputs
+        if self.fast:
+            past = kept.positions[:, :, None] <= votes.positions[:, None, :, None]
+            seen = past & (kept.positions >= 0)[:, :, None]
+            mean = seen.to(values.dtype) @ values / seen.sum(-1, keepdim=True).clamp(min=1)
+            outputs = mean[:, :, None].expand_as(outputs)
+        gram = self._gram(kept).to(weights.dtype) if self.output else None
+        return (weights / (1 - weights).clamp(min=LEAST)).square() * distances(outputs, values, gram)
+
+    @staticmethod
+    def _gram(kept: Kept) -> torch.Tensor:
+        """The output projection of each query head times its transpose, [KV heads, group, head_dim, head_dim]."""
+        projection = kept.projection()
+        return projection @ projection.mT
+
+    def count(self, votes: Votes, kept: Kept) -> None:
+        if not self.greedy:
+            super().count(votes, kept)
+            return
+        weights, voted = votes.weights, votes.voting.any(2).any(1)  # [batch, n]
+        place = torch.arange(self.observe, device=weights.device)  # consecutive queries have different places
+        there = (votes.positions % self.observe)[..., None].eq(place) & voted[..., None]  # [batch, n, observe]
+        new = torch.einsum("bkgnj,bnp->bkjgp", weights, there.to(weights.dtype))
+        old = kept.notes.get("weights")
+        known = there.any(1)[:, None, None, None]
+        kept.notes["weights"] = torch.where(known, new, 0.0 if old is None else old.to(new.dtype))
+
+    def survivors(self, kept: Kept) -> torch.Tensor:
+        if not self.greedy or "weights" not in kept.notes:
+            return super().survivors(kept)
+        safe, others = self.safe_and_others(kept)
+        weights = kept.notes["weights"].permute(0, 1, 3, 4, 2)  # [batch, KV heads, group, observe, kept]
+        values, gram = kept.values.to(weights.dtype), self._gram(kept).to(weights.dtype) if self.output else None
+        rest, out = torch.ones_like(weights[..., :1]), weights @ values[:, :, None]  # of the keys that are left
+        seen = (weights > 0).any(2).sum(2)  # queries that saw the key, [batch, KV heads, kept]
+        left = others.sum(-1)
+        for _ in range(max(int(left.max()) - self.keys, 0)):
+            change = (weights / (rest - weights).clamp(min=LEAST)).square() * distances(out / rest, values, gram)
+            loss = self.of_group(change).sum(2) / seen.clamp(min=1)
+            gone = loss.masked_fill(~others, torch.inf).argmin(-1, keepdim=True)  # [batch, KV heads, 1]
+            gone = torch.zeros_like(others).scatter(-1, gone, True) & (left > self.keys)[..., None]
+            others, left = others & ~gone, left - (left > self.keys).int()
+            lost = weights * gone[:, :, None, None]
+            rest = (rest - lost.sum(-1, keepdim=True)).clamp(min=LEAST)
+            out = out - lost @ values[:, :, None]
+        return safe | others
+
+    def notes_of(self, readers: int) -> int:
+        return readers * self.observe if self.greedy else super().notes_of(readers)
+
+    def problem(self) -> str:
+        if self.greedy and (self.fast or self.memory):
+            return "greedy drops keys by the weights since the last decision: not with fast, nor with memory"
+        return super().problem()
+
+
+def distances(outputs: torch.Tensor, values: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+    """Squared distances of outputs and values behind the output projection.
+
+    Args:
+        outputs: [batch, KV heads, group, n, d].
+        values: [batch, KV heads, kept, d].
+        gram: [KV heads, group, d, d], the projection times its transpose; None: no projection.
+
+    Returns:
+        [batch, KV heads, group, n, kept].
+    """
+    values = values[:, :, None]
+    weighed, seen = (outputs, values) if gram is None else (outputs @ gram, values @ gram)
+    squares = (weighed * outputs).sum(-1)[..., None] + (seen * values).sum(-1)[..., None, :]
+    return (squares - 2 * weighed @ values.mT).clamp(min=0)
+
+
+POLICY = CaotePolicy

@@ -1,0 +1,403 @@
+"""KV eviction at absolute positions: its identity, each rule against a reference in float64, the memory it frees."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from dense import LENGTH, PADS, batch, chunked, difference, given
+from evicting import evicting_model
+from families import TINY, check_both_ways_to_load, double
+from head_split import FAMILIES, entries, operated, random_split
+from head_split import base as base  # fixtures
+from head_split import bases as bases
+from transformers import DynamicCache
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime import surgery_config
+from surgery.runtime.surgery_gates import Gate
+from surgery.runtime.surgery_kept_store import KeptStore
+from surgery.runtime.surgery_stores import RingStore
+
+SMALL = {"keys": 5, "sinks": 2, "recent": 4, "interval": 8}
+MOST = sum(SMALL.values())
+RULES: dict[str, dict] = {
+    "window": {"name": "window"},
+    "norm": {"name": "norm"},
+    "random": {"name": "random", "seed": 3},
+    "attention": {"name": "attention", "observe": 3},
+    "attention, largest": {"name": "attention", "observe": 3, "group": "max"},
+    "tova": {"name": "attention", "observe": 1},
+    "h2o": {"name": "attention", "observe": 8, "memory": True},
+    "caote": {"name": "caote", "observe": 3},
+    "caote, behind W": {"name": "caote", "observe": 3, "output": "o"},
+    "caote, fast": {"name": "caote", "observe": 3, "fast": True},
+    "caote, greedy": {"name": "caote", "observe": 2, "greedy": True},
+    "caote, greedy behind W": {"name": "caote", "observe": 3, "greedy": True, "output": "o", "group": "max"},
+    "lra": {"name": "lra", "observe": 8, "threshold": 0.08},
+    "lfa": {"name": "lfa", "observe": 8, "threshold": 0.08},
+    "lfa, sum": {"name": "lfa", "observe": 5, "threshold": 0.2, "group": "sum"},
+}
+CHUNKS = ([LENGTH], [LENGTH - 3, 1, 1, 1], [20, 1, 24], [8] * 5 + [5], [7] * 6 + [1, 1, 1], [1] * LENGTH)
+GENERATED = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+GENERATED |= {"suppress_tokens": [0]}  # an assistant takes a generated 0 for padding
+
+every_rule = pytest.mark.parametrize("rule", list(RULES))
+some = pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "gpt_oss"], indirect=True)
+
+
+def settings_of(model, rule: str, **changed) -> dict:
+    """The settings of a rule; `output` becomes the name that this model has for its output projection."""
+    settings = SMALL | RULES[rule] | changed
+    return settings | ({"output": Anatomy.of(model).layers[0].layout.o} if "output" in settings else {})
+
+
+def under(model, rule: str, *more: dict, **changed):
+    """The model with a policy in every layer, and other entries."""
+    settings = settings_of(model, rule, **changed)
+    model = copy.deepcopy(model).eval()
+    rest = more or [{}] * model.config.get_text_config().num_hidden_layers
+    runtime.patch(model, {"layers": [{"policy": settings} | entry for entry in rest]})
+    return model
+
+
+def reference_logits(model, rule: str, ids, mask, gammas=None, **changed) -> torch.Tensor:
+    """Logits by the reference, row by row."""
+    settings = settings_of(model, rule, **changed)
+    held = evicting_model(model, [settings] * model.config.get_text_config().num_hidden_layers, gammas)
+    rows = []
+    for row, real in zip(ids, mask.bool(), strict=True):
+        out = held(**given(held, row[real][None], torch.ones_like(row[real])[None]), use_cache=False).logits[0]
+        rows.append(torch.cat([out.new_zeros(int((~real).sum()), out.shape[1]), out]))
+    return torch.stack(rows)
+
+
+def stores(cache) -> list:
+    return [store for layer in cache.layers for store in layer.stores]
+
+
+@pytest.mark.parametrize("base", FAMILIES, indirect=True)
+@torch.no_grad()
+def test_as_many_keys_as_tokens_are_the_base(base):
+    """Every rule: cached and not, in chunks of one interval, odd and whole, alone and left-padded."""
+    ids, mask = batch(base)
+    want = base(**given(base, ids, mask), use_cache=False).logits
+    for rule in RULES:
+        model = under(base, rule, keys=LENGTH)
+        assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+        for chunks in ([20, 1, 24], [8] * 5 + [5]):
+            assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-5
+        alone = slice(0, 1), slice(0, None)
+        assert difference(chunked(model, ids[alone], mask[alone], [LENGTH]), want[:1], mask[:1]) <= 1e-5
+
+
+@some
+@every_rule
+@torch.no_grad()
+def test_each_rule_is_its_formula(base, rule):
+    """Padded rows, in one call, in chunks, token by token and without a cache, against the reference in float64."""
+    model, (ids, mask) = double(under(base, rule)), batch(base)
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    for chunks in CHUNKS:
+        assert difference(chunked(model, ids, mask, chunks), whole, mask) <= 1e-9
+    if rule != "random":
+        want = reference_logits(base, rule, ids, mask)
+        assert difference(whole, want, mask) <= 1e-9
+    dense = base(**given(base, ids, mask), use_cache=False).logits
+    layers = [layer.window for layer in Anatomy.of(base).layers]
+    assert difference(whole, dense, mask) > 1e-3 or None not in layers
+
+
+@every_rule
+@torch.no_grad()
+def test_where_the_output_projection_is_transposed(rule):
+    base = TINY["gpt2"]().eval()
+    model, (ids, mask) = double(under(base, rule)), batch(base, (0, 3))
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    assert difference(chunked(model, ids, mask, [20, 1, 24]), whole, mask) <= 1e-9
+    if rule != "random":
+        assert difference(whole, reference_logits(base, rule, ids, mask), mask) <= 1e-9
+
+
+@every_rule
+@torch.no_grad()
+def test_one_key_too_few_drops_one_key_of_each_head(rule):
+    """The first decision with one key fewer than there are: one key a head goes, the one that the reference drops."""
+    base = TINY["llama"]().eval()
+    ids, mask = batch(base, (0,), 16)
+    fits = {"interval": 16, "recent": 4, "sinks": 2, "keys": 9} | ({"observe": 5} if "observe" in RULES[rule] else {})
+    model, holder = double(under(base, rule, **fits)), []
+    chunked(model, ids, mask, [16], holder)
+    text = base.config
+    assert {store.stored for store in stores(holder[0])} == {15}
+    gone = [
+        set(range(16)) - set(slots.tolist())
+        for store in stores(holder[0])
+        for slots in store.tensors["slots"][0, :, :15]
+    ]
+    assert [len(each) for each in gone] == [1] * text.num_hidden_layers * text.num_key_value_heads
+    if rule != "random":
+        settings = settings_of(base, rule, **fits)
+        held = evicting_model(base, [settings] * text.num_hidden_layers)
+        more = torch.cat([ids, ids[:, :1]], 1)
+        held(**given(held, more, torch.ones_like(more)), use_cache=False)
+        want = [set(range(16)) - set(record[16]) for layer in held.held.values() for record in layer]
+        assert gone == want
+
+
+@torch.no_grad()
+def test_random_keys_are_spread_and_differ_between_heads():
+    base = TINY["llama"]().eval()
+    ids, mask = batch(base, (0,), 900)
+    kept = {}
+    for seed in (0, 1):
+        holder = []
+        chunked(under(base, "random", keys=200, interval=100, seed=seed), ids, mask, [900], holder)
+        held = [store.tensors["slots"][0, :, : store.stored] for store in stores(holder[0])]
+        kept[seed] = [set(slots.tolist()) for layer in held for slots in layer]
+    assert all(len(each) == 206 for each in kept[0])
+    middle = range(2, 896)
+    for each in itertools.chain(*kept.values()):
+        drawn = sorted(each & set(middle))
+        assert 400 < sum(drawn) / len(drawn) < 500  # 449 is the middle; its standard error is 18
+    for left, right in itertools.combinations([*kept[0], kept[1][0]], 2):
+        assert len(left & right) < 100  # by chance 45 of 200
+
+
+@some
+@pytest.mark.parametrize("rule", ["attention", "caote, behind W", "lra", "random"])
+def test_generation(base, rule):
+    """A padded batch is its rows; a prompt in chunks, no cache, beams and assisted decoding change nothing."""
+    model, (ids, mask) = under(base, rule), batch(base)
+    asked = {"input_ids": ids, "attention_mask": mask, **GENERATED}
+    want = model.generate(**asked)
+    for more in ({"use_cache": False}, {"prefill_chunk_size": 7}):
+        assert torch.equal(model.generate(**asked, **more), want)
+    beams = model.generate(**asked, num_beams=3)
+    assert torch.equal(model.generate(**asked, num_beams=3, use_cache=False), beams)
+    for row, pad in enumerate(PADS):
+        alone = {"input_ids": ids[row : row + 1, pad:], "attention_mask": mask[row : row + 1, pad:], **GENERATED}
+        assert torch.equal(model.generate(**alone)[0, LENGTH - pad :], want[row, LENGTH:])
+        for more in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(model)}):
+            assert torch.equal(model.generate(**alone, **more)[0, LENGTH - pad :], want[row, LENGTH:])
+
+
+@some
+@pytest.mark.parametrize("rule", ["attention", "h2o", "caote", "lfa"])
+@torch.no_grad()
+def test_recorded_tokens_can_be_taken_back(base, rule):
+    """Past decisions and votes too: what follows is as if the tokens had never come."""
+    model, (ids, mask) = double(under(base, rule)), batch(base, (0, 3))
+    want, holder = model(**given(model, ids, mask), use_cache=False).logits, []
+    chunked(model, ids, mask, [20], holder)
+    cache, wrong = holder[0], torch.full_like(ids, 5)
+    if any(isinstance(store, KeptStore) for store in stores(cache)):
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-5)
+    cache.activate_past_recording()
+
+    def on(tokens, end: int):
+        known = {runtime.CACHE: cache, "use_cache": True}
+        return model(**given(model, tokens[:, :end], mask[:, :end], cache.get_seq_length()), **known).logits
+
+    for end, calls, back in ((20, [12], 12), (20, [1] * 12, 12), (20, [5, 7], 9), (23, [3, 9, 1], 10), (25, [11], 11)):
+        tokens = torch.cat([ids[:, :end], wrong], 1)
+        for size in calls:
+            on(tokens, cache.get_seq_length() + size)
+        cache.crop(-back)
+        end = cache.get_seq_length()
+        right = ids[:, : end + 2]
+        if not torch.equal(tokens[:, :end], ids[:, :end]):  # some wrong tokens were accepted: take them back as well
+            continue
+        got = on(right, end + 2)
+        assert difference(got, want[:, end : end + 2], mask[:, end : end + 2]) <= 1e-9
+    cache.stop_past_recording()
+
+
+@torch.no_grad()
+def test_the_memory_is_what_the_plan_says():
+    """Bytes of the distinct storages, in a padded batch too, while a long prompt comes and tokens are generated."""
+    base = TINY["llama"]().eval()
+    text, length, pads = base.config, 700, (0, 3, 11)
+    for rule in ("attention", "norm", "lra", "caote", "caote, greedy"):
+        model, holder = under(base, rule, keys=50, recent=10, interval=64), []
+        ids, mask = batch(base, pads, length)
+        chunked(model, ids, mask, [333, length - 333], holder)
+        seen = set()
+        for step in range(200):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            ids = torch.cat([ids, torch.full_like(ids[:, :1], 3 + step % 50)], 1)
+            model(**given(model, ids, mask, length + step), use_cache=True, **{runtime.CACHE: holder[0]})
+            tensors = [tensor for store in stores(holder[0]) for tensor in store.tensors.values()]
+            seen.add(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()))
+        anatomy = Anatomy.of(model)
+        assert seen == {len(pads) * anatomy.kv_bytes_at(length)}
+        assert anatomy.kv_bytes_per_token == 0
+        assert max(store.stored for store in stores(holder[0])) <= 50 + 10 + 2 + 64
+        group = text.num_attention_heads // text.num_key_value_heads
+        notes = {"attention": 2, "norm": 0, "lra": 1, "caote": 2, "caote, greedy": 2 * group}[rule]
+        pair = 2 * text.head_dim * 4 + 4 + 4 * notes
+        assert anatomy.kv_bytes_at(length) == text.num_hidden_layers * text.num_key_value_heads * 126 * pair
+        assert holder[0].get_seq_length() == length + 200
+
+
+@some
+@pytest.mark.parametrize("rule", ["attention", "caote, behind W"])
+@torch.no_grad()
+def test_on_some_heads_beside_a_split(base, rule):
+    """A head split, and a policy on a part of the heads that see all: the policy asks nothing of the others."""
+    ids, mask = batch(base)
+    settings = settings_of(base, rule) | {"heads": [1]}
+    want = evicting_model(base, [settings] * base.config.num_hidden_layers)
+    model = double(copy.deepcopy(base))
+    runtime.patch(model, {"layers": [{"policy": settings}] * base.config.num_hidden_layers})
+    for row, pad in enumerate(PADS):
+        one = ids[row : row + 1, pad:]
+        got = chunked(model, one, torch.ones_like(one), [20, 1, LENGTH - pad - 21])
+        assert difference(got, want(**given(want, one, torch.ones_like(one))).logits, torch.ones_like(one)) <= 1e-9
+    split = entries(random_split(base, 1))
+    both, alone, holder = under(base, rule, *split, keys=LENGTH), operated(base, random_split(base, 1)), []
+    assert difference(chunked(both, ids, mask, [20, 25], holder), chunked(alone, ids, mask, [20, 25]), mask) <= 1e-5
+    kinds = {(type(store), store.visibility.window is None) for store in stores(holder[0])}
+    assert kinds == {(KeptStore, True), (RingStore, False)}
+
+
+@pytest.mark.parametrize("base", ["llama", "gemma2", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("rule", ["attention", "caote"])
+@torch.no_grad()
+def test_with_a_weight_on_the_first_token(base, rule):
+    """The bias counts before the votes, and the first token is found among the keys that stay."""
+    text, (ids, mask) = base.config, batch(base)
+    gammas = [torch.linspace(-1, 1.5, text.num_attention_heads) + layer for layer in range(text.num_hidden_layers)]
+    shape = {"parameters": {"surgery_log_gamma": [text.num_attention_heads]}}
+    model = under(base, rule, *[shape] * text.num_hidden_layers)
+    for module, values in zip(runtime.attention_modules(model), gammas, strict=True):
+        module.surgery_log_gamma.copy_(values)
+    model = double(model)
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    assert difference(whole, reference_logits(base, rule, ids, mask, gammas), mask) <= 1e-9
+    for chunks in CHUNKS:
+        assert difference(chunked(model, ids, mask, chunks), whole, mask) <= 1e-9
+
+
+@pytest.mark.parametrize("rule", ["attention", "caote", "random"])
+def test_gradients_are_those_of_the_keys_that_stay(rule):
+    base = TINY["llama"]().eval()
+    model, (ids, mask) = double(under(base, rule)), batch(base, (0,))
+    got = model(**given(model, ids, mask), use_cache=False).logits
+    got.square().mean().backward()
+    late = under(base, rule)
+    late = double(late)
+    out = late(**given(late, ids[:, :30], mask[:, :30]), use_cache=True)
+    rest = late(**given(late, ids, mask, 30), use_cache=True, **{runtime.CACHE: out[runtime.CACHE]}).logits
+    torch.cat([out.logits, rest], 1).square().mean().backward()
+    if rule == "random":
+        want = late
+    else:
+        want = evicting_model(base, [settings_of(base, rule)] * base.config.num_hidden_layers)
+        want(**given(want, ids, mask), use_cache=False).logits.square().mean().backward()
+    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
+        right = want.get_parameter(name).grad
+        assert right.abs().max() > 0
+        for each in (model, late):
+            assert (each.get_parameter(name).grad - right).abs().max() <= 1e-9 * right.abs().max()
+
+
+@torch.no_grad()
+def test_heads_that_a_gate_switches_off_have_no_vote():
+    """With one active head of each group, a reference in which the others' weights are 0."""
+    base = TINY["llama"]().eval()
+    text, (ids, mask) = base.config, batch(base, (0, 3))
+    groups = [text.num_attention_heads // text.num_key_value_heads] * text.num_key_value_heads
+    gate = {"kind": "moh", "unit": "head", "shared": [], "active": 1}
+    shapes = Gate.of(gate, groups).shapes(text.hidden_size)
+    model = under(base, "attention", *[{"gate": gate, "parameters": shapes}] * text.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if "surgery_router" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    model, shown = double(model), []
+    policy = runtime.attention_modules(model)[0].surgery_policy.policy
+    count = policy.count
+
+    def listen(votes, kept):
+        shown.append((votes, votes.weights.clone()))
+        count(votes, kept)
+
+    policy.count = listen
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    assert shown
+    assert all(bool((weights[~votes.voting] == 0).all()) for votes, weights in shown)
+    silent = [float((~votes.voting[:, :, :, votes.positions[0] >= 0]).double().mean()) for votes, _ in shown]
+    assert min(silent) > 0.4
+    for chunks in ([20, 1, 24], [1] * LENGTH):
+        assert difference(chunked(model, ids, mask, chunks), whole, mask) <= 1e-9
+
+
+@some
+@torch.no_grad()
+def test_once_at_the_end_of_the_prompt(base):
+    """Later queries see what the prompt's last queries chose, and every later token."""
+    model, (ids, mask) = double(under(base, "attention", interval=None, when="prompt_end")), batch(base)
+    layers, end = base.config.num_hidden_layers, 30
+    assert runtime.depends_on_prompt(model.config)
+    got, holder = chunked(model, ids, mask, [end, 10, 1, 4], []), []
+    full = base(**given(base, ids, mask), use_cache=False).logits
+    assert difference(got[:, :end], full[:, :end], mask[:, :end]) <= 1e-5
+    for row, pad in enumerate(PADS):
+        settings = settings_of(base, "attention") | {"interval": end - pad}  # one decision, where the prompt ends
+        want = evicting_model(base, [settings] * layers)
+        one = ids[row : row + 1, pad : min(LENGTH, end - pad + end)]
+        right = want(**given(want, one, torch.ones_like(one))).logits
+        assert difference(got[row : row + 1, pad : pad + one.shape[1]], right, torch.ones_like(one)) <= 1e-9
+    chunked(model, ids, mask, [end, 15], holder)
+    kept = {store.stored for store in stores(holder[0]) if isinstance(store, KeptStore)}
+    assert kept == {SMALL["keys"] + SMALL["sinks"] + SMALL["recent"] + 15}
+
+
+@torch.no_grad()
+def test_another_cache_is_refused():
+    base = TINY["llama"]().eval()
+    ids, mask = batch(base, (0,))
+    for changed in ({}, {"interval": None, "when": "prompt_end"}):
+        model = under(base, "attention", **changed)
+        with pytest.raises(ValueError, match="leave the cache out"):
+            model(**given(model, ids, mask), **{runtime.CACHE: DynamicCache()})
+        for name in ("static", "offloaded_static"):
+            with pytest.raises(ValueError, match="would undo the surgery"):
+                model.generate(input_ids=ids, cache_implementation=name, max_new_tokens=2)
+    with pytest.raises(ValueError, match="paged cache"):
+        under(base, "attention").generate_batch(ids)
+
+
+def test_every_rule_is_saved_and_loaded_both_ways(tmp_path):
+    base = TINY["llama"]().eval()
+    models = {tmp_path / rule.replace(", ", "-").replace(" ", "-"): under(base, rule) for rule in RULES}
+    check_both_ways_to_load(models, tmp_path)
+    code = {path.name for path in (tmp_path / "norm").glob("*.py")}
+    own = {"surgery_kv_policy.py", "surgery_kv_evict.py", "surgery_kv_norm.py"}
+    assert code == set(surgery_config.exported_files([])) | own
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"keys": 0}, "keys is 0, and must be whole and from 1"),
+        ({"sinks": -1}, "sinks is -1"),
+        ({"recent": 0}, "recent is 0"),
+        ({"interval": 0}, "interval is 0"),
+        ({"interval": None}, "interval is None"),
+        ({"observe": 9}, "observe is 9, more than the interval of 8"),
+        ({"observe": 0}, "observe is 0"),
+        ({"group": "mean"}, "group is 'mean'; it is sum or max"),
+        ({"when": "always"}, "when is 'always'; it is blocks or prompt_end"),
+        ({"when": "prompt_end"}, "an interval is for when: blocks"),
+        ({"fast": True}, "has no 'fast'"),
+    ],
+)
+def test_wrong_settings_are_refused(changed, says):
+    base = TINY["llama"]()
+    with pytest.raises(ValueError, match=says):
+        under(base, "attention", **changed)
