@@ -85,7 +85,7 @@ class Anatomy:
 
     @property
     def kv_bytes_fixed(self) -> int:
-        """Bytes of the cache that do not depend on the length of the text, such as sinks, windows and keys that a policy keeps."""
+        """Bytes of the cache that do not depend on the length of the text: sinks, windows, what a policy keeps."""
         return round(self._kv_bytes(lambda head: head.fixed))
 
     def kv_bytes_at(self, tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,14 @@ class KeptStore(FullStore):
         """
         state = dict(self.tensors), self.stored, self.seen, self.settled, self.gaps
         self.past.append(_Past(*state, replay))
+
+    @contextmanager
+    def on(self, device) -> Iterator[None]:
+        """Hold the stored tensors on a device during a call: a cache that offloads has sent them away before it."""
+        home = next((tensor.device for tensor in self.tensors.values()), device)
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        yield
+        self.tensors = {name: tensor.to(home) for name, tensor in self.tensors.items()}
 
     @property
     def notes(self) -> dict[str, torch.Tensor]:

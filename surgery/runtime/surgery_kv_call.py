@@ -46,16 +46,19 @@ class LayerPolicy:
             if policy.interval is not None:
                 raise ValueError("this surgery drops keys from the model's own cache: leave the cache out")
             return attend(query, view, terms)
-        call = _Call(self, module, kind, query, (view.keys, view.values), terms, scoring, attend, view.prompt_slots)
+        call = _PiecewiseCall(
+            self, module, kind, query, (view.keys, view.values), terms, scoring, attend, view.prompt_slots
+        )
         if store is None:
             return call.run(KeptStore(view.visibility), view.new)
-        if store.recording and not policy.in_calls:
-            store.remember(partial(call.run, store))
-        return call.run(store, view.new)
+        with store.on(view.keys.device):
+            if store.recording and not policy.in_calls:
+                store.remember(partial(call.run, store))
+            return call.run(store, view.new)
 
 
 @dataclass
-class _Call:
+class _PiecewiseCall:
     """The heads of one kind under a policy, in one call. The attributes are the arguments of `LayerPolicy.attend`."""
 
     of: LayerPolicy
@@ -115,12 +118,10 @@ class _Call:
 
     def _positions_of(self, begin: int, end: int) -> torch.Tensor:
         """The positions of the tokens in these slots, long [1 or batch, n]; -1 for padding."""
-        slots, mask, pad = (
-            torch.arange(begin, end, device=self.query.device)[None],
-            self.scoring.mask,
-            self.scoring.pad,
-        )
-        return slots if mask is None else torch.where(mask[:, begin:end], slots - pad.long()[:, None], -1)
+        slots, mask = torch.arange(begin, end, device=self.query.device)[None], self.scoring.mask
+        if mask is None:
+            return slots
+        return torch.where(mask[:, begin:end], slots - self.scoring.pad.long()[:, None], -1)
 
     @torch.no_grad()
     def _observe(self, store: KeptStore, voting, begin: int, query, view: KeyValues, out, lse) -> None:
@@ -155,9 +156,8 @@ class _Call:
         gates = getattr(getattr(self.module, "surgery_call", None), "gates", None)
         if gates is None:
             return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.query.device)
-        gates = self.module.surgery_heads.split_queries(gates.mT)[self.kind][
-            :, :, begin + some.start : begin + some.stop
-        ]
+        gates = self.module.surgery_heads.split_queries(gates.mT)[self.kind]  # [batch, heads, n of the call]
+        gates = gates[:, :, begin + some.start : begin + some.stop]
         return (gates != 0).unflatten(1, (self.new[0].shape[1], -1))
 
     def _projection(self) -> torch.Tensor:
@@ -172,9 +172,8 @@ class _Call:
     def _kept(self, store: KeptStore, query, view: KeyValues) -> Kept:
         scoring, (_, kv_heads) = self.scoring, self.module.surgery_heads.spec[1][self.kind]
         cached = view.keys, view.values, _positions(view, scoring.mask, scoring.pad)
-        return Kept(
-            self.of.layer, kv_heads, query, *cached, scoring.scale, scoring.softcap, store.notes, self._projection
-        )
+        rule = scoring.scale, scoring.softcap
+        return Kept(self.of.layer, kv_heads, query, *cached, *rule, store.notes, self._projection)
 
     @torch.no_grad()
     def _decide(self, store: KeptStore, query, view: KeyValues, deciding: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ SHIPPED |= {
 }
 SHIPPED |= {"minference", "moba", "moba-heal", "streaming-delta", "sparse-duo"}
 SHIPPED |= {"duo-heal", "gqa-distill", "gqa-uptrain", "learned-sinks-heal", "mae-heal", "moh-heal", "wgqa"}
-SHIPPED |= {"hybrid-swa", "hybrid-swa-heal", "mla-heal"}
+SHIPPED |= {"evict", "evict-duo", "hybrid-swa", "hybrid-swa-heal", "mla-heal", "snap"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 

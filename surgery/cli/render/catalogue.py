@@ -23,9 +23,8 @@ STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
-    "training, no: only if the gate fails; included: in the recipe; needed: by heal.",
+    "training, no: only if the gate fails; needed: by heal; /heal: NAME-heal has it.",
 )
-TRAINED_TOO = "no/heal, needed/heal: the recipe NAME-heal is trained, such as moh-heal for moh."
 TRAINED = "-heal"  # ends the name of a recipe that is another one with training included
 
 
@@ -53,10 +52,11 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
     columns_of_rows = _aligned(rows)
     columns(out, columns_of_rows[:1], cut=True)
     for purpose, (first, last) in zip(headings, pairwise(ends), strict=True):
-        out.print(Text(f"\n{PURPOSES[purpose]}", style="bold underline" if out.is_terminal else ""))
+        blank = "\n" if first > 1 else ""
+        out.print(Text(f"{blank}{PURPOSES[purpose]}", style="bold underline" if out.is_terminal else ""))
         columns(out, columns_of_rows[first:last], cut=True)
     out.print()
-    for line in (*LEGEND, TRAINED_TOO):
+    for line in LEGEND:
         hanging(out, "", line, 0, "dim")
     without = f"; without a recipe: {', '.join(others)}" if (others := list(others)) else ""
     hanging(out, "Settings:", f"surgery ls NAME; all: surgery ls --all{without}", 0)
