@@ -155,3 +155,32 @@ def test_a_second_choice_beside_a_split_is_refused():
     surgery.apply({"version": 1, "name": "split", "operations": [split], "evaluate": None}, model)
     with pytest.raises(SurgeryError, match="stream already"):
         surgery.apply(recipe(evicting_ratio=0.5, keys=4, recent=2, interval=8, observe=2), model)
+
+
+@pytest.mark.real_process
+def test_with_merged_heads_and_a_weight_on_the_first_token(surgery, model, tmp_path):
+    """`gqa`, `kv_evict` on some heads, `zero_tuning`: one checkpoint, both ways to load, saved again."""
+    scores = tmp_path / "scores.json"
+    HeadScores("own", [[0.1], [0.7]]).save(scores)
+    text = f"""version: 1
+name: three
+operations:
+  - {{op: gqa, kv_heads: 1, method: mean}}
+  - {{op: kv_evict, method: caote, keys: 6, sinks: 1, recent: 3, interval: 8, observe: 2, evicting_ratio: 0.5,
+     scores: scores.json}}
+  - {{op: sink_calibration, method: zero_tuning, gamma: 1.7}}
+heal: null
+evaluate: null
+"""
+    (tmp_path / "three.yaml").write_text(text)
+    done = surgery("apply", "three.yaml", model, "-o", "out")
+    assert done.code == 0, done.err
+    items = {
+        item["name"]: item["status"]
+        for item in json.loads((tmp_path / "out/surgery.json").read_text())["check"]["items"]
+    }
+    assert items["both ways to load agree"] == "passed"
+    layers = json.loads((tmp_path / "out/config.json").read_text())["surgery"]["layers"]
+    assert ["policy" in layer for layer in layers] == [True, False]
+    assert all("surgery_log_gamma" in layer["parameters"] for layer in layers)
+    assert surgery("check", "out").code == 0
