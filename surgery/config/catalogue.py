@@ -13,6 +13,7 @@ from surgery.config import recipe as recipes
 from surgery.config.recipe import Recipe
 from surgery.errors import SurgeryError
 from surgery.operations.base import NATIVE, PURPOSES, SURGICAL
+from surgery.operations.variants import Variants
 
 NO_TRAINING, TRAINING_INCLUDED, TRAINING_NEEDED = "no", "included", "needed"
 
@@ -27,6 +28,7 @@ class Entry:
         purpose: a key of `PURPOSES`.
         tier: NATIVE or SURGICAL, as far as the settings determine it.
         training: "no"; "included": the recipe trains; "needed": the result must be trained before use.
+        usual: whether its first operation has the method that it has if none is named.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Entry:
     purpose: str
     tier: str
     training: str
+    usual: bool = True
 
     @property
     def line(self) -> str:
@@ -55,6 +58,7 @@ class Entry:
             purpose if purpose in PURPOSES else list(PURPOSES)[-1],
             SURGICAL if surgical else NATIVE,
             TRAINING_INCLUDED if trained else TRAINING_NEEDED if start else NO_TRAINING,
+            not isinstance(operations[0], Variants) or operations[0].method == operations[0].default_method(),
         )
 
 

@@ -17,6 +17,7 @@ BUILTIN = {  # op -> module of this package : class
     "gqa": "gqa.operation:GQA",
     "head_mask": "head_mask:HeadMask",
     "kv_evict": "kv_evict.operation:KVEvict",
+    "kv_read": "kv_read.operation:KVRead",
     "mae": "moh.operation:Mae",
     "mla": "mla.operation:MLA",
     "moh": "moh.operation:Moh",

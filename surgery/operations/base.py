@@ -57,6 +57,7 @@ LOADS_WITH = {NATIVE: "native (loads with stock Transformers)", SURGICAL: "surgi
 PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order of the headings
     "cache": "A smaller KV cache",
     "prompt": "Faster long prompts",
+    "decoding": "Faster decoding behind long texts",
     "quality": "Lower perplexity on one kind of text",
     "training": "A start for training, or trained",
     "exact": "Exact, or a building block",
@@ -176,7 +177,14 @@ class ApplyContext:
 
 
 # Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.
-TERMS_OF_A_HEAD = ("visibility", "visibility in prefill", "visibility of the cache", "bias", "virtual keys")
+TERMS_OF_A_HEAD = (
+    "visibility",
+    "visibility in prefill",
+    "visibility in decoding",
+    "visibility of the cache",
+    "bias",
+    "virtual keys",
+)
 RENAMED = {  # former name of an operation's member -> present name
     "caveats": "LIMITATIONS or limitations()",
     "follows_terms": "carries_terms",
@@ -229,7 +237,7 @@ class Operation(BaseModel):
     TEXTS: ClassVar[tuple[str, ...]] = tuple(CALIBRATION_TEXTS)  # names that `text` and `calibration_text` take
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     # A term of the equation, by its name in the runtime (`Part.terms`): "visibility", "visibility in prefill",
-    # "visibility of the cache", "bias", "virtual keys", "gate". None: the operation changes weights.
+    # "visibility in decoding", "visibility of the cache", "bias", "virtual keys", "gate". None: it changes weights.
     term: ClassVar[str | None] = None
     on_latent: ClassVar[bool] = False
     carries_terms: ClassVar[tuple[str, ...]] = ()  # terms set earlier that stay valid after this weight change

@@ -163,7 +163,7 @@ def _register(module, layer: dict, parts: dict[str, Part]) -> None:
             values = torch.full(shape, known[name].identity, dtype=like.dtype, device=like.device)
             module.register_parameter(name, torch.nn.Parameter(values))
     module.surgery_parameters = {name: known[name].rows for name in shapes if known[name].rows}
-    module.surgery_corrections = {}
+    module.surgery_corrections, module.surgery_keepers = {}, {}
 
 
 def give_cache(module, args, kwargs):

@@ -14,8 +14,8 @@ The path of one call, in the order of this file:
     surgery_attention   refuses unknown arguments, applies the gate, and runs the sequences of packed rows one by one
     _attention          splits queries and keys by kind of head; uses what the parts' `attach` put on the module
                         (`surgery_corrections`, `surgery_sparse`). Latent attention takes another way from here
-                        (`surgery_latent`), and so do heads under a policy (`surgery_policy`), which works the call off
-                        in pieces
+                        (`surgery_latent`), and so do heads whose keys something chooses (`surgery_keepers`): a policy
+                        of eviction, which works the call off in pieces, or a reader
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
     of_token, of_prompt by a kernel: one token and all kinds of heads, a prompt and one kind (surgery_kernels.py)
     _on_keys, _block    by PyTorch: keys in consecutive slots, as a full store or a ring holds them
@@ -110,11 +110,12 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     for view in views:
         if view.visibility.sinks:
             view.settle_sinks(scoring.pad)
-    if (policy := getattr(module, "surgery_policy", None)) is not None:
+    if keepers := getattr(module, "surgery_keepers", None):
+        attend = partial(_attend, made=None, scoring=scoring)
         outputs = [
-            policy.attend(module, kind, query, view, own, scoring, partial(_attend, made=None, scoring=scoring))
-            if view.visibility.by_policy
-            else _attend(query, view, own, None, scoring)
+            keepers[keeper].attend(module, kind, query, view, own, scoring, attend)
+            if (keeper := view.visibility.keeper)
+            else attend(query, view, own)
             for kind, (query, view, own) in enumerate(zip(queries, views, terms, strict=True))
         ]
         return kinds.join(outputs)

@@ -90,6 +90,8 @@ class SurgeryLayer(CacheLayerMixin):
         for store in self.stores:
             store.tensors = {name: function(tensor) for name, tensor in store.tensors.items()}
             store.prompt_slots = {name: function(slots) for name, slots in store.prompt_slots.items()}
+            if getattr(store, "state", None):
+                store.state = {name: function(tensor) for name, tensor in store.state.items()}
             if getattr(store, "pending", None):
                 store.pending = tuple(function(tensor) for tensor in store.pending)
 

@@ -55,6 +55,7 @@ FILES = {
     "act": "surgery_act",
     "bias": "surgery_bias",
     "gate": "surgery_gated_compute",
+    "read": "surgery_kv_read",
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
     "policy.attention": "surgery_kv_attention",
@@ -64,6 +65,14 @@ FILES = {
     "policy.norm": "surgery_kv_norm",
     "policy.window": "surgery_kv_window",
     "policy.random": "surgery_kv_random",
+    "read.index": "surgery_kv_read_index",
+    "read.loki": "surgery_kv_read_loki",
+    "read.recycled": "surgery_kv_read_recycled",
+    "read.tokenselect": "surgery_kv_read_tokenselect",
+    "read.tree": "surgery_kv_read_tree",
+    "read.adaptive": "surgery_kv_read_adaptive",
+    "read.threshold": "surgery_kv_read_threshold",
+    "read.random": "surgery_kv_read_random",
     # The package's kernels (surgery_kernels.py).
     "kernel.streaming_prefill": "streaming_prefill",
     "kernel.split_decode": "split_decode",
@@ -127,11 +136,12 @@ class Part:
         keys: the keys of a layer's entry that belong to the part.
         parameters: name, which begins with `surgery_` -> its `Parameter`.
         by_slots: the part finds keys by their slot in the cache, and cannot work where a policy has dropped some.
+        of_prompts: it does so in prompts alone.
     """
 
     keys: tuple[str, ...] = ()
     parameters: dict[str, Parameter] = {}  # noqa: RUF012 (a subclass sets another, nobody changes one)
-    by_slots = False
+    by_slots = of_prompts = False
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
         """The error in the part's keys and parameters of a layer's entry, "" if there is none.

@@ -252,7 +252,7 @@ def before(module, args, kwargs) -> None:
     saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
     saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # estimators read all queries
     saves &= length == 1 or not getattr(module, "surgery_reads_map", False)  # so does a search for sinks
-    saves &= getattr(module, "surgery_policy", None) is None  # and so do policies
+    saves &= not getattr(module, "surgery_keepers", None)  # and so does what chooses keys
     query = None
     if gate.router == "norm":
         query = module.q_proj(hidden)

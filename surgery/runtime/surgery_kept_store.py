@@ -18,7 +18,7 @@ def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
     """An empty store for the heads of one visibility."""
     if visibility.window is not None:
         return RingStore(visibility)
-    return KeptStore(visibility) if visibility.by_policy else FullStore(visibility)
+    return KeptStore(visibility) if visibility.keeper else FullStore(visibility)
 
 
 class _Past(NamedTuple):
@@ -38,6 +38,9 @@ class KeptStore(FullStore):
     Until a key is dropped, slots are consecutive and are not stored. The tokens since the last drop are the last ones
     of every row and KV head, in order. So these tokens can be removed again (`crop`). Tokens of earlier calls can be,
     too, while the cache records them: `past` then has what the store held before each of these calls.
+
+    Attributes:
+        state: what a reader remembers of the last steps, name -> [batch, ...]. Tokens that are removed take it away.
     """
 
     def reset(self) -> None:
@@ -46,6 +49,7 @@ class KeptStore(FullStore):
         self.gaps = False  # some KV heads keep fewer keys than others, and have slots of -1 for the rest
         self.recording = False  # whether this call's tokens may be removed again
         self.past: list[_Past] = []
+        self.state: dict[str, torch.Tensor] = {}
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         """The new keys alone: the policy stores them."""
@@ -54,13 +58,14 @@ class KeptStore(FullStore):
         new = keys.shape[2]
         return KeyValues(self.visibility, keys, values, new, self.seen + new, store=self)
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValues:
-        """Store new keys and values. Returns the view of all that is stored."""
-        added = {"keys": keys, "values": values}
+    def add(self, keys: torch.Tensor, values: torch.Tensor, **notes: torch.Tensor) -> KeyValues:
+        """Store new keys and values, and notes on them. Returns the view of all that is stored."""
+        added = {"keys": keys, "values": values, **notes}
         if "slots" in self.tensors:
             slots = torch.arange(self.seen, self.seen + keys.shape[2], dtype=torch.int32, device=keys.device)
             added["slots"] = slots.expand(*keys.shape[:2], -1)
-        added |= {name: old.new_zeros(*keys.shape[:3], *old.shape[3:]) for name, old in self.notes.items()}
+        without = {name: old for name, old in self.notes.items() if name not in added}
+        added |= {name: old.new_zeros(*keys.shape[:3], *old.shape[3:]) for name, old in without.items()}
         view = self._append(added)
         if "slots" in added:
             view.slots, view.gaps = self._used("slots").long(), self.gaps
@@ -84,9 +89,13 @@ class KeptStore(FullStore):
     def on(self, device) -> Iterator[None]:
         """Hold the stored tensors on a device during a call: a cache that offloads has sent them away before it."""
         home = next((tensor.device for tensor in self.tensors.values()), device)
-        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        self._move(device)
         yield
-        self.tensors = {name: tensor.to(home) for name, tensor in self.tensors.items()}
+        self._move(home)
+
+    def _move(self, device) -> None:
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        self.state = {name: tensor.to(device) for name, tensor in self.state.items()}
 
     @property
     def notes(self) -> dict[str, torch.Tensor]:
@@ -173,6 +182,7 @@ class KeptStore(FullStore):
             if self.seen < end:
                 past.replay(end - self.seen)
         self.accept()
+        self.state = {} if count else self.state
         super().crop(self.seen - end)
         if not self.seen:
             self.reset()

@@ -44,7 +44,7 @@ class Log(Policy):
 
 def counts(model) -> dict[int, dict[int, Counts]]:
     """The counts of a model: layer -> KV head -> its `Counts`."""
-    policies = (getattr(module, "surgery_policy", None) for module in model.modules())
+    policies = (getattr(module, "surgery_keepers", {}).get("policy") for module in model.modules())
     logs = {each.layer: each.policy for each in policies if each is not None and hasattr(each.policy, "heads")}
     return {layer: log.heads for layer, log in logs.items()}
 

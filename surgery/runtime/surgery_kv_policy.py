@@ -162,7 +162,7 @@ class KVPolicy(Part):
     def visibilities(self, layer: dict, heads: list[Visibility]) -> list[Visibility]:
         under, most = self._heads(layer, len(heads)), policy_of(layer["policy"]).most
         return [
-            replace(seen, by_policy=True, most=most) if head in under and seen.simplified().window is None else seen
+            replace(seen, keeper="policy", most=most) if head in under and seen.simplified().window is None else seen
             for head, seen in enumerate(heads)
         ]
 
@@ -172,8 +172,8 @@ class KVPolicy(Part):
         return {*layer["policy"].get("heads", range(kv_heads))}
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
-        used = "policy" in layer
-        module.surgery_policy = LayerPolicy(policy_of(layer["policy"]), module.layer_idx) if used else None
+        if "policy" in layer:
+            module.surgery_keepers["policy"] = LayerPolicy(policy_of(layer["policy"]), module.layer_idx)
 
     def terms(self, layer: dict) -> tuple[str, ...]:
         return ("visibility of the cache",)

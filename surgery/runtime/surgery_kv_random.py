@@ -28,15 +28,21 @@ class RandomPolicy(Evict):
     seed: int = 0
 
     def scores(self, kept: Kept) -> torch.Tensor:
-        heads = torch.tensor(kept.kv_heads, device=kept.positions.device)[:, None]
-        state = _mixed(heads + 1009 * _mixed(torch.full_like(heads, self.layer_seed(kept.layer))))
-        return _mixed(kept.positions + state).double()
-
-    def layer_seed(self, layer: int) -> int:
-        return (self.seed * 7919 + layer) & BITS
+        return drawn(self.seed, kept.layer, kept.kv_heads, kept.positions)
 
     def problem(self) -> str:
         return super().problem() or ("" if is_whole(self.seed, 0) else f"seed is {self.seed!r}, and must be from 0")
+
+
+def drawn(seed: int, layer: int, kv_heads: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """A number for each position, float64 [batch, KV heads, n].
+
+    Args:
+        positions: long [batch, KV heads, n].
+    """
+    heads = torch.tensor(kv_heads, device=positions.device)[:, None]
+    state = _mixed(heads + 1009 * _mixed(torch.full_like(heads, (seed * 7919 + layer) & BITS)))
+    return _mixed(positions + state).double()
 
 
 def _mixed(state: torch.Tensor) -> torch.Tensor:

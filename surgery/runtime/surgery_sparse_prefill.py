@@ -366,7 +366,7 @@ class SparsePart(Part):
     """The blocks of keys that full heads read in a prompt. An entry has `sparse` (see the module's docstring)."""
 
     keys = ("sparse",)
-    by_slots = True
+    by_slots = of_prompts = True
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
         problem = problem_of(layer["sparse"], sum(groups))

@@ -27,7 +27,8 @@ class Visibility:
         window: how many last tokens are seen; None for a full head.
         limit: the base model's own sliding window in this layer, or None.
         of_base: the window is the base's own.
-        by_policy: a policy drops keys from the cache, which may differ among KV heads (surgery_kv_policy.py).
+        keeper: who takes a call's keys and chooses among them, which may differ among KV heads: "policy" drops some
+            from the cache (surgery_kv_policy.py), "read" leaves some unread (surgery_kv_read.py); "": nobody.
         most: the largest number of keys that the policy lets the cache hold for a KV head; None: it grows.
     """
 
@@ -35,7 +36,7 @@ class Visibility:
     window: int | None = None
     limit: int | None = None
     of_base: bool = False
-    by_policy: bool = False
+    keeper: str = ""
     most: int | None = None
 
     def simplified(self) -> Visibility:

@@ -35,6 +35,7 @@ def test_ls_is_one_screen(surgery):
     assert headings == list(PURPOSES.values()), "every group has a recipe, in this order"
     rows = [re.match(r"^(\S+) +(native|surgical) +(no|included|needed)(/heal)? ", line) for line in lines]
     named = {row[1] for row in rows if row} | {f"{row[1]}-heal" for row in rows if row and row[4]}
+    named |= {name for line in lines if line.startswith("  or ") for name in line.removeprefix("  or ").split(", ")}
     assert named == set(recipes.shipped())
 
 

@@ -42,6 +42,7 @@ class Case:
         padded: whether rows of unequal length may be cut at `chunks`: blocks of keys count from the first real token.
         by_prompt: fields with which the result depends on where the prompt ends, measured on nothing, and what sets
             the model's parameters so that it acts. Only such a setting is not held to "cached is uncached".
+        in_steps: it acts in decoding steps alone, so that a call of several tokens gives what the base gives.
         refused: families on which the plan refuses what `acts`.
         refused_always: families on which the plan refuses any setting.
     """
@@ -53,6 +54,7 @@ class Case:
     chunks: tuple[int, ...] = (20, 1, 72)
     padded: bool = True
     by_prompt: tuple[dict[str, Any], Callable[[Any], None]] | None = None
+    in_steps: bool = False
     refused: tuple[str, ...] = ()
     refused_always: tuple[str, ...] = ()
 
@@ -64,6 +66,10 @@ def sinks(method: str, **fields: Any) -> Callable[[LayerAnatomy], dict[str, Any]
 def evicting(method: str, **fields: Any) -> Callable[[LayerAnatomy], dict[str, Any]]:
     votes = {"observe": 2} if method not in ("norm", "window", "random") else {}
     return lambda _: {"method": method} | votes | fields
+
+
+def reading(method: str, **fields: Any) -> Callable[[LayerAnatomy], dict[str, Any]]:
+    return lambda _: {"method": method, "sinks": 1, "recent": 2} | fields
 
 
 def lower_betas(model: Any) -> None:
@@ -117,6 +123,21 @@ CASES: dict[str, Case] = {
         },
         ("keys", 0),
         refused_always=("mistral", "starcoder2"),  # the base's own window in every layer drops keys already
+    ),
+    "kv_read": Case(
+        {"method": "index", "keys": 4, "sinks": 1, "recent": 2},
+        {
+            "kv_read, adaptive": reading("adaptive", share=0.0),
+            "kv_read, threshold": reading("threshold", threshold=0.0),
+        }
+        | {
+            f"kv_read, {method}": reading(method, keys=LENGTH)
+            for method in ("tokenselect", "recycled", "tree", "index", "random")
+        },
+        ("sinks", -1),
+        chunks=(20, 3, 70),
+        in_steps=True,
+        refused_always=("mistral", "starcoder2"),  # the base's own window in every layer
     ),
     "sink_calibration": Case(
         {"method": "zero_tuning", "gamma": 3.0},

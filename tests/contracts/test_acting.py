@@ -57,6 +57,9 @@ def test_it_acts_and_names_its_tier(converted, family, op):
     ids, mask = batch(base, (0,), ACTING)
     want = base(**given(base, ids, mask), use_cache=False).logits
     changed = difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask)
+    if CASES[op].in_steps:
+        assert changed <= 1e-5
+        changed = difference(chunked(model, ids, mask, [ACTING - 40, *[1] * 40]), want, mask)
     assert changed <= 1e-5 if op == "expand" else changed > 1e-3
     assert report.data["tier"] == ("native" if CASES[op].native else "surgical")
 
@@ -79,7 +82,7 @@ def test_left_padding_changes_nothing(converted, family, op):
 def test_cached_is_uncached(converted, family, op):
     _, model, _ = converted[family, op]
     case = CASES[op]
-    assert not depends_on_prompt(model.config)
+    assert depends_on_prompt(model.config) == case.in_steps
     ids, mask = batch(model, PADS if case.padded else (0, 0), ACTING)
     want = model(**given(model, ids, mask), use_cache=False).logits
     assert difference(chunked(model, ids, mask, case.chunks), want, mask) <= 1e-5

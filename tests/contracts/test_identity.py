@@ -34,6 +34,8 @@ LEFT = (
     "sparse_prefill, gamma 1",
     "sparse_prefill, exact, dense rows",
     "moh, all heads on",
+    # All heads stream here, so that none is left to evict keys or to read fewer (tests/runtime/test_evict.py).
+    *(name for name, (op, _) in SETTINGS.items() if op in ("kv_evict", "kv_read")),
 )
 
 

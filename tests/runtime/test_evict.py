@@ -319,7 +319,7 @@ def test_heads_that_a_gate_switches_off_have_no_vote():
         if "surgery_router" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     model, shown = double(model), []
-    policy = runtime.attention_modules(model)[0].surgery_policy.policy
+    policy = runtime.attention_modules(model)[0].surgery_keepers["policy"].policy
     count = policy.count
 
     def listen(votes, kept):
@@ -377,7 +377,7 @@ def test_every_rule_is_saved_and_loaded_both_ways(tmp_path):
     models = {tmp_path / rule.replace(", ", "-").replace(" ", "-"): under(base, rule) for rule in RULES}
     check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "norm").glob("*.py")}
-    own = {"surgery_kv_policy.py", "surgery_kv_evict.py", "surgery_kv_norm.py"}
+    own = {"surgery_kv_policy.py", "surgery_kv_call.py", "surgery_kv_evict.py", "surgery_kv_norm.py"}
     assert code == set(surgery_config.exported_files([])) | own
 
 

@@ -166,7 +166,7 @@ def test_a_setting_by_head_follows_the_heads(monkeypatch):
 
 @torch.no_grad()
 def test_work_counts_the_keys_that_stay():
-    store, work = KeptStore(Visibility(by_policy=True)), Work()
+    store, work = KeptStore(Visibility(keeper="policy")), Work()
     keys = torch.randn(1, 2, 9, 8)
     store.add(keys, keys)
     stays = torch.zeros(1, 2, 9, dtype=torch.bool)
@@ -181,7 +181,7 @@ def test_work_counts_the_keys_that_stay():
 @torch.no_grad()
 def test_notes_stay_in_their_buffer():
     """A note that is made anew at each step is copied into the memory that it has, and frees none of another name."""
-    store = KeptStore(Visibility(by_policy=True))
+    store = KeptStore(Visibility(keeper="policy"))
     keys = torch.randn(2, 3, 40, 8)
     store.add(keys, keys)
     store.note({"weight": torch.arange(240.0).reshape(2, 3, 40)})
@@ -237,7 +237,7 @@ def test_identity_is_saved_and_loaded_both_ways(bases, tmp_path):
     check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "llama").glob("*.py")}
     core = set(surgery_config.exported_files([]))
-    assert code == core | {"surgery_kv_policy.py"}
+    assert code == core | {"surgery_kv_policy.py", "surgery_kv_call.py"}
 
 
 def held_by_thirds(mask, chunks, kv_heads: int) -> torch.Tensor:

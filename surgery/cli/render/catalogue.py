@@ -25,11 +25,15 @@ LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
     "training, no: only if the gate fails; needed: by heal; /heal: NAME-heal has it.",
 )
+FEW = 2  # recipes of one operation that each have a row
 TRAINED = "-heal"  # ends the name of a recipe that is another one with training included
 
 
 def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str]) -> None:
-    """Print the recipes, grouped by purpose; NAME-heal stands in the row of NAME.
+    """Print the recipes, grouped by purpose, so that they fit on a screen.
+
+    NAME-heal stands in the row of NAME. Recipes of one operation that load and train alike have one row, and the names
+    of the others stand below it.
 
     Args:
         others: operations that no recipe uses.
@@ -37,6 +41,7 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
     """
     out, names = console(), {entry.name for entry in entries}
     listed = [entry for entry in entries if entry.name.removesuffix(TRAINED) not in names - {entry.name}]
+    listed, others_of = _folded(listed, names)
     width = max(len(entry.name) for entry in listed)
     rows: list[list[Text | str]] = [
         [Text(word, style="dim") for word in ("recipe".ljust(width), "tier", "training", "what it does")]
@@ -54,7 +59,10 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
     for purpose, (first, last) in zip(headings, pairwise(ends), strict=True):
         blank = "\n" if first > 1 else ""
         out.print(Text(f"{blank}{PURPOSES[purpose]}", style="bold underline" if out.is_terminal else ""))
-        columns(out, columns_of_rows[first:last], cut=True)
+        for row, entry in zip(columns_of_rows[first:last], listed[first - 1 : last - 1], strict=True):
+            columns(out, [row], cut=True)
+            if entry.name in others_of:
+                hanging(out, "  or", ", ".join(others_of[entry.name]), 4, "dim")
     out.print()
     for line in LEGEND:
         hanging(out, "", line, 0, "dim")
@@ -62,6 +70,29 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
     hanging(out, "Settings:", f"surgery ls NAME; all: surgery ls --all{without}", 0)
     for op, error in broken.items():
         hanging(out, Text(f"{op} ", style="bold red"), f"does not load: {error}", 4)
+
+
+def _folded(listed: list[Entry], names: set[str]) -> tuple[list[Entry], dict[str, list[str]]]:
+    """The recipes with a row of their own, and for each the names that stand below it, where they are several.
+
+    The row is that of the recipe with the operation's name or its usual method, or else of the first.
+
+    Args:
+        names: of all recipes, those that train others among them.
+    """
+    families: dict[tuple, list[Entry]] = {}
+    for entry in listed:
+        alike = entry.purpose, entry.tier, entry.training, f"{entry.name}{TRAINED}" in names
+        families.setdefault((entry.ops if len(entry.ops) == 1 else entry.name, *alike), []).append(entry)
+    first = {}
+    for family in families.values():
+        if len(family) <= FEW:
+            first |= {entry.name: [] for entry in family}
+            continue
+        chosen = min(family, key=lambda entry: (entry.ops[0].replace("_", "-") != entry.name, not entry.usual))
+        first[chosen.name] = [entry.name for entry in family if entry is not chosen]
+    rows = [entry for entry in listed if entry.name in first]
+    return rows, {name: others for name, others in first.items() if others}
 
 
 def _aligned(rows: list[list[Text | str]]) -> list[list[Text | str]]:

@@ -44,8 +44,8 @@ def test_through_the_command(surgery, model, tmp_path):
     again = surgery("apply", "evict", tmp_path / "out", "-o", "again", "observe=2", *SMALL)
     assert again.code == 2
     assert "sets the visibility of the cache already" in again.err
-    for engine in ("llama-cpp", "vllm"):
-        exported = surgery("export", "out", "--for", engine, "-o", "exported")
+    for engine, file in (("llama.cpp", "out.gguf"), ("vllm", "exported")):
+        exported = surgery("export", "out", "--for", engine, "-o", file)
         assert exported.code == 2
         assert "a cache that drops keys" in exported.err
 
@@ -162,13 +162,13 @@ def test_with_merged_heads_and_a_weight_on_the_first_token(surgery, model, tmp_p
     """`gqa`, `kv_evict` on some heads, `zero_tuning`: one checkpoint, both ways to load, saved again."""
     scores = tmp_path / "scores.json"
     HeadScores("own", [[0.1], [0.7]]).save(scores)
-    text = f"""version: 1
+    text = """version: 1
 name: three
 operations:
-  - {{op: gqa, kv_heads: 1, method: mean}}
-  - {{op: kv_evict, method: caote, keys: 6, sinks: 1, recent: 3, interval: 8, observe: 2, evicting_ratio: 0.5,
-     scores: scores.json}}
-  - {{op: sink_calibration, method: zero_tuning, gamma: 1.7}}
+  - {op: gqa, kv_heads: 1, method: mean}
+  - {op: kv_evict, method: caote, keys: 6, sinks: 1, recent: 3, interval: 8, observe: 2, evicting_ratio: 0.5,
+     scores: scores.json}
+  - {op: sink_calibration, method: zero_tuning, gamma: 1.7}
 heal: null
 evaluate: null
 """
