@@ -16,8 +16,8 @@ from surgery.data.passkeys import Recall
 from surgery.errors import UnsupportedModelError
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_config import base_windows, query_groups
-from surgery.runtime.surgery_visibility import kinds_of_heads, surgery_mask
+from surgery.runtime.surgery_config import query_groups
+from surgery.runtime.surgery_visibility import base_windows, kinds_of_heads, surgery_mask
 
 NAME = "surgery_watch"
 

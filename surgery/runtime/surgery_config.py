@@ -384,16 +384,6 @@ def per_layer_config(layers: list[dict], heads: int, kv_heads: int | None) -> di
     return {str(index).zfill(digits): {"num_key_value_heads": counts[index]} for index in own}
 
 
-def base_windows(config) -> list[int | None]:
-    """The base model's own sliding window in each layer, None for full attention."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    window, layers = getattr(text, "sliding_window", None), range(text.num_hidden_layers)
-    if kinds:  # the base's masks follow these, whatever `use_sliding_window` is
-        return [window if kinds[i] == "sliding_attention" else None for i in layers]
-    return [window if getattr(text, "use_sliding_window", True) else None for _ in layers]
-
-
 def is_whole(value, least: int) -> bool:
     """Whether a value is an integer of at least `least`."""
     return type(value) is int and value >= least

@@ -29,7 +29,7 @@ BASIS = "surgery_read_basis"  # parameter: for each KV head, the directions [hea
 
 
 @dataclass
-class Step:
+class DecodingStep:
     """One decoding step of the heads of one kind in one layer, as a reader sees it.
 
     Attributes:
@@ -89,7 +89,7 @@ class Reader:
     recent: int = 128
     group: str = "sum"
 
-    def choose(self, step: Step) -> torch.Tensor | None:
+    def choose(self, step: DecodingStep) -> torch.Tensor | None:
         """The slots of the keys that a step reads, long [batch, KV heads, m], -1 for none; None: all."""
         raise NotImplementedError
 
@@ -117,13 +117,13 @@ class Reader:
         """Weights of a KV head [batch, KV heads, N] from those of its query heads [batch, KV heads, group, N]."""
         return weights.sum(2) if self.group == "sum" else weights.amax(2)
 
-    def always(self, step: Step) -> torch.Tensor:
+    def always(self, step: DecodingStep) -> torch.Tensor:
         """The keys that every step reads, bool [1 or batch, N]."""
         positions = step.positions
         near = positions > step.now[:, None] - self.recent
         return (positions >= 0) & (near | (positions < self.sinks))
 
-    def near(self, step: Step) -> torch.Tensor:
+    def near(self, step: DecodingStep) -> torch.Tensor:
         """The slots of the keys that every step reads, long [batch, m], -1 for none."""
         batch, end = step.keys.shape[0], step.keys.shape[2]
         start = end - 1 - step.now[:, None]  # [1 or batch, 1], the slot of a row's first real token
@@ -133,7 +133,7 @@ class Reader:
         recent = recent.masked_fill(recent < start, -1)
         return torch.cat([sinks, recent.expand(len(sinks), -1)], dim=-1).expand(batch, -1)
 
-    def best(self, step: Step, scores: torch.Tensor, count: int) -> torch.Tensor:
+    def best(self, step: DecodingStep, scores: torch.Tensor, count: int) -> torch.Tensor:
         """The slots of what every step reads, and of the `count` other keys with the highest scores.
 
         Args:
@@ -146,7 +146,7 @@ class Reader:
 
 
 @dataclass
-class Chosen(Reader):
+class SomeKeys(Reader):
     """A reader that reads a fixed number of keys besides sinks and recent tokens.
 
     Attributes:
@@ -215,7 +215,7 @@ class LayerReader:
                 grouped = query.unflatten(1, (len(kv_heads), -1)).squeeze(3)
                 positions = _positions(whole.end, scoring, query.device)
                 shown = whole.keys, whole.values, positions, scoring, view.store, parameters
-                slots = self.reader.choose(Step(self.layer, kv_heads, grouped, *shown))
+                slots = self.reader.choose(DecodingStep(self.layer, kv_heads, grouped, *shown))
             return attend(query, whole if slots is None else _read(whole, slots), terms)
 
 
@@ -239,7 +239,7 @@ def _read(whole: KeyValues, slots: torch.Tensor) -> KeyValues:
     return replace(whole, keys=keys, values=values, slots=slots, gaps=bool((slots < 0).any()), store=None)
 
 
-class KVRead(Part):
+class ReaderPart(Part):
     """A reader for the decoding steps of full heads. An entry has `read` (see the module's docstring)."""
 
     keys = ("read",)
@@ -325,4 +325,4 @@ def _heads(layer: dict, key: str, kv_heads: int) -> set[int]:
     return {*layer[key].get("heads", range(kv_heads))} if key in layer else set()
 
 
-PART = KVRead()
+PART = ReaderPart()

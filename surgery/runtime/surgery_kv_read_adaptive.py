@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .surgery_kv_read import Reader, Step
+from .surgery_kv_read import DecodingStep, Reader
 
 
 @dataclass
@@ -27,7 +27,7 @@ class AdaptiveReader(Reader):
 
     share: float = 0.1
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         batch, kv_heads, end, size = step.keys.shape
         near = self.near(step)[:, None].expand(-1, kv_heads, -1)  # [batch, KV heads, m]
         keys = step.keys.gather(2, near.clamp(min=0)[..., None].expand(-1, -1, -1, size))
@@ -43,7 +43,7 @@ class AdaptiveReader(Reader):
         near = torch.nn.functional.pad(near, (0, end - near.shape[-1]), value=-1)
         return torch.where(needs[..., None], every.expand(batch, kv_heads, -1), near)
 
-    def _moments(self, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _moments(self, step: DecodingStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Number of the far keys [batch], their mean [batch, KV heads, d] and covariance [batch, KV heads, d, d]."""
         state, (batch, _, end, _) = step.store.state, step.keys.shape
         wide = torch.promote_types(step.keys.dtype, torch.float32)

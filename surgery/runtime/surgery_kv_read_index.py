@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .surgery_kv_read import Chosen, Step
+from .surgery_kv_read import DecodingStep, SomeKeys
 
 
 @dataclass
-class IndexReader(Chosen):
+class IndexReader(SomeKeys):
     """The best keys for a KV head's query heads together."""
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         return self.best(step, self.of_group(step.weights(step.query, step.keys)), self.keys)
 
 

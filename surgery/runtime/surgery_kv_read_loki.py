@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_config import is_whole
-from .surgery_kv_read import BASIS, Chosen, Step
+from .surgery_kv_read import BASIS, DecodingStep, SomeKeys
 
 
 @dataclass
-class LokiReader(Chosen):
+class LokiReader(SomeKeys):
     """The best keys by the scores of their projections.
 
     Attributes:
@@ -31,7 +31,7 @@ class LokiReader(Chosen):
     def noted(self, keys: torch.Tensor, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"low": keys @ parameters["basis"].to(keys.dtype)}
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         query = step.query @ step.parameters["basis"].to(step.query.dtype)
         return self.best(step, self.of_group(step.weights(query, step.store.notes["low"])), self.keys)
 

@@ -12,11 +12,11 @@ import torch
 
 from .surgery_config import is_whole
 from .surgery_kv_random import drawn
-from .surgery_kv_read import Chosen, Step
+from .surgery_kv_read import DecodingStep, SomeKeys
 
 
 @dataclass
-class RandomReader(Chosen):
+class RandomReader(SomeKeys):
     """A random sample of the keys.
 
     Attributes:
@@ -25,7 +25,7 @@ class RandomReader(Chosen):
 
     seed: int = 0
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         batch, kv_heads, end, _ = step.keys.shape
         positions = step.positions[:, None].expand(batch, kv_heads, end)
         return self.best(step, drawn(self.seed, step.layer, step.kv_heads, positions), self.keys)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_config import is_whole
-from .surgery_kv_read import Chosen, Step
+from .surgery_kv_read import DecodingStep, SomeKeys
 
 
 @dataclass
-class Remembering(Chosen):
+class Remembering(SomeKeys):
     """A reader whose choice serves for the steps that follow, along with every newer token.
 
     Attributes:
@@ -23,7 +23,7 @@ class Remembering(Chosen):
 
     every: int = 32
 
-    def remember(self, step: Step, chosen: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
+    def remember(self, step: DecodingStep, chosen: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
         """Keep a choice, in the rows where it is new, and return the slots of the choice that holds now.
 
         Args:
@@ -43,7 +43,7 @@ class Remembering(Chosen):
         newer = newer.masked_fill(newer >= end, -1)[:, None].expand(-1, chosen.shape[1], -1)
         return torch.cat([chosen, newer], dim=-1)
 
-    def age(self, step: Step) -> torch.Tensor | None:
+    def age(self, step: DecodingStep) -> torch.Tensor | None:
         """How many tokens ago the last choice was made, long [batch]; None: never."""
         at = step.store.state.get("at")
         return None if at is None else step.keys.shape[2] - at
@@ -58,7 +58,7 @@ class Remembering(Chosen):
 class RecycledReader(Remembering):
     """Rows read all at positions that are multiples of `every`, and at their first step."""
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         batch, kv_heads, end, _ = step.keys.shape
         age = self.age(step)
         anew = (step.now % self.every == 0).expand(batch)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .surgery_kv_read import Reader, Step
+from .surgery_kv_read import DecodingStep, Reader
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ThresholdReader(Reader):
 
     threshold: float = 0.001
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         weights = step.weights(step.query, step.keys)
         wanted = (weights >= self.threshold * weights.amax(-1, keepdim=True)).any(2)  # [batch, KV heads, N]
         wanted = (wanted | self.always(step)[:, None]) & (step.positions >= 0)[:, None]

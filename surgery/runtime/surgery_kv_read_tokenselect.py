@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .surgery_kv_read import Step
+from .surgery_kv_read import DecodingStep
 from .surgery_kv_read_recycled import Remembering
 
 
@@ -26,7 +26,7 @@ class TokenSelectReader(Remembering):
 
     similarity: float = 0.9
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         batch, kv_heads = step.keys.shape[:2]
         query, state, age = step.query.flatten(1), step.store.state, self.age(step)
         anew = torch.ones(batch, dtype=torch.bool, device=query.device)

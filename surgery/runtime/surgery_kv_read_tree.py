@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_config import is_whole
-from .surgery_kv_read import Chosen, Step
+from .surgery_kv_read import DecodingStep, SomeKeys
 
 
 @dataclass
-class TreeReader(Chosen):
+class TreeReader(SomeKeys):
     """The tokens of the blocks that the search finds.
 
     Attributes:
@@ -27,7 +27,7 @@ class TreeReader(Chosen):
 
     block: int = 16
 
-    def choose(self, step: Step) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor:
         batch, kv_heads, end, size = step.keys.shape
         start = end - 1 - step.now  # [1 or batch], the slot of a row's first real token
         first, last = start + self.sinks, torch.full_like(start, end - self.recent)

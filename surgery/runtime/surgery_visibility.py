@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from .surgery_config import HeadCost, Part, all_whole, base_windows, is_whole, query_groups, used_parts, validate
+from .surgery_config import HeadCost, Part, all_whole, is_whole, query_groups, used_parts, validate
 
 MOST_KEPT = 1 << 20  # largest number of sinks, and of a window's tokens: the first token allocates memory for all
 
@@ -132,6 +132,16 @@ def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int 
     """
     full, narrow, streaming = Visibility(limit=limit), Visibility(sinks, window, limit), set(streaming)
     return _kinds(groups, [narrow if head in streaming else full for head in range(len(groups))])
+
+
+def base_windows(config) -> list[int | None]:
+    """The base model's own sliding window in each layer, None for full attention."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    window, layers = getattr(text, "sliding_window", None), range(text.num_hidden_layers)
+    if kinds:  # the base's masks follow these, whatever `use_sliding_window` is
+        return [window if kinds[i] == "sliding_attention" else None for i in layers]
+    return [window if getattr(text, "use_sliding_window", True) else None for _ in layers]
 
 
 def head_kinds(config) -> list[HeadKinds]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 
 from surgery.calibration.cost import Measurement, forward_flops
@@ -16,6 +15,8 @@ from surgery.operations.base import ApplyContext, Count, Length, Seed
 from surgery.operations.kv_read.base import MOST_READ, KVRead
 
 if TYPE_CHECKING:
+    import torch
+
     from surgery.architecture.anatomy import Anatomy
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,22 +51,16 @@ class LokiReading(ReadingSome):
     """Rank the keys in a few directions, which a calibration text gives (Loki)."""
 
     method: Literal["loki"]
-    dims: Count = Field(16, description="Number of directions.")
+    dims: Count = Field(16, description="Number of directions, at most the size of a head.")
     calibration_text: str = Field("builtin", description="builtin, mixed, conversations, self, or a text file.")
     calibration_samples: Count = Field(16, description="Sequences of it.")
     calibration_length: Length = Field(512, description="Tokens in each.")
 
-    def problems(self, anatomy: Anatomy) -> list[str]:
-        problems = super().problems(anatomy)
-        size = min(layer.head_dim for layer in anatomy.layers)
-        if self.dims > size:
-            problems.append(f"kv_read: dims {self.dims}: keys have {size} numbers")
-        return problems
-
     def parameters(self, anatomy: Anatomy, layer: int) -> dict[str, list[int]]:
         from surgery.runtime.surgery_kv_read import BASIS
 
-        return {BASIS: [anatomy.layers[layer].kv_heads, anatomy.layers[layer].head_dim, self.dims]}
+        size = anatomy.layers[layer].head_dim
+        return {BASIS: [anatomy.layers[layer].kv_heads, size, min(self.dims, size)]}
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)

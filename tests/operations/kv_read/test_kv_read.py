@@ -143,7 +143,7 @@ def test_a_tree_in_prompts_and_in_steps():
         ({"keys": 0}, "keys"),
         ({"method": "adaptive", "keys": 3}, "keys is for method"),
         ({"method": "index", "every": 3}, "every is for method: tokenselect or recycled, not index"),
-        ({"method": "loki", "dims": 99}, "dims 99: keys have"),
+        ({"method": "loki", "dims": 0}, "dims"),
         ({"method": "tree", "keys": 4, "block": 8}, "block is 8"),
         ({"method": "nothing"}, "method should be 'tokenselect', 'loki'"),
         ({"layers": [7]}, "there are layers 0 to 1"),
