@@ -5,7 +5,8 @@ with the scale s their joint weight is estimated as N * exp(s q.m + s^2 q.C.q / 
 keys that every step reads. Where the estimated share of the far keys is above `share` for one of its query heads, the
 KV head reads all; else it reads sinks and recent tokens alone.
 
-Source: "Query-adaptive attention" (QAdA), as described in its abstract: local keys tell whether far ones are needed.
+Source: Donhauser et al. 2025, "Unveiling Simplicities of Attention: Adaptive Long-Context Head Identification",
+arXiv 2502.09647.
 """
 
 from __future__ import annotations
