@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.detect import read_anatomy
 from surgery.architecture.families import FAMILIES
-from surgery.architecture.layer import BYTES, Latent, LayerAnatomy
+from surgery.architecture.layer import BYTES, Latent, LayerAnatomy, groups_of
 from surgery.errors import ModelError, RecipeMismatchError
 from surgery.io.safetensors import TORCH_NAMES
 
@@ -252,6 +252,15 @@ class Anatomy:
             for layer, heads in zip(self.layers, streaming, strict=True)
         )
         return replace(self, layers=layers)
+
+    def entries_problem(self) -> str:
+        """Why the runtime refuses what operations have set in a layer together; "" if it does not."""
+        for layer in self.layers:
+            groups = [len(group) for group in groups_of(layer)]
+            for part in layer.parts.values():
+                if fault := part.validation_error(self.config, layer.entry, groups):
+                    return f"layer {layer.index} {fault}"
+        return ""
 
     @property
     def terms(self) -> dict[str, set[int]]:

@@ -187,18 +187,14 @@ def give_cache(module, args, kwargs):
     position = _cache_position(type(module))
     cache = args[position] if len(args) > position else kwargs.get(CACHE)
     if cache is not None:
-        refuse_cache(cache)
+        own = any(part.in_own_cache(layer) for layer in validate(module.config) for part in used_parts(layer).values())
+        refuse_cache(cache, own)
         if isinstance(cache, SurgeryCache):
             cache.refuse_other(module.config)
-        elif depends_on_prompt(module.config):
+        elif own or depends_on_prompt(module.config):
             raise ValueError(
-                f"this surgery notes in the model's own cache what it found in the prompt, and {type(cache).__name__} "
+                f"this surgery keeps in the model's own cache what it chose or found, and {type(cache).__name__} "
                 "cannot hold it: leave the cache out"
-            )
-        elif any(part.in_own_cache(layer) for layer in validate(module.config) for part in used_parts(layer).values()):
-            raise ValueError(
-                f"this surgery drops keys from the model's own cache, and {type(cache).__name__} keeps them: leave "
-                "the cache out"
             )
         return args, kwargs
     requested = kwargs.get("use_cache")
@@ -216,15 +212,18 @@ def _cache_position(cls) -> int:
     return list(inspect.signature(cls.forward).parameters).index(CACHE) - 1  # without self
 
 
-def refuse_cache(cache) -> None:
+def refuse_cache(cache, own: bool = False) -> None:
     """Raise a ValueError for a cache that would give wrong results.
 
     A plain `DynamicCache` gives right results, and saves no memory. Caches that keep keys in another form are refused.
+
+    Args:
+        own: the model works with its own cache alone.
     """
     if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
         raise ValueError(
-            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
-            "pass a DynamicCache() (right results, no memory saved)"
+            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out"
+            + ("" if own else ", or pass a DynamicCache() (right results, no memory saved)")
         )
     if not isinstance(cache, SurgeryCache) and any(cache.is_sliding):
         raise ValueError(
@@ -344,8 +343,8 @@ class _ModelMixin:
     def _assisted_decoding(self, *args, **kwargs):
         if depends_on_prompt(self.config):  # Transformers gives the prompt and the first speculated tokens in one call
             raise ValueError(
-                "this surgery must know where a prompt ends, and assisted decoding hides it: leave assistant_model "
-                "and prompt_lookup_num_tokens out (this model may assist another)"
+                "this surgery must know where a prompt ends and which call is one step, and assisted decoding hides "
+                "it: leave assistant_model and prompt_lookup_num_tokens out (this model may assist another)"
             )
         return super()._assisted_decoding(*args, **kwargs)
 

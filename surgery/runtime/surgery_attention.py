@@ -86,7 +86,8 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
             return out, None
     on = None if packed or call is None or not isinstance(call.on, torch.Tensor) else call.on
     attend = _by_segment if packed else _attention
-    out = attend(module, query, key, value, attention_mask, scaling, options | {"on": on})
+    gates = None if call is None or not getattr(module, "surgery_keepers", None) else call.gates
+    out = attend(module, query, key, value, attention_mask, scaling, options | {"on": on, "gates": gates})
     return out if call is None or call.gates is None else out * call.gates[..., None], None
 
 
@@ -152,6 +153,7 @@ class _Terms(NamedTuple):
         on: bool [batch, n, heads], the rows that the gate needs; None: all are needed.
         work: a `surgery_gated_compute.Work` that counts multiply-adds, or None.
         observe: called as observe(query, view, out, lse) with the result of the corrections, or None.
+        gates: [batch, n, heads], 0 for heads that are off, where something chooses keys; or None.
     """
 
     sink: torch.Tensor | None
@@ -160,6 +162,7 @@ class _Terms(NamedTuple):
     on: torch.Tensor | None
     work: object | None
     observe: Callable | None = None
+    gates: torch.Tensor | None = None
 
     @property
     def with_lse(self) -> bool:
@@ -168,7 +171,8 @@ class _Terms(NamedTuple):
 
     def part(self, begin: int, end: int) -> _Terms:
         """The terms of some of a call's queries."""
-        return self if self.on is None else self._replace(on=self.on[:, begin:end])
+        on, gates = (None if each is None else each[:, begin:end] for each in (self.on, self.gates))
+        return self._replace(on=on, gates=gates)
 
 
 def _terms(module, kinds: HeadKinds, options: dict) -> list[_Terms]:
@@ -178,9 +182,11 @@ def _terms(module, kinds: HeadKinds, options: dict) -> list[_Terms]:
     corrections = [[each for each in kind if each is not None] for kind in zip(*made, strict=True)]
     sinks = nothing if sinks is None else [logits[0] for logits in kinds.split_queries(sinks[None])]
     on = nothing if on is None else [each.mT for each in kinds.split_queries(on.mT)]
+    gates = options["gates"]
+    gates = nothing if gates is None else [each.mT for each in kinds.split_queries(gates.mT)]
     sparse, work = getattr(module, "surgery_sparse", None) or nothing, getattr(module, "surgery_work", None)
-    each = zip(sinks, sparse, corrections or [[] for _ in nothing], on, strict=True)
-    return [_Terms(*terms, work) for terms in each]
+    each = zip(sinks, sparse, corrections or [[] for _ in nothing], on, gates, strict=True)
+    return [_Terms(*terms, work, gates=own) for *terms, own in each]
 
 
 def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: Scoring) -> torch.Tensor:
@@ -190,7 +196,7 @@ def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: 
         query: [batch, heads, n, head_dim]; the result has this shape, too.
         made: output and log-sum-exp before the corrections, where a kernel has computed them; or None.
     """
-    sink, sparse, corrections, on, work, observe = terms
+    sink, sparse, corrections, on, work, observe, _ = terms
     scoring, with_lse = scoring._replace(sink=sink), terms.with_lse
     if sparse is not None and sparse.applies(query.shape[2], view.end):
         rest = scoring.mask, scoring.scale, scoring.softcap
@@ -351,7 +357,12 @@ def _by_segment(module, query, key, value, segments, scaling, options):
     for row, sequence_ids in enumerate(segments.expand(query.shape[0], -1)):
         lengths = torch.unique_consecutive(sequence_ids, return_counts=True)[1].tolist()
         sequences = zip(*(tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-        outputs = [_attention(module, *sequence, None, scaling, options) for sequence in sequences]
+        whole = options["gates"]
+        gates = [None] * len(lengths) if whole is None else whole[row : row + 1].split(lengths, dim=1)
+        outputs = [
+            _attention(module, *sequence, None, scaling, options | {"gates": own})
+            for sequence, own in zip(sequences, gates, strict=True)
+        ]
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows)
 

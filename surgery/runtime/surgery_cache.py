@@ -166,8 +166,8 @@ class SurgeryCache(Cache):
         count = -tokens_to_remove
         if not all(store.can_crop(count) for layer in self.layers for store in layer.stores):
             raise RuntimeError(
-                f"crop({tokens_to_remove}) reaches back to before a window moved on or keys were dropped; call "
-                "activate_past_recording() before the tokens that may be taken back"
+                f"crop({tokens_to_remove}) reaches back to before a window moved on, or before keys were dropped or "
+                "weighed; call activate_past_recording() before the tokens that may be taken back"
             )
         super().crop(tokens_to_remove)
 

@@ -102,6 +102,10 @@ class KeptStore(FullStore):
         """A policy's notes on the stored keys: name -> [batch, KV heads, stored, ...], 0 for new keys."""
         return {name: self._used(name) for name in self.tensors if name not in RESERVED}
 
+    def forget_notes(self) -> None:
+        """Drop every note and its memory."""
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in RESERVED}
+
     def note(self, notes: dict[str, torch.Tensor]) -> None:
         """Replace the notes of the same names. A key's notes are dropped with the key.
 

@@ -42,9 +42,9 @@ class LayerPolicy:
             attend: attend(query, view, terms), attention to what a view holds.
         """
         policy, store = self.policy, view.store
-        if store is None and (policy.interval is None or view.new < view.keys.shape[2]):
-            if policy.interval is not None:
-                raise ValueError("this surgery drops keys from the model's own cache: leave the cache out")
+        if store is None and query.shape[2] < view.keys.shape[2] and not policy.in_calls:
+            raise ValueError("this surgery drops keys from the model's own cache: leave the cache out")
+        if store is None and policy.interval is None:
             return attend(query, view, terms)
         call = _PiecewiseCall(
             self, module, kind, query, (view.keys, view.values), terms, scoring, attend, view.prompt_slots
@@ -70,12 +70,15 @@ class _PiecewiseCall:
     scoring: Scoring
     attend: Callable
     prompt_slots: dict | None
+    in_graph: bool = False  # whether gradients may flow through this run
 
     def run(self, store: KeptStore, length: int) -> torch.Tensor:
         """Add the call's first `length` tokens to the store, and return the output of their queries."""
         policy, outputs, begin = self.of.policy, [], 0
         first, is_prompt = store.seen, store.seen == 0
-        keeps_all = policy.in_calls and (store.recording or (torch.is_grad_enabled() and self.new[0].requires_grad))
+        self.in_graph = torch.is_grad_enabled()
+        tracked = self.in_graph and any(tensor.requires_grad for tensor in (self.query, *self.new))
+        keeps_all = policy.in_calls and (store.recording or tracked)
         for end in self._ends(first, length):
             view = store.add(*(tensor[:, :, begin:end] for tensor in self.new))
             view.prompt_slots, query = self.prompt_slots, self.query[:, :, begin:end]
@@ -147,25 +150,33 @@ class _PiecewiseCall:
             counted = (product.view(*rows.shape[:4], -1) - lse[:, :, some].unflatten(1, shape[1:])[..., None]).exp()
             counted = counted.masked_fill(~(seen[:, :, None] & votes[..., None]), 0.0)
             position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
+            if not self.terms.corrections:  # what the kernel gave may be rounded to half precision
+                outputs = counted @ view.values[:, :, None].to(wide)
             self.of.policy.count(Votes(counted, outputs, votes, position), kept)
         store.note(kept.notes)
         store.settled = store.seen
 
     def _switched_on(self, begin: int, some: slice) -> torch.Tensor:
         """Whether the gate of each query's head is open, bool [1 or batch, KV heads or 1, group or 1, n or 1]."""
-        gates = getattr(getattr(self.module, "surgery_call", None), "gates", None)
-        if gates is None:
+        if self.terms.gates is None:
             return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.query.device)
-        gates = self.module.surgery_heads.split_queries(gates.mT)[self.kind]  # [batch, heads, n of the call]
-        gates = gates[:, :, begin + some.start : begin + some.stop]
-        return (gates != 0).unflatten(1, (self.new[0].shape[1], -1))
+        gates = self.terms.gates[:, begin + some.start : begin + some.stop]  # [batch, n, heads]
+        return (gates != 0).mT.unflatten(1, (self.new[0].shape[1], -1))
 
     def _projection(self) -> torch.Tensor:
         """The part of the output projection of each query head of this kind (`Votes.projection`)."""
         groups, kinds = self.module.surgery_heads.spec
         firsts, (_, kv_heads) = [sum(groups[:head]) for head in range(len(groups))], kinds[self.kind]
         output = self.module.get_submodule(self.of.policy.output)
-        weight = output.weight if isinstance(output, torch.nn.Linear) else output.weight.mT  # GPT-2's is transposed
+        while hasattr(output, "base_layer"):  # an adapter of peft: the weight that it adapts
+            output = output.base_layer
+        weight = output.weight
+        if weight.is_meta or not weight.is_floating_point():
+            raise ValueError(
+                "this surgery weighs keys behind the output projection, whose weights are quantised or offloaded "
+                "here: make it with output=false"
+            )
+        weight = weight.mT if type(output).__name__ == "Conv1D" else weight  # GPT-2's is transposed
         rows = weight.mT.unflatten(0, (sum(groups), -1))  # [heads, head_dim, hidden]
         return torch.stack([rows[firsts[head] : firsts[head] + groups[head]] for head in kv_heads])
 
@@ -188,8 +199,10 @@ class _PiecewiseCall:
                 kept.notes[name] = torch.where(where, forgotten[name], noted)
         store.note(kept.notes)
         if stays is not None:
-            with torch.set_grad_enabled(self.new[0].requires_grad):
+            with torch.set_grad_enabled(self.in_graph):
                 store.select(_checked(stays, kept.positions))
+        if policy.at_prompt_end:
+            store.forget_notes()
         if not policy.in_calls:
             store.settled = store.seen
 
@@ -260,9 +273,9 @@ class Votes:
     Attributes:
         weights: [batch, KV heads, group, n, kept], the weight of each key for each query of the group's heads, with
             the biases of the surgery; 0 for keys that the query does not see, and for queries that have no vote.
-        outputs: [batch, KV heads, group, n, head_dim], the output of attention.
-        voting: bool [batch, KV heads, group, n], the queries that have a vote.
-        positions: long [batch, n], of the queries.
+        outputs: [batch, KV heads, group, n, head_dim], attention's output; arbitrary for queries without a vote.
+        voting: bool [1 or batch, 1 or KV heads, 1 or group, n], the queries that have a vote.
+        positions: long [1 or batch, n], of the queries.
     """
 
     weights: torch.Tensor

@@ -36,19 +36,51 @@ class CaotePolicy(MeanVote):
 
     def vote(self, votes: Votes, kept: Kept) -> torch.Tensor:
         weights, values, outputs = votes.weights, kept.values.to(votes.weights.dtype), votes.outputs
+        gram = self._gram(kept).to(weights.dtype) if self.output else None
+        most, heaviest = weights.max(-1, keepdim=True)
+        others = weights.scatter(-1, heaviest, 0.0)
+        left = (1 - weights.sum(-1, keepdim=True)) + others.sum(-1, keepdim=True)  # 1 - a, where a is nearly 1
+        left = left.clamp(min=LEAST)
+        value = values[:, :, None].expand(*weights.shape[:3], -1, -1)
+        value = value.gather(3, heaviest.expand(*heaviest.shape[:-1], values.shape[-1]))
         if self.fast:
             past = kept.positions[:, :, None] <= votes.positions[:, None, :, None]
             seen = past & (kept.positions >= 0)[:, :, None]
             mean = seen.to(values.dtype) @ values / seen.sum(-1, keepdim=True).clamp(min=1)
             outputs = mean[:, :, None].expand_as(outputs)
-        gram = self._gram(kept).to(weights.dtype) if self.output else None
-        return (weights / (1 - weights).clamp(min=LEAST)).square() * distances(outputs, values, gram)
+            change = most / left * (outputs - value)
+        else:
+            # For the heaviest key, o - v is a small difference of large numbers: the rest is summed anew.
+            rest = others @ values[:, :, None] + (outputs - weights @ values[:, :, None])
+            change = most * (rest / left - value)
+        votes_of_all = (weights / (1 - weights).clamp(min=LEAST)).square() * distances(
+            outputs, values, gram, self._squares(kept, values, gram)
+        )
+        own = change.square().sum(-1) if gram is None else ((change @ gram[None]) * change).sum(-1)
+        return votes_of_all.scatter(-1, heaviest, own[..., None])
+
+    def _squares(self, kept: Kept, values: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+        """v.v of each key behind the projection of each query head, [batch, KV heads, group or 1, kept].
+
+        Behind a projection they are noted: only those of the last `interval` keys can be new.
+        """
+        if gram is None:
+            return values.square().sum(-1)[:, :, None]
+        old = kept.notes.get("squares")
+        new = slice(0 if old is None or self.interval is None else max(values.shape[2] - self.interval, 0), None)
+        fresh = values[:, :, None, new]
+        fresh = ((fresh @ gram) * fresh).sum(-1).mT.float()
+        kept.notes["squares"] = fresh if old is None else torch.cat([old[:, :, : new.start], fresh], dim=2)
+        return kept.notes["squares"].mT.to(values.dtype)
 
     @staticmethod
     def _gram(kept: Kept) -> torch.Tensor:
         """The output projection of each query head times its transpose, [KV heads, group, head_dim, head_dim]."""
         projection = kept.projection()
         return projection @ projection.mT
+
+    def forget(self, notes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return super().forget(notes) | {name: notes[name] for name in ("squares",) if name in notes}
 
     def count(self, votes: Votes, kept: Kept) -> None:
         if not self.greedy:
@@ -69,10 +101,13 @@ class CaotePolicy(MeanVote):
         weights = kept.notes["weights"].permute(0, 1, 3, 4, 2)  # [batch, KV heads, group, observe, kept]
         values, gram = kept.values.to(weights.dtype), self._gram(kept).to(weights.dtype) if self.output else None
         rest, out = torch.ones_like(weights[..., :1]), weights @ values[:, :, None]  # of the keys that are left
+        squares = self._squares(kept, values, gram)
         seen = (weights > 0).any(2).sum(2)  # queries that saw the key, [batch, KV heads, kept]
         left = others.sum(-1)
         for _ in range(max(int(left.max()) - self.keys, 0)):
-            change = (weights / (rest - weights).clamp(min=LEAST)).square() * distances(out / rest, values, gram)
+            change = (weights / (rest - weights).clamp(min=LEAST)).square() * distances(
+                out / rest, values, gram, squares
+            )
             loss = self.of_group(change).sum(2) / seen.clamp(min=1)
             gone = loss.masked_fill(~others, torch.inf).argmin(-1, keepdim=True)  # [batch, KV heads, 1]
             gone = torch.zeros_like(others).scatter(-1, gone, True) & (left > self.keys)[..., None]
@@ -83,7 +118,8 @@ class CaotePolicy(MeanVote):
         return safe | others
 
     def notes_of(self, readers: int) -> int:
-        return readers * self.observe if self.greedy else super().notes_of(readers)
+        squares = readers if self.output else 0
+        return squares + (readers * self.observe if self.greedy else super().notes_of(readers))
 
     def problem(self) -> str:
         if self.greedy and (self.fast or self.memory):
@@ -91,21 +127,23 @@ class CaotePolicy(MeanVote):
         return super().problem()
 
 
-def distances(outputs: torch.Tensor, values: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+def distances(
+    outputs: torch.Tensor, values: torch.Tensor, gram: torch.Tensor | None, squares: torch.Tensor
+) -> torch.Tensor:
     """Squared distances of outputs and values behind the output projection.
 
     Args:
         outputs: [batch, KV heads, group, n, d].
         values: [batch, KV heads, kept, d].
         gram: [KV heads, group, d, d], the projection times its transpose; None: no projection.
+        squares: [batch, KV heads, group or 1, kept], of each value to 0.
 
     Returns:
         [batch, KV heads, group, n, kept].
     """
-    values = values[:, :, None]
-    weighed, seen = (outputs, values) if gram is None else (outputs @ gram, values @ gram)
-    squares = (weighed * outputs).sum(-1)[..., None] + (seen * values).sum(-1)[..., None, :]
-    return (squares - 2 * weighed @ values.mT).clamp(min=0)
+    weighed = outputs if gram is None else outputs @ gram
+    own = (weighed * outputs).sum(-1)[..., None]
+    return (own + squares[..., None, :] - 2 * weighed @ values[:, :, None].mT).clamp(min=0)
 
 
 POLICY = CaotePolicy

@@ -83,9 +83,12 @@ class Evict(Policy):
         return self.sinks + self.keys + self.recent + 2 * step
 
     def kv_cost(self, cost: HeadCost) -> HeadCost:
-        """With PROMPT_END the cache goes on growing, and how much a prompt leaves depends on its length."""
-        beside = SLOT + NOTE * self.notes_of(cost.readers)
-        return cost._replace(beside=beside) if self.most is None else HeadCost(0, self.most, beside)
+        """With PROMPT_END the cache goes on growing, how much a prompt leaves depends on its length, and the notes go
+        after the decision.
+        """
+        if self.most is None:
+            return cost._replace(beside=SLOT)
+        return HeadCost(0, self.most, SLOT + NOTE * self.notes_of(cost.readers))
 
     def notes_of(self, readers: int) -> int:
         """How many numbers are noted with each key of a KV head that so many query heads read."""

@@ -8,7 +8,7 @@ of the KV heads that read so (left out: all that see every token):
 The cache stays whole. A call of one query behind a past is a step, and reads a part; a call of more is a prompt or a
 chunk of one, and reads all. So do calls without a cache. A step always reads the first `sinks` tokens of a row and the
 last `recent` ones. A reader chooses among the others, for each KV head: its query heads read the same keys, as they do
-in the cache.
+in the cache. Keys are ranked by the model's own scores, without the biases of other parts.
 
 A new reader is one file: a subclass of `Reader` whose fields are its settings, with `READER = YourReader` at its end,
 and a line in `surgery_config.FILES`, `"read.<name>": "<file>"`. surgery_kv_read_index.py is a short example.
@@ -82,12 +82,10 @@ class Reader:
     Attributes:
         sinks: first tokens of a row that every step reads.
         recent: last tokens that every step reads.
-        group: how the weights of the query heads of a KV head are put together: their "sum" or "max".
     """
 
     sinks: int = 4
     recent: int = 128
-    group: str = "sum"
 
     def choose(self, step: DecodingStep) -> torch.Tensor | None:
         """The slots of the keys that a step reads, long [batch, KV heads, m], -1 for none; None: all."""
@@ -111,11 +109,7 @@ class Reader:
         for name, smallest in (("sinks", 0), ("recent", 1)):
             if not is_whole(getattr(self, name), smallest):
                 return f"{name} is {getattr(self, name)!r}, and must be whole and from {smallest}"
-        return "" if self.group in ("sum", "max") else f"group is {self.group!r}; it is sum or max"
-
-    def of_group(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights of a KV head [batch, KV heads, N] from those of its query heads [batch, KV heads, group, N]."""
-        return weights.sum(2) if self.group == "sum" else weights.amax(2)
+        return ""
 
     def always(self, step: DecodingStep) -> torch.Tensor:
         """The keys that every step reads, bool [1 or batch, N]."""
@@ -165,6 +159,26 @@ class SomeKeys(Reader):
         return super().problem()
 
 
+@dataclass
+class RankedKeys(SomeKeys):
+    """A reader that ranks keys by weights of attention.
+
+    Attributes:
+        group: how the weights of the query heads of a KV head are put together: their "sum" or "max".
+    """
+
+    group: str = "sum"
+
+    def of_group(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of a KV head [batch, KV heads, N] from those of its query heads [batch, KV heads, group, N]."""
+        return weights.sum(2) if self.group == "sum" else weights.amax(2)
+
+    def problem(self) -> str:
+        return super().problem() or (
+            "" if self.group in ("sum", "max") else f"group is {self.group!r}; it is sum or max"
+        )
+
+
 def reader_of(entry: dict) -> Reader:
     """The reader that a layer's entry `read` describes.
 
@@ -195,7 +209,7 @@ class LayerReader:
     def attend(self, module, kind: int, query, view: KeyValues, terms, scoring: Scoring, attend) -> torch.Tensor:
         """Attention of the heads of one kind to what a step reads; arguments as for `LayerPolicy.attend`."""
         if view.store is None:
-            if view.new < view.keys.shape[2]:
+            if query.shape[2] < view.keys.shape[2]:
                 raise ValueError("this surgery notes in the model's own cache what it reads: leave the cache out")
             return attend(query, view, terms)
         heads = module.surgery_heads

@@ -28,7 +28,7 @@ class AdaptiveReader(Reader):
 
     share: float = 0.1
 
-    def choose(self, step: DecodingStep) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor | None:
         batch, kv_heads, end, size = step.keys.shape
         near = self.near(step)[:, None].expand(-1, kv_heads, -1)  # [batch, KV heads, m]
         keys = step.keys.gather(2, near.clamp(min=0)[..., None].expand(-1, -1, -1, size))
@@ -40,6 +40,8 @@ class AdaptiveReader(Reader):
         needs = ((far - own.to(far.dtype)).sigmoid() > self.share).any(2)  # [batch, KV heads]
         if not bool(needs.any()):
             return near
+        if bool(needs.all()):
+            return None
         every = torch.arange(end, device=near.device).masked_fill(step.positions < 0, -1)[:, None]
         near = torch.nn.functional.pad(near, (0, end - near.shape[-1]), value=-1)
         return torch.where(needs[..., None], every.expand(batch, kv_heads, -1), near)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .surgery_kv_read import DecodingStep, SomeKeys
+from .surgery_kv_read import DecodingStep, RankedKeys
 
 
 @dataclass
-class IndexReader(SomeKeys):
+class IndexReader(RankedKeys):
     """The best keys for a KV head's query heads together."""
 
     def choose(self, step: DecodingStep) -> torch.Tensor:

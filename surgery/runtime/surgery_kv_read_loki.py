@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_config import is_whole
-from .surgery_kv_read import BASIS, DecodingStep, SomeKeys
+from .surgery_kv_read import BASIS, DecodingStep, RankedKeys
 
 
 @dataclass
-class LokiReader(SomeKeys):
+class LokiReader(RankedKeys):
     """The best keys by the scores of their projections.
 
     Attributes:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_config import is_whole
-from .surgery_kv_read import DecodingStep, SomeKeys
+from .surgery_kv_read import DecodingStep, RankedKeys
 
 
 @dataclass
-class Remembering(SomeKeys):
+class Remembering(RankedKeys):
     """A reader whose choice serves for the steps that follow, along with every newer token.
 
     Attributes:
@@ -58,7 +58,7 @@ class Remembering(SomeKeys):
 class RecycledReader(Remembering):
     """Rows read all at positions that are multiples of `every`, and at their first step."""
 
-    def choose(self, step: DecodingStep) -> torch.Tensor:
+    def choose(self, step: DecodingStep) -> torch.Tensor | None:
         batch, kv_heads, end, _ = step.keys.shape
         age = self.age(step)
         anew = (step.now % self.every == 0).expand(batch)
@@ -67,6 +67,8 @@ class RecycledReader(Remembering):
             return self.remember(step, step.store.state["chosen"], anew)
         weights = self.of_group(step.weights(step.query, step.keys))
         slots = self.remember(step, self.best(step, weights, self.keys), anew)
+        if bool(anew.all()):
+            return None
         every = torch.arange(end, device=slots.device).expand(batch, kv_heads, -1)
         every = every.masked_fill((step.positions < 0)[:, None], -1)
         slots = torch.nn.functional.pad(slots, (0, max(end - slots.shape[-1], 0)), value=-1)

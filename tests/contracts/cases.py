@@ -131,7 +131,7 @@ CASES: dict[str, Case] = {
             "kv_read, threshold": reading("threshold", threshold=0.0),
         }
         | {
-            f"kv_read, {method}": reading(method, keys=LENGTH)
+            f"kv_read, {method}": reading(method, keys=LENGTH + 3)  # whole blocks of 16
             for method in ("tokenselect", "recycled", "tree", "index", "random")
         },
         ("sinks", -1),

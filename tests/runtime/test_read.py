@@ -18,7 +18,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config
 
-SMALL = {"sinks": 2, "recent": 4, "group": "sum"}
+SMALL = {"sinks": 2, "recent": 4}
 RULES: dict[str, dict] = {
     "index": {"name": "index", "keys": 6},
     "index, largest": {"name": "index", "keys": 6, "group": "max"},
@@ -31,7 +31,7 @@ RULES: dict[str, dict] = {
     "threshold": {"name": "threshold", "threshold": 0.2},
     "random": {"name": "random", "keys": 6, "seed": 1},
 }
-WHOLE = {"keys": LENGTH, "share": 0.0, "threshold": 0.0}  # with one of these a rule reads all
+WHOLE = {"keys": LENGTH + 1, "share": 0.0, "threshold": 0.0}  # with one of these a rule reads all
 PROMPT = 20
 GENERATED = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -128,6 +128,8 @@ def test_generation(base, rule):
     for row, pad in enumerate(PADS):
         alone = {"input_ids": ids[row : row + 1, pad:], "attention_mask": mask[row : row + 1, pad:], **GENERATED}
         assert torch.equal(model.generate(**alone)[0, LENGTH - pad :], want[row, LENGTH:])
+    whole = under(base, rule, **WHOLE | {"keys": 2 * LENGTH})
+    assert torch.equal(whole.generate(**asked, num_beams=3), base.generate(**asked, num_beams=3))
     beams = model.generate(**asked, num_beams=3, num_return_sequences=3)
     assert beams.shape == (3 * len(PADS), LENGTH + GENERATED["max_new_tokens"])
     with pytest.raises(ValueError, match="assisted decoding hides it"):
@@ -213,8 +215,16 @@ def test_with_a_weight_on_the_first_token():
             module.surgery_log_gamma.copy_(torch.linspace(-1, 1.5, text.num_attention_heads))
     steps = [PROMPT, *[1] * (LENGTH - PROMPT)]
     assert difference(chunked(model, ids, mask, steps), chunked(alone, ids, mask, steps), mask) <= 1e-5
-    few = under(base, "index", *[shape] * text.num_hidden_layers)
-    assert difference(chunked(few, ids, mask, steps), chunked(under(base, "index"), ids, mask, steps), mask) <= 1e-5
+    few = double(under(base, "index", *[shape] * text.num_hidden_layers))
+    for module in runtime.attention_modules(few):
+        module.surgery_log_gamma.copy_(torch.linspace(-1, 1.5, text.num_attention_heads))
+    gammas = [torch.linspace(-1, 1.5, text.num_attention_heads)] * text.num_hidden_layers
+    for row, pad in enumerate(PADS):
+        held = reading_model(base, [settings_of("index")] * text.num_hidden_layers, PROMPT - pad, gammas)
+        one = ids[row : row + 1, pad:]
+        want = held(**given(held, one, torch.ones_like(one)), use_cache=False).logits
+        got = chunked(few, ids, mask, steps)[row : row + 1, pad:]
+        assert difference(got, want, torch.ones_like(one)) <= 1e-6  # the gammas are float32
 
 
 @torch.no_grad()
@@ -230,6 +240,45 @@ def test_the_cache_stays_whole_and_is_what_the_plan_says():
         stores = [store for layer in holder[0].layers for store in layer.stores]
         used = sum(tensor[:, :, : store.stored].nbytes for store in stores for tensor in store.tensors.values())
         assert used == 2 * 300 * anatomy.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("rule", ["index", "loki", "tokenselect", "tree", "random"])
+@torch.no_grad()
+def test_a_step_reads_as_many_keys_as_it_says(rule):
+    """Sinks, recent tokens and `keys` others, each once, at every length behind them."""
+    base = TINY["llama"]().eval()
+    ids, mask = batch(base, (0,), 60)
+    model, read = under(base, rule), []
+    reader = runtime.attention_modules(model)[0].surgery_keepers["read"].reader
+    choose = reader.choose
+
+    def listen(step):
+        slots = choose(step)
+        read.append(slots)
+        return slots
+
+    reader.choose = listen
+    chunked(model, ids, mask, [8, *[1] * 52])
+    settings = settings_of(rule)
+    wanted = settings["sinks"] + settings["recent"] + settings["keys"]
+    newer = 0
+    for slots in read:
+        rows = [[slot for slot in head if slot >= 0] for head in slots[0].tolist()]
+        assert all(len({*row}) == len(row) for row in rows)
+        newer = max(max(map(len, rows)) - wanted, newer)
+        assert all(len(row) >= wanted for row in rows)
+    assert newer == 0 or rule == "tokenselect"  # which reads what is newer than its choice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_rule
+def test_in_half_precision(rule, dtype):
+    base = TINY["llama"]().eval().to(dtype)
+    ids, mask = batch(base)
+    asked = {"input_ids": ids, "attention_mask": mask, **GENERATED}
+    whole = under(base, rule, **WHOLE | {"keys": 2 * LENGTH}).generate(**asked)
+    assert torch.equal(whole, base.generate(**asked))
+    assert under(base, rule).generate(**asked).shape == whole.shape
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from itertools import pairwise
 
 import torch
 from families import double
@@ -37,7 +36,7 @@ class Rule:
 
     def of_group(self, weights: torch.Tensor) -> list[float]:
         """[group, n] -> a number for each key."""
-        return (weights.sum(0) if self.settings["group"] == "sum" else weights.amax(0)).tolist()
+        return (weights.sum(0) if self.settings.get("group", "sum") == "sum" else weights.amax(0)).tolist()
 
     def read(self, t: int, queries: torch.Tensor, keys: torch.Tensor, score) -> list[list[int]]:
         """The keys that each KV head reads at position t.
@@ -99,33 +98,32 @@ class Rule:
         return near
 
     def _tree(self, t, queries, keys) -> list[int]:
-        settings, near = self.settings, self.always(t)
+        settings, near, block = self.settings, self.always(t), self.settings["block"]
         first, last = settings["sinks"], t + 1 - settings["recent"]
-        top = settings["keys"] // settings["block"]
-        length = max(last - first, 0)
-        cuts = [first + part * length // top for part in range(top + 1)]
-        chunks = list(pairwise(cuts))
-        longest = max(high - low for low, high in chunks)
-        while longest > settings["block"]:
-            longest = math.ceil(longest / 2)
-            halves = []
-            for low, high in chunks:
-                halves += [(low, (low + high) // 2), ((low + high) // 2, high)]
-            rated = {
-                (low, high): max(float(query @ keys[(low + high) // 2]) for query in queries)
-                for low, high in halves
-                if high > low
-            }
-            chunks = sorted(rated, key=lambda chunk: -rated[chunk])[:top]
-        return sorted({*near, *(j for low, high in chunks for j in range(low, high))})
+        blocks = [list(range(begin, min(begin + block, last))) for begin in range(first, last, block)]
+        top = settings["keys"] // block
+        chunks = [blocks[part * len(blocks) // top : (part + 1) * len(blocks) // top] for part in range(top)]
+        rounds = math.ceil(math.log2(max(max(map(len, chunks)), 1)))
+        for _ in range(rounds):
+            halves = [
+                half for chunk in chunks for half in (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]) if half
+            ]
+
+            def score(half):
+                middle = min(half[0][0] + len(half) * block // 2, last - 1)
+                return max(float(query @ keys[middle]) for query in queries)
+
+            chunks = sorted(halves, key=score, reverse=True)[:top]
+        return sorted({*near, *(token for chunk in chunks for each in chunk for token in each)})
 
 
-def reading_model(model, readers: list[dict | None], prompt: int):
+def reading_model(model, readers: list[dict | None], prompt: int, gammas=None):
     """A stock model in float64 whose steps behind a prompt read a part, for batches of one unpadded row.
 
     Args:
         readers: of each layer, the settings of its reader, all of them; None: it reads all. `heads`: its KV heads.
         prompt: tokens of the prompt.
+        gammas: of each layer, the log of the factor on the first token's weight, for each head.
     """
     model = double(copy.deepcopy(model).eval())
     text = model.config.get_text_config()
@@ -160,6 +158,9 @@ def reading_model(model, readers: list[dict | None], prompt: int):
                     read[head] = slots
             for head, slots in enumerate(read):
                 logits = score(queries[head, :, t], keys[head, slots])
+                if gammas is not None and slots[0] == 0:
+                    own = gammas[index].double()[head * group : (head + 1) * group, None]
+                    logits = torch.cat([logits[:, :1] + own, logits[:, 1:]], -1)
                 if s_aux is not None:
                     own = s_aux[head * group : (head + 1) * group].double()[:, None]
                     weights = torch.cat([logits, own], -1).softmax(-1)[:, :-1]

@@ -41,6 +41,7 @@ class HeadChoice:
         least: KV heads that every layer keeps as they are.
         protect: layers whose heads all stay as they are.
         seed: of the calibration sequences.
+        fields: the operation's fields for sinks, window and seed, which errors name.
     """
 
     op: str
@@ -55,6 +56,7 @@ class HeadChoice:
     least: int = 0
     protect: list[int] = field(default_factory=list)
     seed: int = 0
+    fields: tuple[str, str, str] = ("sinks", "window", "seed")
 
     @property
     def measured(self) -> bool:
@@ -83,7 +85,7 @@ class HeadChoice:
             problems.append(f"{self.op}: per_layer_min_retrieval: a layer has only {fewest} KV heads")
         if not problems:
             try:
-                if self.measured and any(layer.query_groups for layer in anatomy.layers):
+                if self.measured and self.needs_scores and any(layer.query_groups for layer in anatomy.layers):
                     problems.append(f"{self.op}: {UNEQUAL}: put it before prune_heads, or give a score file")
                 if not self.measured:
                     load_scores(self.scores, anatomy)
@@ -97,7 +99,7 @@ class HeadChoice:
         if not problems and self.needs_scores and self.measured and not far:
             problems.append(
                 f"{self.op}: this model takes {anatomy.positions} tokens, sinks + window are {reach}: there is no "
-                "far past to measure heads on; choose a smaller window"
+                f"far past to measure heads on; choose a smaller {self.fields[1].replace(', ', ' or ')}"
             )
         return problems
 
@@ -108,7 +110,8 @@ class HeadChoice:
             yield f"{self.scores} is a score file, which has no settings: drop scoring"
             return
         if own := [key for key in self.scoring if key in OWN]:
-            yield f"{', '.join(own)} cannot be set here; {self.op} has the fields sinks, window and seed"
+            first, second, third = self.fields
+            yield f"{', '.join(own)} cannot be set here; {self.op} has the fields {first}, {second} and {third}"
         for key in ("samples", "length"):
             if key in self.scoring and getattr(self, key) is not None:
                 yield f"{key} and calibration_{key} are two ways to say the same: drop one"

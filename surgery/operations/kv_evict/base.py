@@ -53,8 +53,8 @@ class KVEvict(Variants, Operation):
     summary: ClassVar[str] = "KV eviction: KV heads keep sinks, recent tokens and the keys that a policy chooses."
     purpose: ClassVar[str] = "cache"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "Keys that a head drops are gone. A question that comes after the text finds what no head kept only in the "
-        "heads that keep every key. A recall test, where this card has one, tests it with literal answers alone.",
+        "Keys that a head drops are gone. A later question finds them only through heads that keep every key. A "
+        "recall test, where this card has one, tests it with literal answers alone.",
         "It needs the cache that this model makes itself (`generate`, or `use_cache=True` without a cache of yours). "
         "Another cache is refused.",
     )
@@ -97,6 +97,7 @@ class KVEvict(Variants, Operation):
             self.scores,
             self.sinks,
             self.keys + self.recent,
+            fields=("sinks", "keys, recent", "scores_seed"),
             scoring=self.scoring,
             samples=self.calibration_samples,
             length=self.calibration_length,
@@ -135,7 +136,12 @@ class KVEvict(Variants, Operation):
             )
         elif not self._evicting(anatomy):
             problems.append("kv_evict: no KV head is left that keeps every key: they stream, or are protected")
+        if not problems and (problem := self.plan(anatomy).after.entries_problem()):
+            problems.append(f"kv_evict: {problem}")
         return problems
+
+    def problems_after(self, later: Anatomy) -> list[str]:
+        return [f"kv_evict: {problem}"] if (problem := later.entries_problem()) else []
 
     def _evicting(self, anatomy: Anatomy) -> bool:
         planned = self._choice.planned(anatomy, self._local(anatomy))
@@ -156,10 +162,22 @@ class KVEvict(Variants, Operation):
 
     @property
     def unchanged_within(self) -> int:
-        """The first decision that drops a key is before the first multiple of the interval that is larger."""
+        """The first decision that drops a key is before the first multiple of the interval that is larger.
+
+        With PROMPT_END a text in one call is the base's at any length, which says nothing of a shorter one.
+        """
         if self.when == PROMPT_END:
-            return self._kept
+            return 0
         return (self._kept // self.interval + 1) * self.interval
+
+    def limitations(self) -> tuple[str, ...]:
+        if self.when != PROMPT_END:
+            return self.LIMITATIONS
+        return (
+            *self.LIMITATIONS,
+            "The call that fills the empty cache is taken for the prompt. Of a prompt that comes in chunks only the "
+            "first chunk is thinned out. Assisted decoding is refused, and without a cache nothing is dropped.",
+        )
 
     def milder(self) -> str:
         return f"keys={2 * self.keys}"
@@ -238,7 +256,7 @@ class KVEvict(Variants, Operation):
             f"{'all' if count == total else share} KV heads evicting keys ({self.method})",
             f"{share} KV heads now keep {kept}, chosen {when} by the policy {self.method}{rest}.{chosen}",
             use="Use it for long texts in little memory.",
-            avoid=f"Do not use it for sequences of up to {self.unchanged_within:,} tokens: no key is dropped there.",
+            avoid=f"Do not use it for sequences of up to {self._kept:,} tokens: no key is dropped there.",
         )
 
     def apply(self, model, context: ApplyContext) -> dict:

@@ -44,7 +44,9 @@ class CaoteEviction(KVEvict):
     output: bool = Field(True, description="Measure the change behind the output projection.")
     fast: bool = Field(False, description="The mean value stands in for the output (FastCAOTE).")
     greedy: bool = Field(
-        False, description="Drop one key after the other, exactly. Slow: choose observe as small as 1."
+        False,
+        description="Drop one key after the other, exactly. Slow, and it notes `observe` weights of each query head "
+        "with each key: choose observe as small as 1.",
     )
 
     def policy(self, anatomy: Anatomy, layer: int) -> dict:

@@ -42,7 +42,8 @@ class KVRead(Variants, Operation):
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The cache is as large as before, and prompts are read whole: only steps that decode read less. Loss on text "
         "in one call shows nothing of it. A recall test, where this card has one, does.",
-        "It needs the cache that this model makes itself, and does not work with assisted decoding.",
+        "It needs the cache that this model makes itself. Assisted decoding is refused, since it checks several "
+        "tokens in one call, which would read all.",
     )
     term: ClassVar[str | None] = "visibility in decoding"
 
@@ -50,9 +51,6 @@ class KVRead(Variants, Operation):
     method: str = Field(description="The reader: which keys a step reads.")
     sinks: WholeNumber = Field(4, le=MOST_READ, description="First tokens of a sequence that every step reads.")
     recent: Count = Field(128, le=MOST_READ, description="Last tokens that every step reads.")
-    group: Literal["sum", "max"] = Field(
-        "sum", description="How the weights of a KV head's query heads are put together."
-    )
     layers: list[WholeNumber] | None = Field(
         None, description="Layers whose steps read less; default all that see all."
     )
@@ -92,7 +90,12 @@ class KVRead(Variants, Operation):
             problems.append(f"kv_read: {error}")
         if not problems and not self.term_layers(anatomy):
             problems.append("kv_read: no head of these layers sees all tokens: their steps read few already")
+        if not problems and (problem := self.plan(anatomy).after.entries_problem()):
+            problems.append(f"kv_read: {problem}")
         return problems
+
+    def problems_after(self, later: Anatomy) -> list[str]:
+        return [f"kv_read: {problem}"] if (problem := later.entries_problem()) else []
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
         """The requested layers that have a head whose cache grows."""

@@ -37,7 +37,15 @@ class ReadingSome(KVRead):
         return self.sinks + self.recent + self.keys
 
 
-class TokenSelectReading(ReadingSome):
+class RankingReading(ReadingSome):
+    """A reader that ranks keys by weights of attention."""
+
+    group: Literal["sum", "max"] = Field(
+        "sum", description="How the weights of a KV head's query heads are put together."
+    )
+
+
+class TokenSelectReading(RankingReading):
     """One set of keys for all heads, by a soft vote, kept while queries are alike (TokenSelect)."""
 
     method: Literal["tokenselect"] = "tokenselect"
@@ -46,8 +54,12 @@ class TokenSelectReading(ReadingSome):
         0.9, description="Cosine of two queries above which the last choice is used again."
     )
 
+    @property
+    def reads(self) -> str:
+        return f"{super().reads}, and all keys where it chooses anew"
 
-class LokiReading(ReadingSome):
+
+class LokiReading(RankingReading):
     """Rank the keys in a few directions, which a calibration text gives (Loki)."""
 
     method: Literal["loki"]
@@ -55,6 +67,10 @@ class LokiReading(ReadingSome):
     calibration_text: str = Field("builtin", description="builtin, mixed, conversations, self, or a text file.")
     calibration_samples: Count = Field(16, description="Sequences of it.")
     calibration_length: Length = Field(512, description="Tokens in each.")
+
+    @property
+    def reads(self) -> str:
+        return f"{super().reads}, and the projections of all"
 
     def parameters(self, anatomy: Anatomy, layer: int) -> dict[str, list[int]]:
         from surgery.runtime.surgery_kv_read import BASIS
@@ -76,11 +92,15 @@ class LokiReading(ReadingSome):
         return key_directions(model, sequences, self.dims, context.progress), {"calibration": source}
 
 
-class RecycledReading(ReadingSome):
+class RecycledReading(RankingReading):
     """Read all keys at some steps, and in between what weighed most at the last of them (Recycled Attention)."""
 
     method: Literal["recycled"]
     every: Count = Field(32, description="Steps from one that reads all to the next.")
+
+    @property
+    def reads(self) -> str:
+        return f"{super().reads}, and every {self.every} steps all"
 
 
 class TreeReading(ReadingSome):
@@ -101,10 +121,14 @@ class AdaptiveReading(KVRead):
         return f"{self.sinks + self.recent:,} keys, or all"
 
 
-class IndexReading(ReadingSome):
+class IndexReading(RankingReading):
     """Read the keys with the largest weights, by an exact search of all: what others come near to."""
 
     method: Literal["index"]
+
+    @property
+    def reads(self) -> str:
+        return f"all keys, and the values of {self.least:,}"
 
 
 class ThresholdReading(KVRead):
@@ -117,7 +141,7 @@ class ThresholdReading(KVRead):
 
     @property
     def reads(self) -> str:
-        return f"the keys with at least {self.threshold:g} of the largest weight"
+        return f"all keys, and the values of those with at least {self.threshold:g} of the largest weight"
 
 
 class RandomReading(ReadingSome):

@@ -6,6 +6,7 @@ Each method is a class in `bias_methods.py` or `virtual_key_methods.py`. `operat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -192,10 +193,12 @@ class SinkCalibration(Variants, Operation):
         line, notes = self.described(anatomy, targets, many)
         if self.measures:
             notes.append("a setting that is not two standard errors better than none on text held back is not kept")
-        entries = (self.entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
-        more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
+        entries = [self.entry(layer, targets) for layer in anatomy.layers]
+        more = sum(prod(shape) for entry in entries for shape in entry.get("parameters", {}).values())
         details = {"parameters": more, "measurements": self.measurements(anatomy) if self.measures else ()}
-        return PlannedChange(anatomy, (line,), SURGICAL, tuple(notes), measured=self.measures, **details)
+        pairs = zip(anatomy.layers, entries, strict=True)
+        after = replace(anatomy, layers=tuple(_with(layer, entry) if entry else layer for layer, entry in pairs))
+        return PlannedChange(after, (line,), SURGICAL, tuple(notes), measured=self.measures, **details)
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         """The stages that a method which measures runs."""
@@ -247,3 +250,9 @@ class SinkCalibration(Variants, Operation):
     def entry(self, layer: LayerAnatomy, targets: Targets) -> dict[str, Any]:
         """A layer's entry in the `surgery` block."""
         return {"parameters": self.shapes(layer)} if layer.index in targets else {}
+
+
+def _with(layer: LayerAnatomy, entry: dict[str, Any]) -> LayerAnatomy:
+    """A layer with what an entry adds; the parameters of both stay."""
+    parameters = layer.entry.get("parameters", {}) | entry.get("parameters", {})
+    return layer.with_entry(**entry | {"parameters": parameters})

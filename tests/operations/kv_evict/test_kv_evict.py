@@ -15,6 +15,7 @@ from surgery.calibration.head_scores import HeadScores
 from surgery.errors import SurgeryError
 from surgery.operations.kv_evict.base import OF_HEADS
 from surgery.operations.kv_evict.operation import METHODS
+from surgery.runtime.surgery_cache import CACHE
 from surgery.runtime.surgery_config import load_file
 
 SMALL = ("keys=8", "sinks=2", "recent=4", "interval=8", "evaluate.windows=1", "evaluate.length=64")
@@ -36,7 +37,7 @@ def test_through_the_command(surgery, model, tmp_path):
     assert report["operations"][0]["record"]["evicting"] == [[0, 1, 2], [0, 1, 2]]
     card = (tmp_path / "out/README.md").read_text()
     assert "All KV heads now keep the first 2 and the last 4 tokens and 8 others, chosen every 8 tokens" in card
-    assert "A question that comes after the text" in card
+    assert "A later question finds them only through heads that keep every key" in card
     planned = surgery("plan", "evict", model, "observe=2", *SMALL, "--json").json
     head_dim, kept = Anatomy.of(model).layers[0].head_dim, 2 + 4 + 8 + 8
     assert planned["kv_bytes_per_token"]["after"] == 0
@@ -184,3 +185,43 @@ evaluate: null
     assert ["policy" in layer for layer in layers] == [True, False]
     assert all("surgery_log_gamma" in layer["parameters"] for layer in layers)
     assert surgery("check", "out").code == 0
+
+
+EVICT = {"op": "kv_evict", "keys": 4, "sinks": 1, "recent": 2, "interval": 8, "observe": 2}
+READ = {"op": "kv_read", "keys": 4, "sinks": 1, "recent": 2}
+GAMMA = {"op": "sink_calibration", "method": "zero_tuning", "gamma": 2.0}
+SPARSE = {"op": "sparse_prefill", "block": 16}
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([READ, EVICT], "a reader and a policy for KV heads"),
+        ([EVICT, READ], "no head of these layers sees all tokens"),
+        ([SPARSE, EVICT], "and sparse, which needs all keys in order"),
+        ([EVICT, SPARSE], "and sparse, which needs all keys in order"),
+        ([EVICT | {"sinks": 0}, GAMMA], "bias, which needs the first token"),
+        ([READ | {"sinks": 0}, GAMMA], "bias, which needs the first token"),
+        ([EVICT, EVICT], "sets the visibility of the cache of the same heads"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_the_plan(steps, says):
+    with pytest.raises(SurgeryError) as caught:
+        surgery.plan({"version": 1, "name": "both", "operations": steps, "evaluate": None}, TINY["llama"]())
+    assert says in " ".join([str(caught.value), *map(str, caught.value.others)])
+
+
+def test_after_heads_that_are_read_unequally():
+    """Nothing is measured where all heads evict, so that groups of any size do."""
+    model = TINY["llama"]().eval()
+    prune = {"op": "prune_heads", "granularity": "head", "heads": [[0], [3]], "refit": False}
+    surgery.apply({"version": 1, "name": "both", "operations": [prune, EVICT], "evaluate": None}, model)
+    ids = torch.randint(3, 60, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        out = model(ids[:, :11], use_cache=True)
+        rest = model(ids[:, 11:], use_cache=True, **{CACHE: out[CACHE]}).logits
+    assert (torch.cat([out.logits, rest], 1) - want).abs().max() <= 1e-5 * want.std()
+    some = {"version": 1, "name": "both", "operations": [prune, EVICT | {"evicting_ratio": 0.5}], "evaluate": None}
+    with pytest.raises(SurgeryError, match="put it before prune_heads"):
+        surgery.plan(some, TINY["llama"]())

@@ -376,12 +376,12 @@ def test_a_split_without_sinks_after_a_weight_for_the_first_token_is_refused(sur
 
 def test_a_split_that_is_measured_is_looked_at_when_it_is_known(model, monkeypatch):
     from surgery.calibration.head_scores import HeadScores
-    from surgery.operations.duo_attention.operation import DuoAttention
+    from surgery.operations.head_scorers.choice import HeadChoice
 
     weigh = sink("zero_tuning", gamma=2.0, layers=[1], heads=[8])
     split = {"op": "duo_attention", "sinks": 0, "window": 6, "streaming_ratio": 0.17}  # planned: head 0 of layer 0
     for scores, lost in (([[1.0] * 3, [1.0, 1.0, 0.0]], True), ([[0.0, 1.0, 1.0], [1.0] * 3], False)):
-        monkeypatch.setattr(DuoAttention, "_measure", lambda *_, found=scores: HeadScores("measured", found))
+        monkeypatch.setattr(HeadChoice, "measure", lambda *_, found=scores: HeadScores("measured", found))
         loaded = load_model(model)
         if lost:
             with pytest.raises(SurgeryError, match=r"heads .8. of layer 1 stream without sinks"):
