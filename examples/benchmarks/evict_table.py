@@ -11,13 +11,14 @@ same first and last tokens, and hold at most as many keys as the row says.
 Each row has the needles that are found of those that the base finds, with the 95 % interval; the prompt is read first
 and the question in a later call. Then nats a token of the answers, and nats a token on each of `--texts` ("builtin",
 its held-out part, or a file), in windows of `--window` tokens. `--out` holds what was measured so far, and the same
-command resumes.
+command resumes. `--table` writes it as a table for the pages.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
 
+import results
 import torch
 from head_scores_table import cross_entropies
 from measured import Measured
@@ -61,6 +62,8 @@ parser.add_argument("--texts", nargs="+", default=["builtin"], help="builtin, or
 parser.add_argument("--windows", type=int, default=4)
 parser.add_argument("--window", type=int, default=2048, help="tokens of a window of the texts")
 parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("--table", type=Path, metavar="FILE", help="write a table for the pages (results/NAME.json)")
+parser.add_argument("--machine", default="", help="with --table: the machine")
 DEPTHS = [0.1, 0.3, 0.5, 0.7]
 
 
@@ -87,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = resolve(options.model).path
     model, tokenizer = surgery.load(folder).eval(), read_tokenizer(folder)
-    fixed = ("out", "shares", "heads", "policies")
+    fixed = ("out", "shares", "heads", "policies", "table", "machine")
     measured = Measured(options.out, {key: value for key, value in vars(options).items() if key not in fixed})
     needles = make_needles(tokenizer, lengths=[options.length], depths=DEPTHS, samples=options.samples, seed=0)
     texts = {text: windows(load_text(text), tokenizer, options.window, options.windows) for text in options.texts}
@@ -113,6 +116,7 @@ def main() -> None:
     print("| --- | ---: | --- | ---: | --- | ---: |" + " ---: |" * len(options.texts))
     losses = " | ".join(f"{loss:.3f}" for loss in known["losses"])
     print(f"| | | base | {len(asked)} | | {known['nll']:.3f} | {losses} |", flush=True)
+    rows = [["every key", "base", len(asked), None, known["nll"], *known["losses"]]]
     for heads in options.heads:
         for share in options.shares:
             for policy in options.policies:
@@ -121,11 +125,21 @@ def main() -> None:
                 found = measured.once(f"{policy}, {heads}, {share}", partial(row, step))
                 low, high = wilson(found["kept"], len(asked))
                 losses = " | ".join(f"{loss:.3f}" for loss in found["losses"])
+                interval = f"{low:.0%} to {high:.0%}"
+                rows.append([f"{share:.0%}, {heads}", policy, found["kept"], interval, found["nll"], *found["losses"]])
                 print(
-                    f"| {heads} | {share:.0%} | {policy} | {found['kept']} | {low:.0%} to {high:.0%} | "
-                    f"{found['nll']:.3f} | {losses} |",
+                    f"| {heads} | {share:.0%} | {policy} | {found['kept']} | {interval} | {found['nll']:.3f} | "
+                    f"{losses} |",
                     flush=True,
                 )
+    if options.table:
+        names = {"builtin": "held-out reference"}
+        columns: list = ["keys", {"name": "policy", "align": "left"}, f"needles, of {len(asked)}", "95%"]
+        columns += [{"name": "nats a token of the answers", "format": "{:.3f}"}]
+        columns += [{"name": names.get(text, Path(text).stem), "format": "{:.3f}"} for text in options.texts]
+        command = f"python examples/benchmarks/evict_table.py {options.model} --scores fisher.json --out evict.json"
+        commands = [f"surgery score {options.model} --method fisher -o fisher.json", command]
+        results.write(options.table, commands, options.machine, columns, rows)
 
 
 if __name__ == "__main__":
