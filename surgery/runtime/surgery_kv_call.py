@@ -152,7 +152,7 @@ class _PiecewiseCall:
             position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
             if not self.terms.corrections:  # what the kernel gave may be rounded to half precision
                 outputs = counted @ view.values[:, :, None].to(wide)
-            self.of.policy.count(Votes(counted, outputs, votes, position), kept)
+            self.of.policy.add_votes(Votes(counted, outputs, votes, position), kept)
         store.note(kept.notes)
         store.settled = store.seen
 

@@ -82,9 +82,9 @@ class CaotePolicy(MeanVote):
     def forget(self, notes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return super().forget(notes) | {name: notes[name] for name in ("squares",) if name in notes}
 
-    def count(self, votes: Votes, kept: Kept) -> None:
+    def add_votes(self, votes: Votes, kept: Kept) -> None:
         if not self.greedy:
-            super().count(votes, kept)
+            super().add_votes(votes, kept)
             return
         weights, voted = votes.weights, votes.voting.any(2).any(1)  # [batch, n]
         place = torch.arange(self.observe, device=weights.device)  # consecutive queries have different places

@@ -157,7 +157,7 @@ class MeanVote(Voting):
         """The vote of each query for each key, [batch, KV heads, group, n, kept]; 0 of queries that have none."""
         raise NotImplementedError
 
-    def count(self, votes: Votes, kept: Kept) -> None:
+    def add_votes(self, votes: Votes, kept: Kept) -> None:
         seen = (kept.positions[:, :, None] <= votes.positions[:, None, :, None]) & votes.voting.any(2)[..., None]
         self._add(kept, "votes", self.of_group(self.vote(votes, kept)).sum(2))
         self._add(kept, "voters", seen.sum(2))

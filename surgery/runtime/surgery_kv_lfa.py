@@ -30,7 +30,7 @@ class LfaPolicy(Voting):
     def notes_of(self, readers: int) -> int:
         return 1
 
-    def count(self, votes: Votes, kept: Kept) -> None:
+    def add_votes(self, votes: Votes, kept: Kept) -> None:
         times = (self.of_group(votes.weights) >= self.threshold).sum(2).int()
         kept.notes["times"] = kept.notes["times"] + times if "times" in kept.notes else times
 

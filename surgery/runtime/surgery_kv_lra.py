@@ -31,7 +31,7 @@ class LraPolicy(Voting):
     def notes_of(self, readers: int) -> int:
         return 1
 
-    def count(self, votes: Votes, kept: Kept) -> None:
+    def add_votes(self, votes: Votes, kept: Kept) -> None:
         attended = self.of_group(votes.weights) >= self.threshold  # [batch, KV heads, n, kept]
         last = torch.where(attended, votes.positions[:, None, :, None] + 1, 0).amax(2).int()  # 0: never
         old = kept.notes.get("last")

@@ -68,7 +68,7 @@ class Policy:
         """
         raise NotImplementedError
 
-    def count(self, votes: Votes, kept: Kept) -> None:
+    def add_votes(self, votes: Votes, kept: Kept) -> None:
         """Note the votes of some queries in `kept.notes`."""
         raise NotImplementedError
 

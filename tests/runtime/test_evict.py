@@ -362,13 +362,13 @@ def test_heads_that_a_gate_switches_off_have_no_vote():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     model, shown = double(model), []
     policy = runtime.attention_modules(model)[0].surgery_keepers["policy"].policy
-    count = policy.count
+    add_votes = policy.add_votes
 
     def listen(votes, kept):
         shown.append((votes, votes.weights.clone()))
-        count(votes, kept)
+        add_votes(votes, kept)
 
-    policy.count = listen
+    policy.add_votes = listen
     whole = model(**given(model, ids, mask), use_cache=False).logits
     assert shown
     assert all(bool((weights[~votes.voting] == 0).all()) for votes, weights in shown)

@@ -30,7 +30,9 @@ KERNEL, GATHERED = {"block_sparse_prefill.py", "estimators.py"}, {"gathered_head
 ALWAYS = {"surgery_triton.py", "streaming_prefill.py", "split_decode.py"}
 ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"} | KERNEL | GATHERED | ALWAYS
 CORE = {"modeling_surgery.py"} | ALWAYS
-CORE |= {f"surgery_{name}.py" for name in ("attention", "cache", "config", "kernels", "stores", "visibility")}
+CORE |= {
+    f"surgery_{name}.py" for name in ("attention", "cache", "config", "kept_store", "kernels", "stores", "visibility")
+}
 SPARSE = {"sparse_prefill", "block_attention", "block_selection", "estimators"}
 GATE = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 4}
 ROUTERS = Gate.of(GATE, [3, 3, 3]).shapes(72)
@@ -249,7 +251,7 @@ def test_check_says_that_the_code_is_another_versions(surgery, model, tmp_path):
     made = surgery("apply", "streaming", model, "-o", "out", "sinks=2", "window=6", "--no-check", "--no-eval")
     assert made.code == 0, made.err
     out = tmp_path / "out"
-    assert looked_at(surgery("check", out, "--json")) == ("passed", "10 files, identical to this version's")
+    assert looked_at(surgery("check", out, "--json")) == ("passed", "11 files, identical to this version's")
     (out / "surgery_older.py").write_text("# a file that this version does not have\n")
     (out / "surgery_cache.py").write_text("raise RuntimeError('another version')\n")
     report = json.loads((out / "surgery.json").read_text())

@@ -266,7 +266,8 @@ def test_a_step_reads_as_many_keys_as_it_says(rule):
         rows = [[slot for slot in head if slot >= 0] for head in slots[0].tolist()]
         assert all(len({*row}) == len(row) for row in rows)
         newer = max(max(map(len, rows)) - wanted, newer)
-        assert all(len(row) >= wanted for row in rows)
+        cut = settings.get("block", 1) - 1  # the last block may be
+        assert all(len(row) >= wanted - cut for row in rows)
     assert newer == 0 or rule == "tokenselect"  # which reads what is newer than its choice
 
 
