@@ -187,11 +187,12 @@ def give_cache(module, args, kwargs):
     position = _cache_position(type(module))
     cache = args[position] if len(args) > position else kwargs.get(CACHE)
     if cache is not None:
+        if isinstance(cache, SurgeryCache):  # as in every step: nothing else is asked
+            cache.refuse_other(module.config)
+            return args, kwargs
         own = any(part.in_own_cache(layer) for layer in validate(module.config) for part in used_parts(layer).values())
         refuse_cache(cache, own)
-        if isinstance(cache, SurgeryCache):
-            cache.refuse_other(module.config)
-        elif own or depends_on_prompt(module.config):
+        if own or depends_on_prompt(module.config):
             raise ValueError(
                 f"this surgery keeps in the model's own cache what it chose or found, and {type(cache).__name__} "
                 "cannot hold it: leave the cache out"

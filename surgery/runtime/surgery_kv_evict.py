@@ -139,6 +139,33 @@ class Voting(Evict):
 
 
 @dataclass
+class AttendedTo(Voting):
+    """A policy that asks which queries gave a key a weight of at least `threshold`.
+
+    Attributes:
+        observe: the queries before a decision that are looked at.
+        group: a query head's vote counts if it reaches the threshold (max), or with those of its group (sum).
+    """
+
+    observe: int = 256
+    group: str = "max"
+    threshold: float = 0.01
+
+    def notes_of(self, readers: int) -> int:
+        return 1
+
+    def attended(self, votes: Votes) -> torch.Tensor:
+        """Which queries did so, bool [batch, KV heads, n, kept]."""
+        return self.of_group(votes.weights) >= self.threshold
+
+    def problem(self) -> str:
+        if fault := super().problem():
+            return fault
+        valid = type(self.threshold) in (int, float) and 0 < self.threshold < 1
+        return "" if valid else f"threshold is {self.threshold!r}; it is between 0 and 1"
+
+
+@dataclass
 class MeanVote(Voting):
     """The score of a key is its mean vote of the queries that could see it.
 

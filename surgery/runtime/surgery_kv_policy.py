@@ -29,9 +29,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .surgery_config import FILES, HeadCost, Part, all_whole, load_file, used_parts
+from .surgery_config import FILES, HeadCost, Part, load_file, used_parts
 from .surgery_kv_call import Kept, LayerPolicy, Votes
-from .surgery_visibility import Visibility
+from .surgery_visibility import Visibility, fault_of_heads, heads_under, remaining_heads
 
 
 class Policy:
@@ -146,9 +146,8 @@ class KVPolicy(Part):
             policy = policy_of(layer["policy"])
         except ValueError as error:
             return f"has a policy that cannot be: {error}"
-        heads = layer["policy"].get("heads", [])
-        if not all_whole(heads, 0) or len({*heads}) < len(heads) or max(heads, default=0) >= len(groups):
-            return f"must list KV heads from 0 to {len(groups) - 1} under its policy, each once, not {heads}"
+        if fault := fault_of_heads(layer, "policy", len(groups)):
+            return fault
         for name, part in used_parts(layer).items():
             if part.by_slots:
                 return f"has a policy for the cache and {name}, which needs all keys in order"
@@ -160,16 +159,11 @@ class KVPolicy(Part):
         return {f"policy.{layer['policy']['name']}"} & set(FILES)
 
     def visibilities(self, layer: dict, heads: list[Visibility]) -> list[Visibility]:
-        under, most = self._heads(layer, len(heads)), policy_of(layer["policy"]).most
+        under, most = heads_under(layer, "policy", len(heads)), policy_of(layer["policy"]).most
         return [
             replace(seen, keeper="policy", most=most) if head in under and seen.simplified().window is None else seen
             for head, seen in enumerate(heads)
         ]
-
-    @staticmethod
-    def _heads(layer: dict, kv_heads: int) -> set[int]:
-        """The KV heads under the policy."""
-        return {*layer["policy"].get("heads", range(kv_heads))}
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         if "policy" in layer:
@@ -179,14 +173,12 @@ class KVPolicy(Part):
         return ("visibility of the cache",)
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
-        policy, under = policy_of(layer["policy"]), self._heads(layer, len(heads))
+        policy, under = policy_of(layer["policy"]), heads_under(layer, "policy", len(heads))
         return [policy.kv_cost(cost) if cost.growing and head in under else cost for head, cost in enumerate(heads)]
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
         entry = layer["policy"] | policy_of(layer["policy"]).after_heads_change(queries, kv_heads)
-        if "heads" in entry:
-            entry |= {"heads": [new for new, old in enumerate(kv_heads) if old in entry["heads"]]}
-        return {"policy": entry}
+        return {"policy": remaining_heads(entry, kv_heads)}
 
     def by_prompt(self, layer: dict) -> bool:
         return policy_of(layer["policy"]).at_prompt_end

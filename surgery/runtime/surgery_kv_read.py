@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .surgery_config import FILES, KV_HEADS, HeadCost, Parameter, Part, all_whole, is_whole, load_file, used_parts
+from .surgery_config import FILES, KV_HEADS, HeadCost, Parameter, Part, is_whole, load_file, used_parts
 from .surgery_kept_store import KeptStore
 from .surgery_stores import KeyValues, Scoring
-from .surgery_visibility import Visibility
+from .surgery_visibility import Visibility, fault_of_heads, heads_under, remaining_heads
 
 BASIS = "surgery_read_basis"  # parameter: for each KV head, the directions [head_dim, dims] in which keys are ranked
 
@@ -263,7 +263,7 @@ class ReaderPart(Part):
         if BASIS not in layer.get("parameters", {}):
             return heads
         _, size, dims = layer["parameters"][BASIS]  # a projection of each key stands beside it
-        under = _heads(layer, "read", len(heads))
+        under = heads_under(layer, "read", len(heads))
         more = 1 + dims / (2 * size)
         return [
             cost._replace(growing=cost.growing * more) if cost.growing and head in under else cost
@@ -275,10 +275,9 @@ class ReaderPart(Part):
             reader = reader_of(layer["read"])
         except (ValueError, TypeError) as error:
             return f"has a reader that cannot be: {error}"
-        heads = layer["read"].get("heads", [])
-        if not all_whole(heads, 0) or len({*heads}) < len(heads) or max(heads, default=0) >= len(groups):
-            return f"must list KV heads from 0 to {len(groups) - 1} under its reader, each once, not {heads}"
-        if shared := _heads(layer, "read", len(groups)) & _heads(layer, "policy", len(groups)):
+        if fault := fault_of_heads(layer, "read", len(groups)):
+            return fault
+        if shared := heads_under(layer, "read", len(groups)) & heads_under(layer, "policy", len(groups)):
             return f"has a reader and a policy for KV heads {sorted(shared)}: a policy leaves a step nothing to choose"
         text, named = config.get_text_config(), layer.get("parameters", {})
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -297,7 +296,7 @@ class ReaderPart(Part):
         return {f"read.{layer['read']['name']}"} & set(FILES)
 
     def visibilities(self, layer: dict, heads: list[Visibility]) -> list[Visibility]:
-        under = _heads(layer, "read", len(heads))
+        under = heads_under(layer, "read", len(heads))
         return [
             replace(seen, keeper="read")
             if head in under and seen.simplified().window is None and not seen.keeper
@@ -313,10 +312,7 @@ class ReaderPart(Part):
         return ("visibility in decoding",)
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
-        entry = layer["read"]
-        if "heads" in entry:
-            entry = entry | {"heads": [new for new, old in enumerate(kv_heads) if old in entry["heads"]]}
-        return {"read": entry}
+        return {"read": remaining_heads(layer["read"], kv_heads)}
 
     def by_prompt(self, layer: dict) -> bool:
         return True
@@ -332,11 +328,6 @@ class ReaderPart(Part):
 
     def probe_length(self, layer: dict, least: int) -> int:
         return max(least, reader_of(layer["read"]).least + 16)
-
-
-def _heads(layer: dict, key: str, kv_heads: int) -> set[int]:
-    """The KV heads that this key of a layer's entry is for."""
-    return {*layer[key].get("heads", range(kv_heads))} if key in layer else set()
 
 
 PART = ReaderPart()
