@@ -124,11 +124,12 @@ def export(
     refuse_no_text("engine", engine)
     refuse_no_path("file", file, needed=True)
     target = find(engine)
-    version, kind = target.version(), target.type_named(kind)
+    kind = target.type_named(kind)
     typed = Path(file).expanduser()
     path = artifact.output_path(typed, Path(out), target.suffix, overwrite, target.name)
     _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
+    version = target.version()  # after what no installation mends
     _refuse_no_tokenizer(Path(out), target)
     refuse_small_disk(path.parent, target.disk_bytes(anatomy, kind))
     _refuse_small_memory(anatomy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
+import shutil
 import subprocess
 from copy import deepcopy
 from pathlib import Path
@@ -460,11 +461,16 @@ def test_usage(refused, tmp_path, args, says):
 
 
 def test_an_environment_that_is_missing_is_named(refused, tmp_path, monkeypatch):
-    make(tmp_path / "out", "Llama", UNIFORM)
-    passed(tmp_path / "out")
+    """After what no installation mends."""
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SURGERY_VLLM", str(tmp_path / "none"))
+    for head_dim in (16, 32):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        make(tmp_path / "out", "Llama", UNIFORM, head_dim=head_dim)
+        passed(tmp_path / "out")
+        if head_dim == 16:
+            refused(*export(), says=["cannot express heads of size 16"])
     refused(*export(), says=[f"{tmp_path / 'none'}: vLLM is not installed", "python -m surgery.engines.vllm_env"])
 
 
