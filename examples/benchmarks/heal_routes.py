@@ -8,8 +8,9 @@ the same text, and the result is scored on held-out texts. During the training, 
 is scored every `--every` steps. The columns "at N min" have this loss after so many minutes; with `--steps`, there are
 columns for an eighth, a quarter and half of the steps. They have the last loss that was measured up to then. The
 curves, nats against minutes and against tokens, are drawn next to `--out`. With `--data self`, the base writes
-`--write` tokens of text with each of `--text-seeds`, once for all routes. `--out` holds the finished routes. The same
-command resumes, a route from its last checkpoint.
+`--write` tokens of text with each of `--text-seeds`, once for all routes; `--beside` names text files to train on
+beside them, which must not be held-out texts. `--out` holds the finished routes. The same command resumes, a route
+from its last checkpoint.
 
 In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
@@ -79,6 +80,7 @@ parser.add_argument("--minutes", type=float, default=40.0, help="of each route")
 parser.add_argument("--steps", type=int, help="of each route, in place of --minutes")
 parser.add_argument("--write", type=int, default=131072, help="tokens of text that the base writes for --data self")
 parser.add_argument("--text-seeds", nargs="+", type=int, default=[0], help="so many tokens are written with each")
+parser.add_argument("--beside", nargs="+", type=Path, default=[], help="text files that --data self also trains on")
 parser.add_argument("--batch-tokens", type=int, default=2048)
 parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
 parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
@@ -122,6 +124,7 @@ def written(options) -> Path:
         documents += sample(model, tokenizer, Heal(steps=1, seed=seed), options.write, folder=batches, progress=said)
     begin = len(begin_of_text(tokenizer))  # which the tokenizer puts before each text
     texts = tokenizer.batch_decode([document[begin:] for document in documents])
+    texts += map(Path.read_text, options.beside)
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file
 
@@ -182,6 +185,8 @@ def cells(scores: dict, base: dict) -> list[str]:
 
 def main() -> None:
     options = parser.parse_args()
+    if judged := {*map(str, options.beside)} & {*options.texts}:
+        parser.error(f"{judged.pop()} is a held-out text: do not train on it")
     settings = {
         name: value for name, value in vars(options).items() if name not in ("out", "routes", "seeds", "points")
     }
