@@ -5,8 +5,10 @@
 FILE was written by `surgery score MODEL --method fisher -o FILE`. A row is a policy and a share of the keys that the
 base holds of a text of `--length` tokens. In the rows "all heads" every KV head evicts. In the rows "low scores" the
 heads with the lowest scores evict down to `--cap` keys, and the others keep every key. The rows "split" are the
-control that decides: the same heads see sinks and a window (`duo_attention`), with as many keys. All rows protect the
-same first and last tokens, and hold at most as many keys as the row says.
+control that decides: the same heads see sinks and a window (`duo_attention`), with as many keys. In the rows "task_kv"
+as many heads keep every key as with "low scores", but each text chooses its own, as many in each layer; shares that
+this cannot give are left out. All rows protect the same first and last tokens, and hold at most as many keys as the
+row says.
 
 Each row has the needles that are found of those that the base finds, with the 95 % interval; the prompt is read first
 and the question in a later call. Then nats a token of the answers, and nats a token on each of `--texts` ("builtin",
@@ -24,6 +26,7 @@ from head_scores_table import cross_entropies
 from measured import Measured
 
 import surgery
+from surgery.architecture.anatomy import Anatomy
 from surgery.data.haystack import make_needles
 from surgery.data.text import load_text, windows
 from surgery.evaluation.paired import wilson
@@ -40,6 +43,8 @@ POLICIES: dict[str, dict] = {
     "caote, one key at a time": {"method": "caote", "greedy": True, "observe": 1},
     "lra": {"method": "lra"},
     "lfa": {"method": "lfa"},
+    "task_kv": {"method": "task_kv"},
+    "task_kv, behind the output projection": {"method": "task_kv", "output": True},
     "norm": {"method": "norm"},
     "window": {"method": "window"},
     "random": {"method": "random"},
@@ -67,8 +72,12 @@ parser.add_argument("--machine", default="", help="with --table: the machine")
 DEPTHS = [0.1, 0.3, 0.5, 0.7]
 
 
-def operation(policy: str, heads: str, share: float, options) -> dict | None:
-    """The operation of a row; None: it cannot be, since the other heads alone hold more keys."""
+def operation(policy: str, heads: str, share: float, options, kv_heads: int) -> dict | None:
+    """The operation of a row; None: it cannot be, since the other heads alone hold more keys.
+
+    Args:
+        kv_heads: KV heads of a layer.
+    """
     if heads == "all heads":
         most, ratio = round(share * options.length), 1.0
     else:
@@ -82,6 +91,11 @@ def operation(policy: str, heads: str, share: float, options) -> dict | None:
     settings = {"sinks": options.sinks, "recent": options.recent, "interval": options.interval}
     keys = most - sum(settings.values())
     own = POLICIES[policy]
+    if own["method"] == "task_kv":
+        full = round((1 - ratio) * kv_heads)
+        if not full or abs(full - (1 - ratio) * kv_heads) > 0.02:
+            return None
+        ratio, chosen, own = 1.0, {}, own | {"full_heads": full}
     votes = {} if own["method"] in ("norm", "window", "random") else {"observe": options.interval}
     return {"op": "kv_evict", "keys": keys, "evicting_ratio": ratio} | settings | chosen | votes | own
 
@@ -90,6 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = resolve(options.model).path
     model, tokenizer = surgery.load(folder).eval(), read_tokenizer(folder)
+    kv_heads = Anatomy.of(model).layers[0].kv_heads
     fixed = ("out", "shares", "heads", "policies", "table", "machine")
     measured = Measured(options.out, {key: value for key, value in vars(options).items() if key not in fixed})
     needles = make_needles(tokenizer, lengths=[options.length], depths=DEPTHS, samples=options.samples, seed=0)
@@ -120,7 +135,7 @@ def main() -> None:
     for heads in options.heads:
         for share in options.shares:
             for policy in options.policies:
-                if (step := operation(policy, heads, share, options)) is None:
+                if (step := operation(policy, heads, share, options, kv_heads)) is None:
                     continue
                 found = measured.once(f"{policy}, {heads}, {share}", partial(row, step))
                 low, high = wilson(found["kept"], len(asked))

@@ -197,7 +197,7 @@ def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: 
         made: output and log-sum-exp before the corrections, where a kernel has computed them; or None.
     """
     sink, sparse, corrections, on, work, observe, _ = terms
-    scoring, with_lse = scoring._replace(sink=sink), terms.with_lse
+    scoring, with_lse = scoring._replace(sink=sink), terms.with_lse or view.archive is not None
     if sparse is not None and sparse.applies(query.shape[2], view.end):
         rest = scoring.mask, scoring.scale, scoring.softcap
         out, lse, view.read = sparse.attend(query, view.keys, view.values, *rest, work)
@@ -208,6 +208,9 @@ def _attend(query, view: KeyValues, terms: _Terms, made: tuple | None, scoring: 
         else:
             by_pytorch = _on_keys if view.slots is None else _on_survivors
             out, lse = made or by_pytorch(query, view, scoring, with_lse)
+            if view.archive is not None:
+                attend = partial(_under_mask, scoring=scoring, with_lse=True, empty_rows=True)
+                out, lse = view.archive.join(query, view.keys.shape[1], out, lse, attend)
         if work is not None:
             work.add_seen(view, query, ran)
     for correction in corrections:

@@ -65,6 +65,7 @@ FILES = {
     "policy.norm": "surgery_kv_norm",
     "policy.window": "surgery_kv_window",
     "policy.random": "surgery_kv_random",
+    "policy.task_kv": "surgery_kv_task_kv",
     "read.index": "surgery_kv_read_index",
     "read.loki": "surgery_kv_read_loki",
     "read.recycled": "surgery_kv_read_recycled",

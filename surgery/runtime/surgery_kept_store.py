@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from .surgery_kv_archive import Archive, added_to
 from .surgery_stores import FullStore, KeyValues, RingStore, spare
 from .surgery_visibility import Visibility
 
+READER = "read"  # the keeper that chooses what is read (surgery_kv_read.py)
 RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
 
 
@@ -25,6 +27,7 @@ class _Past(NamedTuple):
     """What a `KeptStore` held before a call, and how to add the first tokens of that call again."""
 
     tensors: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
     stored: int
     seen: int
     settled: int
@@ -40,7 +43,8 @@ class KeptStore(FullStore):
     too, while the cache records them: `past` then has what the store held before each of these calls.
 
     Attributes:
-        state: what a reader remembers of the last steps, name -> [batch, ...]. Tokens that are removed take it away.
+        state: what a policy or a reader remembers of each row, name -> [batch, ...]. A policy's is never changed in
+            place, and may hold an archive (surgery_kv_archive.py). Tokens that are removed take a reader's away.
     """
 
     def reset(self) -> None:
@@ -69,6 +73,7 @@ class KeptStore(FullStore):
         view = self._append(added)
         if "slots" in added:
             view.slots, view.gaps = self._used("slots").long(), self.gaps
+        view.archive = Archive.of(self.state)
         view.store = self
         return view
 
@@ -82,8 +87,8 @@ class KeptStore(FullStore):
         Args:
             replay: adds the call's first tokens, so many, as the call does.
         """
-        state = dict(self.tensors), self.stored, self.seen, self.settled, self.gaps
-        self.past.append(_Past(*state, replay))
+        held = dict(self.tensors), dict(self.state), self.stored, self.seen, self.settled, self.gaps
+        self.past.append(_Past(*held, replay))
 
     @contextmanager
     def on(self, device) -> Iterator[None]:
@@ -138,13 +143,27 @@ class KeptStore(FullStore):
         """Whether stored tensors may not be changed in place: a graph or an earlier state of the store needs them."""
         return bool(self.past) or torch.is_grad_enabled()
 
+    def archive(self, leaving: torch.Tensor, whole: torch.Tensor) -> None:
+        """Keep keys that are about to be dropped, of some KV heads of each row, apart from the others.
+
+        Args:
+            leaving: bool [batch, KV heads, stored].
+            whole: long [batch, F], these heads; -1: none yet.
+        """
+        slots = self._used("slots") if "slots" in self.tensors else self._all_slots(leaving.shape[:2], leaving.device)
+        self.state = added_to(self.state, (self._used("keys"), self._used("values"), slots), leaving, whole)
+
+    def _all_slots(self, heads: tuple[int, int], device) -> torch.Tensor:
+        """The slots of all keys before the first is dropped, int32 [batch, KV heads, stored]."""
+        return torch.arange(self.stored, dtype=torch.int32, device=device).repeat(*heads, 1)
+
     def select(self, stays: torch.Tensor) -> None:
         """Drop keys and free their memory.
 
         Args:
             stays: the stored keys that stay, bool [batch, KV heads, stored] or indices [batch, KV heads, m].
         """
-        short, stored = None, self.stored
+        short = None
         if stays.dtype == torch.bool:
             real = self._used("slots") >= 0 if "slots" in self.tensors else torch.ones_like(stays)
             if bool((stays | ~real).all()):
@@ -156,8 +175,7 @@ class KeptStore(FullStore):
         else:
             index = stays.sort(dim=-1).values
         if "slots" not in self.tensors:
-            slots = torch.arange(stored, dtype=torch.int32, device=index.device)
-            self.tensors["slots"] = slots.repeat(*index.shape[:2], 1)
+            self.tensors["slots"] = self._all_slots(index.shape[:2], index.device)
         for name in self.tensors:
             old = self._used(name)
             where = index.reshape(*index.shape, *[1] * (old.dim() - 3)).expand(*index.shape, *old.shape[3:])
@@ -182,11 +200,12 @@ class KeptStore(FullStore):
         end = self.seen - count
         while self.past and self.seen > end:
             past = self.past.pop()
-            self.tensors, self.stored, self.seen, self.settled, self.gaps = past[:-1]
+            self.tensors, self.state, self.stored, self.seen, self.settled, self.gaps = past[:-1]
             if self.seen < end:
                 past.replay(end - self.seen)
         self.accept()
-        self.state = {} if count else self.state
+        if count and self.visibility.keeper == READER:
+            self.state = {}
         super().crop(self.seen - end)
         if not self.seen:
             self.reset()

@@ -10,7 +10,7 @@ surgery_kv_policy.py says where pieces end, and how a policy is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -150,7 +150,7 @@ class _PiecewiseCall:
             counted = (product.view(*rows.shape[:4], -1) - lse[:, :, some].unflatten(1, shape[1:])[..., None]).exp()
             counted = counted.masked_fill(~(seen[:, :, None] & votes[..., None]), 0.0)
             position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
-            if not self.terms.corrections:  # what the kernel gave may be rounded to half precision
+            if not self.terms.corrections and view.archive is None:  # the kernel may have rounded to half precision
                 outputs = counted @ view.values[:, :, None].to(wide)
             self.of.policy.add_votes(Votes(counted, outputs, votes, position), kept)
         store.note(kept.notes)
@@ -184,27 +184,46 @@ class _PiecewiseCall:
         scoring, (_, kv_heads) = self.scoring, self.module.surgery_heads.spec[1][self.kind]
         cached = view.keys, view.values, _positions(view, scoring.mask, scoring.pad)
         rule = scoring.scale, scoring.softcap
-        return Kept(self.of.layer, kv_heads, query, *cached, *rule, store.notes, self._projection)
+        return Kept(self.of.layer, kv_heads, query, *cached, *rule, store.notes, self._projection, store.state)
 
     @torch.no_grad()
     def _decide(self, store: KeptStore, query, view: KeyValues, deciding: torch.Tensor) -> None:
         """Drop from the store the keys that the policy does not keep, in rows that decide now: bool [1 or batch]."""
         policy, kept = self.of.policy, self._kept(store, query, view)
         stays, now = policy.survivors(kept), deciding[:, None, None]
+        real = kept.positions >= 0
         if not policy.in_calls:
-            stays = (stays | ~now) & (kept.positions >= 0)
-            forgotten = policy.forget(kept.notes)
-            for name, noted in kept.notes.items():
-                where = now.reshape(-1, *[1] * (noted.dim() - 1))
-                kept.notes[name] = torch.where(where, forgotten[name], noted)
+            stays = (stays | ~now) & real
+            kept.notes |= _in_rows(deciding, policy.forget(kept.notes), kept.notes)
         store.note(kept.notes)
         if stays is not None:
+            stays = _checked(stays, kept.positions)
             with torch.set_grad_enabled(self.in_graph):
-                store.select(_checked(stays, kept.positions))
+                if policy.full_heads:
+                    self._archive(store, kept, real & ~stays, deciding)
+                store.select(stays)
         if policy.at_prompt_end:
             store.forget_notes()
         if not policy.in_calls:
             store.settled = store.seen
+
+    def _archive(self, store: KeptStore, kept: Kept, leaving: torch.Tensor, deciding: torch.Tensor) -> None:
+        """Keep the keys that leave heads which keep every key, and choose these heads in rows that have not yet."""
+        policy = self.of.policy
+        whole = policy.whole_heads(kept, leaving)
+        state = store.state | _in_rows(deciding, policy.forget_state(store.state), store.state)
+        if bool((whole >= 0).all()):
+            state = {name: tensor for name, tensor in state.items() if name not in policy.forget_state(state)}
+        store.state = state
+        store.archive(leaving, whole)
+
+
+def _in_rows(rows: torch.Tensor, these: dict, others: dict) -> dict[str, torch.Tensor]:
+    """Tensors [batch, ...]: those of `these` in some rows, bool [1 or batch], and in the others those of `others`."""
+    return {
+        name: torch.where(rows.reshape(-1, *[1] * (tensor.dim() - 1)), tensor, others[name])
+        for name, tensor in these.items()
+    }
 
 
 def _slots(view: KeyValues) -> torch.Tensor:
@@ -248,6 +267,8 @@ class Kept:
         positions: long [batch, KV heads, kept], counted from a row's first real token; -1 where no real token is
             stored (padding). The piece's tokens are the last ones.
         scale, softcap: the factor on the scores and their cap; softcap may be None.
+        state: values that the policy keeps for each row, name -> [batch, ...] (`KeptStore.state`). The policy may set
+            and replace them.
         notes: values that the policy keeps for each key, name -> [batch, KV heads, kept, ...]. The policy may set and
             change them. Notes stay with their keys; new keys have notes of 0.
         projection: a function that gives the part of the output projection `Policy.output` of each query head,
@@ -264,6 +285,7 @@ class Kept:
     softcap: float | None
     notes: dict[str, torch.Tensor]
     projection: Callable[[], torch.Tensor]
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

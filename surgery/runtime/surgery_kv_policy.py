@@ -46,6 +46,7 @@ class Policy:
         at_prompt_end: it decides once, at the end of the call that filled the empty cache.
         keeps_first: whether a row's first token always stays.
         output: name of the output projection in the attention module, for votes that are weighed behind it; "": none.
+        full_heads: number of KV heads of each row that keep every key (`whole_heads`).
     """
 
     output: str = ""
@@ -53,6 +54,7 @@ class Policy:
     voters: int = 0
     at_prompt_end: bool = False
     keeps_first: bool = False
+    full_heads: int = 0
 
     @property
     def in_calls(self) -> bool:
@@ -72,17 +74,44 @@ class Policy:
         """Note the votes of some queries in `kept.notes`."""
         raise NotImplementedError
 
+    def whole_heads(self, kept: Kept, leaving: torch.Tensor) -> torch.Tensor:
+        """The KV heads of each row that keep every key, long [batch, full_heads], ascending; -1: not chosen yet.
+
+        Asked at each decision, with an interval or at the prompt's end, if there are `full_heads`. What was chosen
+        before is in `kept.state["whole"]`, and stays.
+
+        Args:
+            leaving: bool [batch, KV heads, kept], the keys that the policy drops now.
+        """
+        raise NotImplementedError
+
     def forget(self, notes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The notes of rows that have just decided."""
         return notes
+
+    def forget_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those values of `Kept.state` that rows have anew after a decision. They go once every row has chosen."""
+        return {}
 
     def problem(self) -> str:
         """The error in the settings, "" if there is none."""
         return ""
 
+    def problem_of_heads(self, groups: list[int]) -> str:
+        """Why it cannot be the policy of these KV heads of a layer, "" if it can.
+
+        Args:
+            groups: number of query heads that read each of them.
+        """
+        return ""
+
     def kv_cost(self, cost: HeadCost) -> HeadCost:
         """The cost of a KV head in the cache under this policy; `cost`: without the policy."""
         return cost
+
+    def archive_costs(self) -> list[HeadCost]:
+        """What the heads of a layer that keep every key (`whole_heads`) cost beside their tables."""
+        return []
 
     @property
     def most(self) -> int | None:
@@ -148,6 +177,9 @@ class KVPolicy(Part):
             return f"has a policy that cannot be: {error}"
         if fault := fault_of_heads(layer, "policy", len(groups)):
             return fault
+        under = sorted(heads_under(layer, "policy", len(groups)))
+        if fault := policy.problem_of_heads([groups[head] for head in under]):
+            return f"has a policy that cannot be: {fault}"
         for name, part in used_parts(layer).items():
             if part.by_slots:
                 return f"has a policy for the cache and {name}, which needs all keys in order"
@@ -174,7 +206,8 @@ class KVPolicy(Part):
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
         policy, under = policy_of(layer["policy"]), heads_under(layer, "policy", len(heads))
-        return [policy.kv_cost(cost) if cost.growing and head in under else cost for head, cost in enumerate(heads)]
+        costs = [policy.kv_cost(cost) if cost.growing and head in under else cost for head, cost in enumerate(heads)]
+        return costs + (policy.archive_costs() if costs != heads else [])
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
         entry = layer["policy"] | policy_of(layer["policy"]).after_heads_change(queries, kv_heads)

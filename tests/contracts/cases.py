@@ -119,7 +119,7 @@ CASES: dict[str, Case] = {
         {"keys": 3, "sinks": 1, "recent": 2, "interval": 8, "observe": 2},
         {
             f"kv_evict, {method}": evicting(method, keys=LENGTH, interval=8)
-            for method in ("attention", "caote", "lra", "lfa", "norm", "window", "random")
+            for method in ("attention", "caote", "task_kv", "lra", "lfa", "norm", "window", "random")
         },
         ("keys", 0),
         refused_always=("mistral", "starcoder2"),  # the base's own window in every layer drops keys already

@@ -42,6 +42,8 @@ RULES: dict[str, dict] = {
     "lra": {"name": "lra", "observe": 8, "threshold": 0.08},
     "lfa": {"name": "lfa", "observe": 8, "threshold": 0.08},
     "lfa, sum": {"name": "lfa", "observe": 5, "threshold": 0.2, "group": "sum"},
+    "task_kv": {"name": "task_kv", "observe": 3},
+    "task_kv, behind W": {"name": "task_kv", "observe": 8, "output": "o", "group": "max", "full_heads": 2},
 }
 CHUNKS = ([LENGTH], [LENGTH - 3, 1, 1, 1], [20, 1, 24], [8] * 5 + [5], [7] * 6 + [1, 1, 1], [1] * LENGTH)
 GENERATED = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -135,12 +137,18 @@ def test_one_key_too_few_drops_one_key_of_each_head(rule):
     chunked(model, ids, mask, [16], holder)
     text = base.config
     assert {store.stored for store in stores(holder[0])} == {15}
-    gone = [
-        set(range(16)) - set(slots.tolist())
-        for store in stores(holder[0])
-        for slots in store.tensors["slots"][0, :, :15]
-    ]
-    assert [len(each) for each in gone] == [1] * text.num_hidden_layers * text.num_key_value_heads
+    gone, fewer, heads = [], [], text.num_hidden_layers * text.num_key_value_heads
+    for store in stores(holder[0]):
+        left = [set(range(16)) - set(slots.tolist()) for slots in store.tensors["slots"][0, :, :15]]
+        fewer += map(len, left)
+        if "whole" in store.state:
+            for head, slots in zip(store.state["whole"][0], store.state["archive_slots"][0], strict=True):
+                assert set(slots.tolist()) == left[head]
+                left[head] = set()
+        gone += left
+    assert fewer == [1] * heads
+    whole = settings_of(base, rule, **fits).get("full_heads", 1) if rule.startswith("task") else 0
+    assert sum(map(len, gone)) == heads - text.num_hidden_layers * whole
     if rule != "random":
         settings = settings_of(base, rule, **fits)
         held = evicting_model(base, [settings] * text.num_hidden_layers)
@@ -201,7 +209,7 @@ def test_random_keys_are_spread_and_differ_between_heads():
 
 
 @some
-@pytest.mark.parametrize("rule", ["attention", "caote, behind W", "lra", "random"])
+@pytest.mark.parametrize("rule", ["attention", "caote, behind W", "lra", "random", "task_kv"])
 def test_generation(base, rule):
     """A padded batch is its rows; a prompt in chunks, no cache, beams and assisted decoding change nothing."""
     model, (ids, mask) = under(base, rule), batch(base)
@@ -219,7 +227,7 @@ def test_generation(base, rule):
 
 
 @some
-@pytest.mark.parametrize("rule", ["attention", "h2o", "caote", "lfa"])
+@pytest.mark.parametrize("rule", ["attention", "h2o", "caote", "lfa", "task_kv"])
 @torch.no_grad()
 def test_recorded_tokens_can_be_taken_back(base, rule):
     """Past decisions and votes too: what follows is as if the tokens had never come."""
@@ -285,13 +293,67 @@ def test_the_memory_is_what_the_plan_says():
         assert holder[0].get_seq_length() == length + 200
 
 
+@torch.no_grad()
+def test_the_heads_that_keep_every_key_are_those_of_the_text():
+    """They differ among the rows of a batch, follow the rows, and their keys are what the plan counts, to the byte."""
+    base, pads, length = TINY["llama"]().eval(), (0, 64, 0, 64), 448
+    model, holder, (ids, mask) = under(base, "task_kv", keys=50, recent=10, interval=64), [], batch(base, pads, length)
+    chunked(model, ids, mask, [333, length - 333], holder)
+    cache, anatomy, text = holder[0], Anatomy.of(model), base.config
+    chosen = torch.stack([store.state["whole"] for store in stores(cache)])
+    assert (chosen.amax(1) > chosen.amin(1)).any()  # [layers, F]
+    per_head = 2 * text.head_dim * 4 + 4
+    assert anatomy.kv_bytes_per_token == text.num_hidden_layers * per_head
+    tensors = [tensor for store in stores(cache) for tensor in (*store.tensors.values(), *store.state.values())]
+    indices = sum(store.state["whole"].nbytes for store in stores(cache))
+    held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    assert held == len(pads) * anatomy.kv_bytes_at(length) + indices
+    assert held == cache.nbytes
+    for store in stores(cache):
+        for row, (pad, heads) in enumerate(zip(pads, store.state["whole"].tolist(), strict=True)):
+            for head, far in zip(heads, store.state["archive_slots"][row], strict=True):
+                table = store.tensors["slots"][row, head, : store.stored]
+                both = [*far[far >= 0].tolist(), *table[table >= 0].tolist()]
+                assert sorted(both) == list(range(pad, length))
+    cache.reorder_cache(torch.tensor([3, 0, 0, 1]))
+    assert torch.equal(torch.stack([store.state["whole"] for store in stores(cache)]), chosen[:, [3, 0, 0, 1]])
+
+
 @some
-@pytest.mark.parametrize("rule", ["attention", "caote, behind W"])
+@torch.no_grad()
+def test_some_heads_keep_every_key_after_the_prompt(base):
+    """`when: prompt_end`, which chooses them by the prompt's last queries: each row against the reference."""
+    model = double(under(base, "task_kv", interval=None, when="prompt_end"))
+    (ids, mask), end = batch(base), 30
+    got = chunked(model, ids, mask, [end, 10, 1, 4])
+    for row, pad in enumerate(PADS):
+        settings = settings_of(base, "task_kv") | {"interval": end - pad}  # one decision, where the prompt ends
+        want = evicting_model(base, [settings] * base.config.num_hidden_layers)
+        one = ids[row : row + 1, pad : min(LENGTH, end - pad + end)]
+        right = want(**given(want, one, torch.ones_like(one))).logits
+        assert difference(got[row : row + 1, pad : pad + one.shape[1]], right, torch.ones_like(one)) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"full_heads": 0}, "full_heads is 0, and must be whole and from 1"),
+        ({"full_heads": 4}, "full_heads is 4 of 4 KV heads under the policy: no head drops a key"),
+        ({"full_heads": 2, "heads": [0, 3]}, "full_heads is 2 of 2 KV heads"),
+    ],
+)
+def test_wrong_numbers_of_full_heads_are_refused(changed, says):
+    with pytest.raises(ValueError, match=says):
+        under(TINY["llama"](), "task_kv", **changed)
+
+
+@some
+@pytest.mark.parametrize("rule", ["attention", "caote, behind W", "task_kv"])
 @torch.no_grad()
 def test_on_some_heads_beside_a_split(base, rule):
     """A head split, and a policy on a part of the heads that see all: the policy asks nothing of the others."""
     ids, mask = batch(base)
-    settings = settings_of(base, rule) | {"heads": [1]}
+    settings = settings_of(base, rule) | {"heads": [1] if rule != "task_kv" else [1, 2, 3]}
     want = evicting_model(base, [settings] * base.config.num_hidden_layers)
     model = double(copy.deepcopy(base))
     runtime.patch(model, {"layers": [{"policy": settings}] * base.config.num_hidden_layers})
@@ -307,7 +369,7 @@ def test_on_some_heads_beside_a_split(base, rule):
 
 
 @pytest.mark.parametrize("base", ["llama", "gemma2", "gpt_oss"], indirect=True)
-@pytest.mark.parametrize("rule", ["attention", "caote"])
+@pytest.mark.parametrize("rule", ["attention", "caote", "task_kv"])
 @torch.no_grad()
 def test_with_a_weight_on_the_first_token(base, rule):
     """The bias counts before the votes, and the first token is found among the keys that stay."""
@@ -325,7 +387,7 @@ def test_with_a_weight_on_the_first_token(base, rule):
 
 
 @pytest.mark.parametrize("trained", ["", "q_proj", "v_proj", "k_proj", "q_proj v_proj"])
-@pytest.mark.parametrize("rule", ["attention", "caote", "window"])
+@pytest.mark.parametrize("rule", ["attention", "caote", "window", "task_kv"])
 def test_gradients_are_those_of_the_keys_that_stay(rule, trained):
     """Whatever trains (all; some projections, as with low-rank updates), in one call and in two."""
     base, names = TINY["llama"]().eval(), trained.split()

@@ -66,7 +66,7 @@ class Head:
             return float(sum(self._reached(votes) for votes in weight.values()))
         if not weight:
             return 0.0
-        if name == "attention":
+        if name in ("attention", "task_kv"):
             return math.fsum(self.group(votes) for votes in weight.values()) / len(weight)
         assert name == "caote"
         votes = [self.group([self.changes[q, h, key] for h in heads]) for q in weight]
@@ -153,6 +153,7 @@ def evicting_model(model, policies: list[dict | None], gammas=None):
         if gammas is not None:
             scores = scores + torch.nn.functional.pad(gammas[index].double()[:, None], (0, length - 1))[:, None]
         projection = _projection(module, layers[index].layout.o, heads)
+        whole = _whole_heads(scores, value[0], settings, projection) if settings and limit is None else []
         outputs, held[index] = [], []
         for kv_head in range(kv_heads):
             mine = range(kv_head * group, (kv_head + 1) * group)
@@ -161,7 +162,7 @@ def evicting_model(model, policies: list[dict | None], gammas=None):
             state = Head(key[0, kv_head], value[0, kv_head], rows, settings)
             made, record = [], []
             for t in range(length):
-                if under and t and t % settings["interval"] == 0:
+                if under and kv_head not in whole and t and t % settings["interval"] == 0:
                     state.decide(t)
                 state.held.append(t)
                 record.append(list(state.held))
@@ -185,6 +186,31 @@ def evicting_model(model, policies: list[dict | None], gammas=None):
     model.set_attn_implementation(NAME)
     model.held = held  # layer -> KV head -> position of a query -> the keys that it saw
     return model
+
+
+def _whole_heads(scores, values, settings: dict, projection) -> list[int]:
+    """The KV heads that Task-KV keeps whole: the farthest from the mean head, over the queries before the first drop.
+
+    Until then every query sees all, so that plain attention tells.
+    """
+    every, length = settings["interval"], scores.shape[1]
+    held = settings["sinks"] + settings["keys"] + settings["recent"]
+    first = next((t for t in range(every, length + 1, every) if t > held), None)
+    if settings["name"] != "task_kv" or first is None:
+        return []
+    under, group = settings.get("heads", range(len(values))), len(scores) // len(values)
+    means = {}
+    for kv_head in under:
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            rows = [scores[head, t, : t + 1].softmax(-1) @ values[kv_head, : t + 1]
+                    for t in range(first - settings["observe"], first)]  # fmt: skip
+            mean = torch.stack(rows).mean(0).detach()
+            means[kv_head, head] = projection[head] @ mean if settings.get("output") else mean
+    center = torch.stack([*means.values()]).mean(0)
+    far = {kv_head: [float((z - center).norm()) for (owner, _), z in means.items() if owner == kv_head]
+           for kv_head in under}  # fmt: skip
+    vote = max if settings.get("group") == "max" else sum
+    return sorted(under, key=lambda kv_head: -vote(far[kv_head]))[: settings.get("full_heads", 1)]
 
 
 def _projection(module, name: str, heads: int) -> torch.Tensor:

@@ -90,6 +90,11 @@ class KVEvict(Variants, Operation):
         return self.sinks + self.keys + self.recent
 
     @property
+    def exempt(self) -> str:
+        """What some of the evicting heads keep all the same, in words; "": nothing."""
+        return ""
+
+    @property
     def _choice(self) -> HeadChoice:
         return HeadChoice(
             self.op,
@@ -205,12 +210,15 @@ class KVEvict(Variants, Operation):
         when = f"every {self.interval} tokens" if self.when == BLOCKS else "where the prompt ends"
         return PlannedChange(
             after,
-            (f"{count} of {total} KV heads keep {kept}, chosen by {self.method} {when}",),
+            (f"{count} of {total} KV heads keep {kept}, chosen by {self.method} {when}{self._but()}",),
             SURGICAL,
             tuple(self._notes(anatomy, choice, local)),
             measured=choice.measured and choice.needs_scores,
             measurements=choice.measurements(anatomy),
         )
+
+    def _but(self) -> str:
+        return f"; {self.exempt}" if self.exempt else ""
 
     def _notes(self, anatomy: Anatomy, choice: HeadChoice, local: list[int]) -> list[str]:
         notes = []
@@ -254,7 +262,7 @@ class KVEvict(Variants, Operation):
         rest = "" if count == total else "; the other heads keep every key"
         return InWords(
             f"{'all' if count == total else share} KV heads evicting keys ({self.method})",
-            f"{share} KV heads now keep {kept}, chosen {when} by the policy {self.method}{rest}.{chosen}",
+            f"{share} KV heads now keep {kept}, chosen {when} by the policy {self.method}{rest}{self._but()}.{chosen}",
             use="Use it for long texts in little memory.",
             avoid=f"Do not use it for sequences of up to {self._kept:,} tokens: no key is dropped there.",
         )

@@ -72,6 +72,34 @@ class LfaEviction(KVEvict):
     threshold: Weight = Field(0.01, description=THRESHOLD)
 
 
+class TaskEviction(KVEvict):
+    """Some KV heads of each text, chosen anew for it, keep every key; the others the keys with the largest weight."""
+
+    method: Literal["task_kv"]
+    full_heads: Count = Field(1, description="KV heads of a layer that keep every key.")
+    observe: Count = Field(32, description="Queries before a decision that vote, and whose outputs choose the heads.")
+    group: Group = Field("sum", description=GROUP)
+    memory: bool = Field(False, description=MEMORY)
+    output: bool = Field(False, description="Compare the heads' outputs behind the output projection.")
+
+    def policy(self, anatomy: Anatomy, layer: int) -> dict:
+        output = anatomy.layers[layer].layout.o if self.output else ""
+        return super().policy(anatomy, layer) | {"output": output}
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        if self.evicting_ratio < 1:
+            return [
+                "kv_evict: with task_kv each text chooses the heads that keep every key: full_heads says how many. "
+                "Leave evicting_ratio at 1"
+            ]
+        return super().problems(anatomy)
+
+    @property
+    def exempt(self) -> str:
+        heads = "one KV head keeps" if self.full_heads == 1 else f"{self.full_heads} KV heads keep"
+        return f"in each of their layers, {heads} every key, chosen anew for each text"
+
+
 class NormEviction(KVEvict):
     """Keep the keys of the smallest norm."""
 

@@ -10,6 +10,7 @@ METHODS = KVEvict.union(
     methods.CaoteEviction,
     methods.LraEviction,
     methods.LfaEviction,
+    methods.TaskEviction,
     methods.NormEviction,
     methods.WindowEviction,
     methods.RandomEviction,

@@ -75,6 +75,25 @@ def test_heads_are_measured(surgery, model):
     assert record["scores"]["method"] == "far-mass"
 
 
+def test_each_text_chooses_heads(surgery, model, tmp_path):
+    done = surgery("apply", "task-kv", model, "-o", "out", "observe=2", *SMALL, *QUICK)
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert [layer["policy"]["full_heads"] for layer in config["surgery"]["layers"]] == [1, 1]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "in each of their layers, one KV head keeps every key, chosen anew for each text" in card
+    planned = surgery("plan", "task-kv", model, "observe=2", *SMALL, "--json").json
+    pair, kept = 2 * Anatomy.of(model).layers[0].head_dim * 2, 2 + 4 + 8  # bfloat16
+    assert planned["kv_bytes_per_token"]["after"] == 2 * (pair + 4)
+    assert planned["kv_bytes_fixed"]["after"] == 2 * (3 * (kept + 8) * (pair + 4 + 8) - kept * (pair + 4))
+    refused = surgery("plan", "task-kv", model, "observe=2", "full_heads=3", *SMALL)
+    assert refused.code == 2
+    assert "full_heads is 3 of 3 KV heads" in refused.err
+    refused = surgery("plan", "task-kv", model, "observe=2", "evicting_ratio=0.5", *SMALL)
+    assert refused.code == 2
+    assert "full_heads says how many" in refused.err
+
+
 def test_after_a_head_split_the_other_heads_evict():
     base = TINY["llama"]().eval()
     split = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 1, "window": 5, "protect_layers": [1]}
@@ -121,7 +140,7 @@ def test_heads_that_are_pruned_later_leave_the_policy(tmp_path):
         ({"keys": 0}, "keys"),
         ({"interval": 0}, "interval"),
         ({"interval": 8, "observe": 9}, "observe is 9, more than the interval of 8"),
-        ({"method": "norm", "observe": 3}, "observe is for method: attention, caote, lra or lfa, not norm"),
+        ({"method": "norm", "observe": 3}, "observe is for method: attention, caote, lra, lfa or task_kv, not norm"),
         ({"method": "random", "greedy": True}, "greedy is for method: caote, not random"),
         (
             {"method": "caote", "greedy": True, "fast": True},
