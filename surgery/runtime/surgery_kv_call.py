@@ -150,8 +150,10 @@ class _PiecewiseCall:
             counted = (product.view(*rows.shape[:4], -1) - lse[:, :, some].unflatten(1, shape[1:])[..., None]).exp()
             counted = counted.masked_fill(~(seen[:, :, None] & votes[..., None]), 0.0)
             position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
-            if not self.terms.corrections and view.archive is None:  # the kernel may have rounded to half precision
-                outputs = counted @ view.values[:, :, None].to(wide)
+            if not self.of.policy.needs_outputs:
+                outputs = None
+            elif not self.terms.corrections and view.archive is None:  # the kernel may have rounded to half precision
+                outputs = in_groups(counted, view.values.to(wide))
             self.of.policy.add_votes(Votes(counted, outputs, votes, position), kept)
         store.note(kept.notes)
         store.settled = store.seen
@@ -216,6 +218,11 @@ class _PiecewiseCall:
             state = {name: tensor for name, tensor in state.items() if name not in policy.forget_state(state)}
         store.state = state
         store.archive(leaving, whole)
+
+
+def in_groups(rows: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """rows [batch, KV heads, group, n, x] @ tensor [batch, KV heads, x, m], which a group reads once."""
+    return (rows.flatten(2, 3) @ tensor).unflatten(2, rows.shape[2:4])
 
 
 def _in_rows(rows: torch.Tensor, these: dict, others: dict) -> dict[str, torch.Tensor]:
@@ -295,12 +302,13 @@ class Votes:
     Attributes:
         weights: [batch, KV heads, group, n, kept], the weight of each key for each query of the group's heads, with
             the biases of the surgery; 0 for keys that the query does not see, and for queries that have no vote.
-        outputs: [batch, KV heads, group, n, head_dim], attention's output; arbitrary for queries without a vote.
+        outputs: [batch, KV heads, group, n, head_dim], attention's output; arbitrary for queries without a vote. None
+            unless the policy `needs_outputs`.
         voting: bool [1 or batch, 1 or KV heads, 1 or group, n], the queries that have a vote.
         positions: long [1 or batch, n], of the queries.
     """
 
     weights: torch.Tensor
-    outputs: torch.Tensor
+    outputs: torch.Tensor | None
     voting: torch.Tensor
     positions: torch.Tensor

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .surgery_kv_call import in_groups
 from .surgery_kv_evict import MeanVote
 from .surgery_kv_policy import Kept, Votes
 
@@ -34,6 +35,8 @@ class CaotePolicy(MeanVote):
     fast: bool = False
     greedy: bool = False
 
+    needs_outputs = True
+
     def vote(self, votes: Votes, kept: Kept) -> torch.Tensor:
         weights, values, outputs = votes.weights, kept.values.to(votes.weights.dtype), votes.outputs
         gram = self._gram(kept).to(weights.dtype) if self.output else None
@@ -51,7 +54,7 @@ class CaotePolicy(MeanVote):
             change = most / left * (outputs - value)
         else:
             # For the heaviest key, o - v is a small difference of large numbers: the rest is summed anew.
-            rest = others @ values[:, :, None] + (outputs - weights @ values[:, :, None])
+            rest = in_groups(others, values) + (outputs - in_groups(weights, values))
             change = most * (rest / left - value)
         votes_of_all = (weights / (1 - weights).clamp(min=LEAST)).square() * distances(
             outputs, values, gram, self._squares(kept, values, gram)
@@ -100,7 +103,7 @@ class CaotePolicy(MeanVote):
         safe, others = self.safe_and_others(kept)
         weights = kept.notes["weights"].permute(0, 1, 3, 4, 2)  # [batch, KV heads, group, observe, kept]
         values, gram = kept.values.to(weights.dtype), self._gram(kept).to(weights.dtype) if self.output else None
-        rest, out = torch.ones_like(weights[..., :1]), weights @ values[:, :, None]  # of the keys that are left
+        rest, out = torch.ones_like(weights[..., :1]), in_groups(weights, values)  # of the keys that are left
         squares = self._squares(kept, values, gram)
         seen = (weights > 0).any(2).sum(2)  # queries that saw the key, [batch, KV heads, kept]
         left = others.sum(-1)
@@ -114,7 +117,7 @@ class CaotePolicy(MeanVote):
             others, left = others & ~gone, left - (left > self.keys).int()
             lost = weights * gone[:, :, None, None]
             rest = (rest - lost.sum(-1, keepdim=True)).clamp(min=LEAST)
-            out = out - lost @ values[:, :, None]
+            out = out - in_groups(lost, values)
         return safe | others
 
     def notes_of(self, readers: int) -> int:
@@ -143,7 +146,7 @@ def distances(
     """
     weighed = outputs if gram is None else outputs @ gram
     own = (weighed * outputs).sum(-1)[..., None]
-    return (own + squares[..., None, :] - 2 * weighed @ values[:, :, None].mT).clamp(min=0)
+    return (own + squares[..., None, :] - 2 * in_groups(weighed, values.mT)).clamp(min=0)
 
 
 POLICY = CaotePolicy

@@ -46,6 +46,7 @@ class Policy:
         at_prompt_end: it decides once, at the end of the call that filled the empty cache.
         keeps_first: whether a row's first token always stays.
         output: name of the output projection in the attention module, for votes that are weighed behind it; "": none.
+        needs_outputs: votes come with attention's outputs (`Votes.outputs`).
         full_heads: number of KV heads of each row that keep every key (`whole_heads`).
     """
 
@@ -54,6 +55,7 @@ class Policy:
     voters: int = 0
     at_prompt_end: bool = False
     keeps_first: bool = False
+    needs_outputs: bool = False
     full_heads: int = 0
 
     @property

@@ -38,6 +38,8 @@ class TaskPolicy(AttentionPolicy):
     full_heads: int = 1
     output: str = ""
 
+    needs_outputs = True
+
     def add_votes(self, votes: Votes, kept: Kept) -> None:
         super().add_votes(votes, kept)
         if self._has_chosen(kept):
