@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .surgery_kv_archive import Archive, added_to
-from .surgery_stores import FullStore, KeyValues, RingStore, spare
+from .surgery_stores import FullStore, KeyValues, RingStore, rows_at, spare
 from .surgery_visibility import Visibility
 
 READER = "read"  # the keeper that chooses what is read (surgery_kv_read.py)
@@ -178,8 +178,7 @@ class KeptStore(FullStore):
             self.tensors["slots"] = self._all_slots(index.shape[:2], index.device)
         for name in self.tensors:
             old = self._used(name)
-            where = index.reshape(*index.shape, *[1] * (old.dim() - 3)).expand(*index.shape, *old.shape[3:])
-            kept = old.gather(2, where)
+            kept = rows_at(old, index)
             if name == "slots" and short is not None:
                 kept = kept.masked_fill(short, -1)
                 self.gaps = bool((kept < 0).any())

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from .surgery_stores import rows_at
+
 WHOLE = "whole"  # the name in `KeptStore.state` of the heads; they are chosen before the archive has keys
 PREFIX = "archive_"
 QUERIES = 128  # so many attend to the archive at a time
@@ -44,12 +46,13 @@ class Archive(NamedTuple):
 
     def of_whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a tensor [batch, KV heads, ...] says of the heads of this archive, [batch, F, ...]."""
-        return tensor.gather(1, self._index(tensor))
+        return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], self.whole.clamp(min=0)]
 
     def _in_all(self, tensor: torch.Tensor, heads: int, fill: float) -> torch.Tensor:
         """A tensor [batch, F, ...] of these heads as one of all KV heads, [batch, KV heads, ...]."""
         all_heads = tensor.new_full((len(tensor), heads, *tensor.shape[2:]), fill)
-        return all_heads.scatter(1, self._index(tensor), tensor)
+        index = self.whole.clamp(min=0).reshape(*self.whole.shape, *[1] * (tensor.dim() - 2))
+        return all_heads.scatter(1, index.expand_as(tensor), tensor)
 
     def join(self, query, kv_heads: int, out, lse, attend: Callable) -> tuple:
         """Attention to the keys of a table, and to those of the archive.
@@ -76,11 +79,6 @@ class Archive(NamedTuple):
         share = (far_lse - both).exp().masked_fill(far_lse == -torch.inf, 0.0)[..., None]
         return out + share.to(far.dtype) * (far - out), both
 
-    def _index(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`whole` as an index of a tensor's second dimension."""
-        index = self.whole.clamp(min=0).reshape(*self.whole.shape, *[1] * (tensor.dim() - 2))
-        return index.expand(-1, -1, *tensor.shape[2:])
-
     def with_more(self, keys, values, slots, leaving: torch.Tensor) -> Archive:
         """This archive with keys of a table.
 
@@ -100,9 +98,7 @@ class Archive(NamedTuple):
             return self
         most = int(real.sum(-1).max())
         index = real.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-        wide = index[..., None].expand(-1, -1, -1, self.keys.shape[3])
-        slots = self.slots.gather(2, index)
-        return Archive(self.whole, self.keys.gather(2, wide), self.values.gather(2, wide), slots)
+        return Archive(self.whole, *(rows_at(tensor, index) for tensor in self[1:]))
 
 
 def added_to(state: dict[str, torch.Tensor], table: tuple, leaving: torch.Tensor, whole: torch.Tensor) -> dict:

@@ -22,7 +22,7 @@ import torch
 
 from .surgery_config import FILES, KV_HEADS, HeadCost, Parameter, Part, is_whole, load_file, used_parts
 from .surgery_kept_store import KeptStore
-from .surgery_stores import KeyValues, Scoring
+from .surgery_stores import KeyValues, Scoring, rows_at
 from .surgery_visibility import Visibility, fault_of_heads, heads_under, remaining_heads
 
 BASIS = "surgery_read_basis"  # parameter: for each KV head, the directions [head_dim, dims] in which keys are ranked
@@ -248,8 +248,7 @@ def _read(whole: KeyValues, slots: torch.Tensor) -> KeyValues:
         slots: long [batch, KV heads, m], -1 for none.
     """
     slots = slots.sort(dim=-1).values
-    index = slots.clamp(min=0)[..., None].expand(*slots.shape, whole.keys.shape[3])
-    keys, values = (tensor.gather(2, index) for tensor in (whole.keys, whole.values))
+    keys, values = (rows_at(tensor, slots.clamp(min=0)) for tensor in (whole.keys, whole.values))
     return replace(whole, keys=keys, values=values, slots=slots, gaps=bool((slots < 0).any()), store=None)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_kv_read import DecodingStep, Reader
+from .surgery_stores import rows_at
 
 
 @dataclass
@@ -29,9 +30,9 @@ class AdaptiveReader(Reader):
     share: float = 0.1
 
     def choose(self, step: DecodingStep) -> torch.Tensor | None:
-        batch, kv_heads, end, size = step.keys.shape
+        batch, kv_heads, end, _ = step.keys.shape
         near = self.near(step)[:, None].expand(-1, kv_heads, -1)  # [batch, KV heads, m]
-        keys = step.keys.gather(2, near.clamp(min=0)[..., None].expand(-1, -1, -1, size))
+        keys = rows_at(step.keys, near.clamp(min=0))
         own = step.scores(step.query, keys).masked_fill((near < 0)[:, :, None], -torch.inf).logsumexp(-1)
         count, mean, covariance = self._moments(step)
         query = step.query.to(mean.dtype) * step.scoring.scale

@@ -16,6 +16,7 @@ import torch
 
 from .surgery_config import is_whole
 from .surgery_kv_read import DecodingStep, SomeKeys
+from .surgery_stores import rows_at
 
 
 @dataclass
@@ -29,7 +30,7 @@ class TreeReader(SomeKeys):
     block: int = 16
 
     def choose(self, step: DecodingStep) -> torch.Tensor:
-        batch, kv_heads, end, size = step.keys.shape
+        batch, kv_heads, end, _ = step.keys.shape
         start = end - 1 - step.now  # [1 or batch], the slot of a row's first real token
         first, last = (start + self.sinks)[:, None, None], end - self.recent
         blocks = -(-(last - first).clamp(min=0) // self.block)  # the last one may be cut
@@ -42,7 +43,7 @@ class TreeReader(SomeKeys):
             half = (low + high) // 2
             lows, highs = torch.cat([low, half], -1), torch.cat([half, high], -1)
             middle = (first + (lows + highs) * self.block // 2).clamp(max=last - 1)
-            keys = step.keys.gather(2, middle[..., None].expand(-1, -1, -1, size))
+            keys = rows_at(step.keys, middle)
             scores = step.scores(step.query, keys).amax(2).masked_fill(highs <= lows, -torch.inf)
             best = scores.topk(top, dim=-1).indices
             splits = longest > 1  # rows of fewer tokens have done so earlier

@@ -185,6 +185,24 @@ def spare(length: int) -> int:
     return max(GROWTH, length // 32)
 
 
+def rows_at(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows of a tensor [batch, heads, N, ...] at index, long [batch, heads, m]: [batch, heads, m, ...].
+
+    `gather` looks up every number. Whole rows are copied here, a fifth of the time.
+    """
+    (count, heads, length, *_), size = tensor.shape, tensor.shape[-1]
+    across, along, step, *rest = tensor.stride()
+    across, along = across * (count > 1), along * (heads > 1)  # the stride of a single row means nothing
+    if _tracked(tensor) or rest != [1] or step != size or across % size or along % size:
+        where = index.reshape(*index.shape, *[1] * (tensor.dim() - 3)).expand(*index.shape, *tensor.shape[3:])
+        return tensor.gather(2, where)
+    across, along = across // size, along // size
+    rows = tensor.as_strided(((count - 1) * across + (heads - 1) * along + length, size), (size, 1))
+    batch, head = (torch.arange(many, device=index.device) for many in (count, heads))
+    first = batch[:, None] * across + head * along  # the row of each head's first token
+    return rows.index_select(0, (first[..., None] + index).flatten()).view(*index.shape, size)
+
+
 def _tracked(*tensors: torch.Tensor) -> bool:
     """Whether gradients flow through these tensors; if so, they must not be changed in place."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
