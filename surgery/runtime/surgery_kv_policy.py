@@ -25,13 +25,14 @@ that is called after each call, and surgery_kv_norm.py of one that decides at po
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from .surgery_config import FILES, HeadCost, Part, load_file, used_parts
+from .surgery_config import FILES, HeadCost, Part, used_parts
 from .surgery_kv_call import Kept, LayerPolicy, Votes
-from .surgery_visibility import Visibility, fault_of_heads, heads_under, remaining_heads
+from .surgery_kv_entry import fault_of_heads, heads_under, remaining_heads, rule_of
+from .surgery_visibility import Visibility
 
 
 class Policy:
@@ -147,24 +148,9 @@ def policy_of(entry: dict) -> Policy:
     """The policy that a layer's entry `policy` describes.
 
     Raises:
-        ValueError: there is no policy of this name, it has no such setting, or a setting is wrong.
+        ValueError: as of `rule_of`.
     """
-    name = entry.get("name") if isinstance(entry, dict) else None
-    names = sorted({*POLICIES, *(each.partition(".")[2] for each in FILES if each.startswith("policy."))})
-    if name not in names:
-        raise ValueError(f"{entry!r} names no policy; there is: {', '.join(names)}")
-    cls = POLICIES[name] if name in POLICIES else load_file(f"policy.{name}").POLICY
-    settings = {key: value for key, value in entry.items() if key not in ("name", "heads")}
-    known = {each.name for each in fields(cls) if each.init}
-    if other := sorted(set(settings) - known):
-        raise ValueError(f"policy {name!r} has no {other[0]!r}; it has: {', '.join(sorted(known)) or 'no settings'}")
-    try:
-        policy = cls(**settings)
-    except TypeError as error:  # a setting is missing
-        raise ValueError(f"policy {name!r}: {error}") from None
-    if problem := policy.problem():
-        raise ValueError(f"policy {name!r}: {problem}")
-    return policy
+    return rule_of("policy", entry, POLICIES)
 
 
 class KVPolicy(Part):

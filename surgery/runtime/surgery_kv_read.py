@@ -16,14 +16,15 @@ and a line in `surgery_config.FILES`, `"read.<name>": "<file>"`. surgery_kv_read
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from .surgery_config import FILES, KV_HEADS, HeadCost, Parameter, Part, is_whole, load_file, used_parts
+from .surgery_config import FILES, KV_HEADS, HeadCost, Parameter, Part, is_whole, used_parts
 from .surgery_kept_store import KeptStore
+from .surgery_kv_entry import fault_of_heads, heads_under, remaining_heads, rule_of
 from .surgery_stores import KeyValues, Scoring, rows_at
-from .surgery_visibility import Visibility, fault_of_heads, heads_under, remaining_heads
+from .surgery_visibility import Visibility
 
 BASIS = "surgery_read_basis"  # parameter: for each KV head, the directions [head_dim, dims] in which keys are ranked
 
@@ -183,21 +184,9 @@ def reader_of(entry: dict) -> Reader:
     """The reader that a layer's entry `read` describes.
 
     Raises:
-        ValueError: there is no reader of this name, it has no such setting, or a setting is wrong.
+        ValueError: as of `rule_of`.
     """
-    name = entry.get("name") if isinstance(entry, dict) else None
-    names = sorted(each.partition(".")[2] for each in FILES if each.startswith("read."))
-    if name not in names:
-        raise ValueError(f"{entry!r} names no reader; there is: {', '.join(names)}")
-    cls = load_file(f"read.{name}").READER
-    settings = {key: value for key, value in entry.items() if key not in ("name", "heads")}
-    known = {each.name for each in fields(cls)}
-    if other := sorted(set(settings) - known):
-        raise ValueError(f"reader {name!r} has no {other[0]!r}; it has: {', '.join(sorted(known))}")
-    reader = cls(**settings)
-    if problem := reader.problem():
-        raise ValueError(f"reader {name!r}: {problem}")
-    return reader
+    return rule_of("read", entry)
 
 
 class LayerReader:

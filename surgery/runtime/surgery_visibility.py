@@ -164,27 +164,6 @@ def _kinds(groups: list[int], heads: list[Visibility]) -> HeadKinds:
     return HeadKinds(groups, [(visibility, sorted(heads)) for (visibility, _), heads in kinds.items()])
 
 
-def heads_under(layer: dict, key: str, kv_heads: int) -> set[int]:
-    """The KV heads that a layer's entry `policy` or `read` (`key`) is for: its `heads`, or all; none without it."""
-    return {*layer[key].get("heads", range(kv_heads))} if key in layer else set()
-
-
-def fault_of_heads(layer: dict, key: str, kv_heads: int) -> str:
-    """The error in the `heads` of such an entry, "" if there is none."""
-    heads = layer[key].get("heads", [])
-    if not all_whole(heads, 0) or len({*heads}) < len(heads) or max(heads, default=0) >= kv_heads:
-        owner = {"policy": "policy", "read": "reader"}[key]
-        return f"must list KV heads from 0 to {kv_heads - 1} under its {owner}, each once, not {heads}"
-    return ""
-
-
-def remaining_heads(entry: dict, kv_heads: list[int]) -> dict:
-    """Such an entry when only these KV heads remain, indices among the old ones."""
-    if "heads" not in entry:
-        return entry
-    return entry | {"heads": [new for new, old in enumerate(kv_heads) if old in entry["heads"]]}
-
-
 class HeadSplit(Part):
     """The head split: some KV heads see only the first tokens and the last ones.
 
