@@ -139,16 +139,18 @@ class _PiecewiseCall:
         kept, shape = self._kept(store, query, view), (view.keys.shape[0], view.keys.shape[1], -1)
         slots = torch.arange(view.end - query.shape[2], view.end, device=query.device)
         wide, slots_of_keys = lse.dtype, _slots(view)
+        alone = query.shape[2] == 1 and self.scoring.mask is None and self.terms.gates is None and not view.gaps
         for few in range(int(at[0]), int(at[-1]) + 1, FEW):
             some = slice(few, min(few + FEW, int(at[-1]) + 1))
             rows, outputs = (tensor[:, :, some].unflatten(1, shape[1:]).to(wide) for tensor in (query, out))
-            product = rows.flatten(2, 3) @ view.keys.to(wide).mT * self.scoring.scale
+            product = (rows.flatten(2, 3) * self.scoring.scale) @ view.keys.to(wide).mT
             if (cap := self.scoring.softcap) is not None:
                 product = cap * torch.tanh(product / cap)
             votes = voting[:, None, None, some] & self._switched_on(begin, some)
-            seen = (slots_of_keys[:, :, None] <= slots[some, None]) & (kept.positions >= 0)[:, :, None]
             counted = (product.view(*rows.shape[:4], -1) - lse[:, :, some].unflatten(1, shape[1:])[..., None]).exp()
-            counted = counted.masked_fill(~(seen[:, :, None] & votes[..., None]), 0.0)
+            if not alone:
+                seen = (slots_of_keys[:, :, None] <= slots[some, None]) & (kept.positions >= 0)[:, :, None]
+                counted = counted.masked_fill(~(seen[:, :, None] & votes[..., None]), 0.0)
             position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
             if not self.of.policy.needs_outputs:
                 outputs = None

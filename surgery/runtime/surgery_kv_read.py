@@ -26,6 +26,7 @@ from .surgery_kv_entry import fault_of_heads, heads_under, remaining_heads, rule
 from .surgery_stores import KeyValues, Scoring, rows_at
 from .surgery_visibility import Visibility
 
+COPY = 3  # keys that attention passes over in the time in which one is copied and read
 BASIS = "surgery_read_basis"  # parameter: for each KV head, the directions [head_dim, dims] in which keys are ranked
 
 
@@ -61,12 +62,14 @@ class DecodingStep:
             query, keys: those of the step, or shorter vectors that stand for them.
         """
         scores = self.scores(query, keys)
-        return scores.masked_fill((self.positions < 0)[:, None, None], -torch.inf).softmax(-1)
+        if self.scoring.mask is not None:
+            scores = scores.masked_fill((self.positions < 0)[:, None, None], -torch.inf)
+        return scores.softmax(-1)
 
     def scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The scaled scores, with their cap; arguments and shape as for `weights`."""
-        product = query @ keys.mT
-        scores = product.to(torch.promote_types(product.dtype, torch.float32)) * self.scoring.scale
+        product = (query * self.scoring.scale) @ keys.mT  # which spares a pass over all scores
+        scores = product.to(torch.promote_types(product.dtype, torch.float32))
         cap = self.scoring.softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
@@ -135,7 +138,8 @@ class Reader:
             scores: [batch, KV heads, N].
         """
         scores = scores.masked_fill(self.always(step)[:, None], torch.inf)
-        scores = scores.masked_fill((step.positions < 0)[:, None], -torch.inf)
+        if step.scoring.mask is not None:
+            scores = scores.masked_fill((step.positions < 0)[:, None], -torch.inf)
         top = scores.topk(min(count + self.sinks + self.recent, scores.shape[-1]), dim=-1)
         return top.indices.masked_fill(top.values == -torch.inf, -1)
 
@@ -236,6 +240,12 @@ def _read(whole: KeyValues, slots: torch.Tensor) -> KeyValues:
     Args:
         slots: long [batch, KV heads, m], -1 for none.
     """
+    (*heads, end, _), width = whole.keys.shape, slots.shape[-1]
+    if COPY * width >= end:
+        read = torch.zeros(*heads, end + 1, dtype=torch.bool, device=slots.device)
+        read = read.scatter(2, slots.masked_fill(slots < 0, end), True)[..., :end]
+        slots = torch.arange(end, device=slots.device).masked_fill(~read, -1)
+        return replace(whole, slots=slots, gaps=True, store=None)
     slots = slots.sort(dim=-1).values
     keys, values = (rows_at(tensor, slots.clamp(min=0)) for tensor in (whole.keys, whole.values))
     return replace(whole, keys=keys, values=values, slots=slots, gaps=bool((slots < 0).any()), store=None)
