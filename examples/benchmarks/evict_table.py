@@ -6,9 +6,9 @@ FILE was written by `surgery score MODEL --method fisher -o FILE`. A row is a po
 base holds of a text of `--length` tokens. In the rows "all heads" every KV head evicts. In the rows "low scores" the
 heads with the lowest scores evict down to `--cap` keys, and the others keep every key. The rows "split" are the
 control that decides: the same heads see sinks and a window (`duo_attention`), with as many keys. In the rows "task_kv"
-as many heads keep every key as with "low scores", but each text chooses its own, as many in each layer; shares that
-this cannot give are left out. All rows protect the same first and last tokens, and hold at most as many keys as the
-row says.
+as many heads keep every key as with "low scores", but each text chooses its own, as many in each layer. Shares that
+this cannot give are left out. A text comes in one call, so that "where the prompt ends" nothing is dropped from it.
+All rows protect the same first and last tokens, and hold at most as many keys as the row says.
 
 Each row has the needles that are found of those that the base finds, with the 95 % interval; the prompt is read first
 and the question in a later call. Then nats a token of the answers, and nats a token on each of `--texts` ("builtin",
@@ -45,6 +45,7 @@ POLICIES: dict[str, dict] = {
     "lfa": {"method": "lfa"},
     "task_kv": {"method": "task_kv"},
     "task_kv, behind the output projection": {"method": "task_kv", "output": True},
+    "task_kv, where the prompt ends": {"method": "task_kv", "when": "prompt_end"},
     "norm": {"method": "norm"},
     "window": {"method": "window"},
     "random": {"method": "random"},
@@ -89,8 +90,10 @@ def operation(policy: str, heads: str, share: float, options, kv_heads: int) -> 
         window = most - options.sinks
         return {"op": "duo_attention", "sinks": options.sinks, "window": window, "streaming_ratio": ratio} | chosen
     settings = {"sinks": options.sinks, "recent": options.recent, "interval": options.interval}
-    keys = most - sum(settings.values())
     own = POLICIES[policy]
+    if own.get("when") == "prompt_end":
+        del settings["interval"]
+    keys = most - sum(settings.values())
     if own["method"] == "task_kv":
         full = round((1 - ratio) * kv_heads)
         if not full or abs(full - (1 - ratio) * kv_heads) > 0.02:
