@@ -6,9 +6,9 @@ FILE was written by `surgery score MODEL --method fisher -o FILE`. A row is a po
 base holds of a text of `--length` tokens. In the rows "all heads" every KV head evicts. In the rows "low scores" the
 heads with the lowest scores evict down to `--cap` keys, and the others keep every key. The rows "split" are the
 control that decides: the same heads see sinks and a window (`duo_attention`), with as many keys. In the rows "task_kv"
-as many heads keep every key as with "low scores", but each text chooses its own, as many in each layer. Shares that
-this cannot give are left out. A text comes in one call, so that "where the prompt ends" nothing is dropped from it.
-All rows protect the same first and last tokens, and hold at most as many keys as the row says.
+as many heads keep every key as with "low scores", but each text chooses its own, as many in each layer. That gives few
+shares: with 3 KV heads and `--cap 256`, 50%. A text comes in one call, so that "where the prompt ends" nothing is
+dropped from it. All rows protect the same first and last tokens, and hold at most as many keys as the row says.
 
 Each row has the needles that are found of those that the base finds, with the 95 % interval; the prompt is read first
 and the question in a later call. Then nats a token of the answers, and nats a token on each of `--texts` ("builtin",
@@ -17,6 +17,7 @@ command resumes. `--table` writes it as a table for the pages.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def main() -> None:
         for share in options.shares:
             for policy in options.policies:
                 if (step := operation(policy, heads, share, options, kv_heads)) is None:
+                    print(f"left out, for no number of keys gives it: {policy}, {heads}, {share:.0%}", file=sys.stderr)
                     continue
                 found = measured.once(f"{policy}, {heads}, {share}", partial(row, step))
                 low, high = wilson(found["kept"], len(asked))

@@ -124,7 +124,7 @@ def written(options) -> Path:
         documents += sample(model, tokenizer, Heal(steps=1, seed=seed), options.write, folder=batches, progress=said)
     begin = len(begin_of_text(tokenizer))  # which the tokenizer puts before each text
     texts = tokenizer.batch_decode([document[begin:] for document in documents])
-    texts += map(Path.read_text, options.beside)
+    texts += [path.read_text(encoding="utf-8") for path in options.beside]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file
 
@@ -185,8 +185,10 @@ def cells(scores: dict, base: dict) -> list[str]:
 
 def main() -> None:
     options = parser.parse_args()
-    if judged := {*map(str, options.beside)} & {*options.texts}:
+    if judged := {path.resolve() for path in options.beside} & {Path(text).resolve() for text in options.texts}:
         parser.error(f"{judged.pop()} is a held-out text: do not train on it")
+    if options.beside and options.data != "self":
+        parser.error("--beside is for --data self; a folder as --data may hold several texts")
     settings = {
         name: value for name, value in vars(options).items() if name not in ("out", "routes", "seeds", "points")
     }

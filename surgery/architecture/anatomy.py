@@ -90,7 +90,7 @@ class Anatomy:
 
     def kv_bytes_at(self, tokens: int) -> int:
         """Bytes of the cache of a text of so many tokens. A window that the text does not fill holds the text."""
-        return round(self._kv_bytes(lambda head: head.growing * tokens + min(head.fixed, tokens)))
+        return round(self._kv_bytes(lambda head: max(head.growing * tokens + min(head.fixed, tokens), 0)))
 
     def _kv_bytes(self, tokens: Callable[[HeadCost], float]) -> float:
         """Bytes of keys and values in the cache; `tokens` says how many tokens of a KV head count."""

@@ -115,7 +115,7 @@ class LayerAnatomy:
         return self.entry.get("window", 0)
 
     def kv_cost(self, positions: int | None = None) -> list[HeadCost]:
-        """What the cache holds for each KV head, in tokens.
+        """What the cache holds for each KV head, then what it holds beside them, in tokens.
 
         Args:
             positions: the most tokens that the model takes (None: unknown). A sliding window of the base's own bounds

@@ -129,8 +129,8 @@ def export(
     path = artifact.output_path(typed, Path(out), target.suffix, overwrite, target.name)
     _checked(Path(out), target)
     anatomy = _expressible(Path(out), target)
-    version = target.version()  # after what no installation mends
     _refuse_no_tokenizer(Path(out), target)
+    version = target.version()  # after what no installation mends
     refuse_small_disk(path.parent, target.disk_bytes(anatomy, kind))
     _refuse_small_memory(anatomy)
     with artifact.unfinished(path) as partial:

@@ -19,7 +19,8 @@ The path of one call, in the order of this file:
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
     of_token, of_prompt by a kernel: one token and all kinds of heads, a prompt and one kind (surgery_kernels.py)
     _on_keys, _block    by PyTorch: keys in consecutive slots, as a full store or a ring holds them
-    _on_survivors       keys in slots that differ from KV head to KV head, once a policy has dropped some
+    _on_survivors       keys in slots that differ from KV head to KV head, once a policy has dropped some; then those
+                        that heads of a row keep beside them (surgery_kv_archive.py)
 
 The mask: `generate` gives [batch, length]. Transformers passes it to `surgery_mask` (surgery_visibility.py), once for
 each kind of layer. `surgery_mask` returns None (no padding) or bool [batch, N] (True: a real token). Where no mask was

@@ -92,6 +92,8 @@ class SurgeryLayer(CacheLayerMixin):
             store.prompt_slots = {name: function(slots) for name, slots in store.prompt_slots.items()}
             if getattr(store, "state", None):
                 store.state = {name: function(tensor) for name, tensor in store.state.items()}
+            if getattr(store, "archive", None):
+                store.archive = store.archive.changed(function)
             if getattr(store, "pending", None):
                 store.pending = tuple(function(tensor) for tensor in store.pending)
 

@@ -115,11 +115,11 @@ class Parameter(NamedTuple):
 
 
 class HeadCost(NamedTuple):
-    """How much the cache stores for one KV head, in tokens.
+    """How much the cache stores for one KV head, or beside the heads, in tokens.
 
     Attributes:
         growing: stored for each token of the text.
-        fixed: stored whatever the length of the text.
+        fixed: stored whatever the length of the text; negative for what begins after so many tokens.
         beside: bytes that are stored beside the key and the value of each of these tokens.
         readers: number of query heads that read it.
     """
@@ -171,7 +171,7 @@ class Part:
         return ()
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
-        """The cost of each KV head in the cache; `heads` are the costs that the earlier parts gave."""
+        """The cost of each KV head in the cache, then what is stored beside them; `heads`: what earlier parts gave."""
         return heads
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:

@@ -72,6 +72,8 @@ class Work:
         if view.slots is not None:  # a policy has dropped some keys
             seen = (view.slots[..., None] <= at) & (view.slots[..., None] >= 0)
             computed = int(seen.sum()) * (heads // view.slots.shape[1])
+        if view.archive is not None:
+            computed += int((view.archive.slots >= 0).sum()) * length * (heads // view.keys.shape[1])
         self.add("attention", 2 * size * computed, 2 * size * pairs)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .surgery_kv_archive import Archive, added_to
+from .surgery_kv_archive import Archive
 from .surgery_stores import FullStore, KeyValues, RingStore, rows_at, spare
 from .surgery_visibility import Visibility
 
@@ -28,6 +28,7 @@ class _Past(NamedTuple):
 
     tensors: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
+    archive: Archive | None
     stored: int
     seen: int
     settled: int
@@ -44,7 +45,8 @@ class KeptStore(FullStore):
 
     Attributes:
         state: what a policy or a reader remembers of each row, name -> [batch, ...]. A policy's is never changed in
-            place, and may hold an archive (surgery_kv_archive.py). Tokens that are removed take a reader's away.
+            place. Tokens that are removed take a reader's away.
+        archive: what KV heads that keep every key hold beside the table (surgery_kv_archive.py), or None.
     """
 
     def reset(self) -> None:
@@ -54,6 +56,7 @@ class KeptStore(FullStore):
         self.recording = False  # whether this call's tokens may be removed again
         self.past: list[_Past] = []
         self.state: dict[str, torch.Tensor] = {}
+        self.archive: Archive | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         """The new keys alone: the policy stores them."""
@@ -73,7 +76,7 @@ class KeptStore(FullStore):
         view = self._append(added)
         if "slots" in added:
             view.slots, view.gaps = self._used("slots").long(), self.gaps
-        view.archive = Archive.of(self.state)
+        view.archive = self.archive if self.archive is not None and self.archive.length else None
         view.store = self
         return view
 
@@ -87,7 +90,7 @@ class KeptStore(FullStore):
         Args:
             replay: adds the call's first tokens, so many, as the call does.
         """
-        held = dict(self.tensors), dict(self.state), self.stored, self.seen, self.settled, self.gaps
+        held = dict(self.tensors), dict(self.state), self.archive, self.stored, self.seen, self.settled, self.gaps
         self.past.append(_Past(*held, replay))
 
     @contextmanager
@@ -101,6 +104,8 @@ class KeptStore(FullStore):
     def _move(self, device) -> None:
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self.state = {name: tensor.to(device) for name, tensor in self.state.items()}
+        if self.archive is not None:
+            self.archive = self.archive.changed(lambda tensor: tensor.to(device))
 
     @property
     def notes(self) -> dict[str, torch.Tensor]:
@@ -143,19 +148,23 @@ class KeptStore(FullStore):
         """Whether stored tensors may not be changed in place: a graph or an earlier state of the store needs them."""
         return bool(self.past) or torch.is_grad_enabled()
 
-    def archive(self, leaving: torch.Tensor, whole: torch.Tensor) -> None:
+    def set_apart(self, leaving: torch.Tensor, whole: torch.Tensor) -> None:
         """Keep keys that are about to be dropped, of some KV heads of each row, apart from the others.
 
         Args:
             leaving: bool [batch, KV heads, stored].
             whole: long [batch, F], these heads; -1: none yet.
         """
-        slots = self._used("slots") if "slots" in self.tensors else self._all_slots(leaving.shape[:2], leaving.device)
-        self.state = added_to(self.state, (self._used("keys"), self._used("values"), slots), leaving, whole)
+        self._make_slots(leaving)
+        table = self._used("keys"), self._used("values"), self._used("slots")
+        archive = self.archive or Archive.empty(whole, *table)
+        self.archive = archive._replace(whole=whole).with_more(*table, leaving)
 
-    def _all_slots(self, heads: tuple[int, int], device) -> torch.Tensor:
-        """The slots of all keys before the first is dropped, int32 [batch, KV heads, stored]."""
-        return torch.arange(self.stored, dtype=torch.int32, device=device).repeat(*heads, 1)
+    def _make_slots(self, like: torch.Tensor) -> None:
+        """Store the slots of the keys, of heads like [batch, KV heads, ...], if none has been dropped yet."""
+        if "slots" not in self.tensors:
+            slots = torch.arange(self.stored, dtype=torch.int32, device=like.device)
+            self.tensors["slots"] = slots.repeat(*like.shape[:2], 1)
 
     def select(self, stays: torch.Tensor) -> None:
         """Drop keys and free their memory.
@@ -174,8 +183,7 @@ class KeptStore(FullStore):
             short = torch.arange(index.shape[-1], device=index.device) >= counts
         else:
             index = stays.sort(dim=-1).values
-        if "slots" not in self.tensors:
-            self.tensors["slots"] = self._all_slots(index.shape[:2], index.device)
+        self._make_slots(index)
         for name in self.tensors:
             old = self._used(name)
             kept = rows_at(old, index)
@@ -199,7 +207,7 @@ class KeptStore(FullStore):
         end = self.seen - count
         while self.past and self.seen > end:
             past = self.past.pop()
-            self.tensors, self.state, self.stored, self.seen, self.settled, self.gaps = past[:-1]
+            self.tensors, self.state, self.archive, self.stored, self.seen, self.settled, self.gaps = past[:-1]
             if self.seen < end:
                 past.replay(end - self.seen)
         self.accept()

@@ -2,13 +2,10 @@
 
 A `KeptStore` holds a table of keys, as many for each KV head. A policy may name KV heads of each row that are to keep
 every key (`Policy.whole_heads`). What the policy takes from the table of these heads moves into the archive, and is
-attended to there. The archive is a part of `KeptStore.state`:
+attended to there. So F heads of each row keep every key, and the others cost no more than their table.
 
-    whole                         long [batch, F], the KV heads, in ascending order; -1: not chosen yet
-    archive_keys, archive_values  [batch, F, m, head_dim]
-    archive_slots                 int32 [batch, F, m]; -1 where there is no key
-
-So F heads of each row keep every key, and the others cost no more than their table.
+The archive is as long as its keys. A decision copies it, which costs a hundredth of what the steps up to the next
+decision read.
 """
 
 from __future__ import annotations
@@ -20,29 +17,37 @@ import torch
 
 from .surgery_stores import rows_at
 
-WHOLE = "whole"  # the name in `KeptStore.state` of the heads; they are chosen before the archive has keys
-PREFIX = "archive_"
 QUERIES = 128  # so many attend to the archive at a time
 
 
 class Archive(NamedTuple):
-    """The archive of one store, with the heads and the shapes of the module's docstring."""
+    """The archive of one store.
+
+    Attributes:
+        whole: long [batch, F], the KV heads that keep every key, in ascending order; -1: not chosen yet.
+        keys, values: [batch, F, m, head_dim].
+        slots: int32 [batch, F, m]; -1 where there is no key.
+        gaps: some slots are -1.
+    """
 
     whole: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     slots: torch.Tensor
+    gaps: bool = False
 
     @classmethod
-    def of(cls, state: dict[str, torch.Tensor]) -> Archive | None:
-        """The archive in a store's state, None if it holds no key."""
-        if f"{PREFIX}slots" not in state or not state[f"{PREFIX}slots"].shape[2]:
-            return None
-        return cls(state[WHOLE], *(state[PREFIX + name] for name in cls._fields[1:]))
+    def empty(cls, whole: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> Archive:
+        """An archive of these heads without a key, for a table like this one."""
+        return cls(whole, *(tensor[:, : whole.shape[1], :0] for tensor in (keys, values, slots)))
 
-    def in_state(self) -> dict[str, torch.Tensor]:
-        """The archive as a part of a store's state."""
-        return {WHOLE: self.whole} | {PREFIX + name: getattr(self, name) for name in self._fields[1:]}
+    @property
+    def length(self) -> int:
+        return self.slots.shape[2]
+
+    def changed(self, function: Callable) -> Archive:
+        """This archive with the function's result for each tensor."""
+        return Archive(*map(function, self[:4]), self.gaps)
 
     def of_whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a tensor [batch, KV heads, ...] says of the heads of this archive, [batch, F, ...]."""
@@ -67,7 +72,7 @@ class Archive(NamedTuple):
             The new `out` and `lse`.
         """
         grouped, outs, lses = self.of_whole(query.unflatten(1, (kv_heads, -1))), [], []
-        real = None if not bool((self.slots < 0).any()) else (self.slots >= 0)[:, :, None]
+        real = (self.slots >= 0)[:, :, None] if self.gaps else None
         for rows in grouped.split(QUERIES, dim=3):
             seen = None if real is None else real.expand(-1, -1, rows.shape[2] * rows.shape[3], -1)
             each, own = attend(rows, self.keys, self.values, seen)
@@ -84,32 +89,19 @@ class Archive(NamedTuple):
 
         Args:
             keys, values, slots: the table, [batch, KV heads, stored, ...].
-            leaving: bool [batch, KV heads, stored], the keys that leave it.
+            leaving: bool [batch, KV heads, stored], the keys that leave it; none of rows that have not chosen.
         """
-        slots = self.of_whole(slots.masked_fill(~leaving, -1)).masked_fill(self.whole[..., None] < 0, -1)
+        slots = self.of_whole(slots.masked_fill(~leaving, -1))
         more = self._replace(keys=self.of_whole(keys), values=self.of_whole(values), slots=slots)._compact()
-        pairs = zip(self[1:], more[1:], strict=True)
+        pairs = zip(self[1:4], more[1:4], strict=True)
         return Archive(self.whole, *(torch.cat(pair, dim=2) for pair in pairs))._compact()
 
     def _compact(self) -> Archive:
         """Without the columns in which no head has a key; each head's keys come first, in their order."""
         real = self.slots >= 0
         if bool(real.all()):
-            return self
-        most = int(real.sum(-1).max())
-        index = real.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-        return Archive(self.whole, *(rows_at(tensor, index) for tensor in self[1:]))
-
-
-def added_to(state: dict[str, torch.Tensor], table: tuple, leaving: torch.Tensor, whole: torch.Tensor) -> dict:
-    """The state of a store whose archive takes more keys (`Archive.with_more`).
-
-    Args:
-        table: keys, values and slots of the store.
-        whole: long [batch, F], the KV heads of each row that keep every key; -1: not chosen yet.
-    """
-    archive = Archive.of(state)
-    if archive is None:
-        empty = (tensor[:, : whole.shape[1], :0] for tensor in table)
-        archive = Archive(whole, *empty)
-    return state | archive._replace(whole=whole).with_more(*table, leaving).in_state()
+            return self._replace(gaps=False)
+        counts = real.sum(-1)
+        index = real.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())]
+        gaps = bool((counts != counts.max()).any())
+        return Archive(self.whole, *(rows_at(tensor, index) for tensor in self[1:4]), gaps)

@@ -154,7 +154,7 @@ class _PiecewiseCall:
             position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
             if not self.of.policy.needs_outputs:
                 outputs = None
-            elif not self.terms.corrections and view.archive is None:  # the kernel may have rounded to half precision
+            elif not self.terms.corrections:  # what the kernel gave may be rounded to half precision
                 outputs = in_groups(counted, view.values.to(wide))
             self.of.policy.add_votes(Votes(counted, outputs, votes, position), kept)
         store.note(kept.notes)
@@ -177,7 +177,7 @@ class _PiecewiseCall:
         weight = output.weight
         if weight.is_meta or not weight.is_floating_point():
             raise ValueError(
-                "this surgery weighs keys behind the output projection, whose weights are quantised or offloaded "
+                "this surgery reads the output projection to choose keys, and its weights are quantised or offloaded "
                 "here: make it with output=false"
             )
         weight = weight.mT if type(output).__name__ == "Conv1D" else weight  # GPT-2's is transposed
@@ -188,7 +188,8 @@ class _PiecewiseCall:
         scoring, (_, kv_heads) = self.scoring, self.module.surgery_heads.spec[1][self.kind]
         cached = view.keys, view.values, _positions(view, scoring.mask, scoring.pad)
         rule = scoring.scale, scoring.softcap
-        return Kept(self.of.layer, kv_heads, query, *cached, *rule, store.notes, self._projection, store.state)
+        rows = store.state, None if store.archive is None else store.archive.whole
+        return Kept(self.of.layer, kv_heads, query, *cached, *rule, store.notes, self._projection, *rows)
 
     @torch.no_grad()
     def _decide(self, store: KeptStore, query, view: KeyValues, deciding: torch.Tensor) -> None:
@@ -214,12 +215,12 @@ class _PiecewiseCall:
     def _archive(self, store: KeptStore, kept: Kept, leaving: torch.Tensor, deciding: torch.Tensor) -> None:
         """Keep the keys that leave heads which keep every key, and choose these heads in rows that have not yet."""
         policy = self.of.policy
-        whole = policy.whole_heads(kept, leaving)
-        state = store.state | _in_rows(deciding, policy.forget_state(store.state), store.state)
+        whole, anew = policy.whole_heads(kept, leaving), policy.forget_state(store.state)
         if bool((whole >= 0).all()):
-            state = {name: tensor for name, tensor in state.items() if name not in policy.forget_state(state)}
-        store.state = state
-        store.archive(leaving, whole)
+            store.state = {name: tensor for name, tensor in store.state.items() if name not in anew}
+        else:
+            store.state = store.state | _in_rows(deciding, anew, store.state)
+        store.set_apart(leaving, whole)
 
 
 def in_groups(rows: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -280,6 +281,7 @@ class Kept:
             and replace them.
         notes: values that the policy keeps for each key, name -> [batch, KV heads, kept, ...]. The policy may set and
             change them. Notes stay with their keys; new keys have notes of 0.
+        whole: long [batch, F], the KV heads that keep every key, -1 where a row has not chosen; None: no row has.
         projection: a function that gives the part of the output projection `Policy.output` of each query head,
             [KV heads, group, head_dim, hidden].
     """
@@ -295,6 +297,7 @@ class Kept:
     notes: dict[str, torch.Tensor]
     projection: Callable[[], torch.Tensor]
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    whole: torch.Tensor | None = None
 
 
 @dataclass
@@ -305,7 +308,7 @@ class Votes:
         weights: [batch, KV heads, group, n, kept], the weight of each key for each query of the group's heads, with
             the biases of the surgery; 0 for keys that the query does not see, and for queries that have no vote.
         outputs: [batch, KV heads, group, n, head_dim], attention's output; arbitrary for queries without a vote. None
-            unless the policy `needs_outputs`.
+            unless the policy `needs_outputs`. Of heads that keep every key, the archive's share may be missing.
         voting: bool [1 or batch, 1 or KV heads, 1 or group, n], the queries that have a vote.
         positions: long [1 or batch, n], of the queries.
     """

@@ -7,7 +7,7 @@ The other keys are the rule's settings, the fields of its class.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 from .surgery_config import FILES, all_whole, load_file
 
@@ -34,10 +34,10 @@ def rule_of(key: str, entry: dict, own: dict[str, type] | None = None):
     known = {each.name for each in fields(cls) if each.init}
     if other := sorted(set(settings) - known):
         raise ValueError(f"{kind} {name!r} has no {other[0]!r}; it has: {', '.join(sorted(known)) or 'no settings'}")
-    try:
-        rule = cls(**settings)
-    except TypeError as error:  # a setting is missing
-        raise ValueError(f"{kind} {name!r}: {error}") from None
+    needed = {each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING}
+    if missing := sorted(needed & known - {*settings}):
+        raise ValueError(f"{kind} {name!r} needs a value for {', '.join(missing)}")
+    rule = cls(**settings)
     if problem := rule.problem():
         raise ValueError(f"{kind} {name!r}: {problem}")
     return rule

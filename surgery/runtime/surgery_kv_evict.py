@@ -4,7 +4,8 @@ Before each multiple of `interval`, counted from a row's first real token, a KV 
 
     the first `sinks` tokens,  the last `recent` tokens,  and of the others the `keys` with the highest scores.
 
-So a head never holds more than sinks + keys + recent + interval keys. A policy is a rule for the scores. Rules that
+So a head never holds more than sinks + keys + recent + interval keys, unless the policy lets it keep every key
+(`Policy.whole_heads`). A policy is a rule for the scores. Rules that
 rest on attention count the votes of the last `observe` queries before a decision (`Voting`). Each query votes while it
 is computed, and the votes are noted with the keys. So no query has to be kept, and a text that arrives in chunks has
 the same votes.
@@ -65,6 +66,11 @@ class Evict(Policy):
         return safe, real & ~safe
 
     @property
+    def left(self) -> int:
+        """The largest number of keys that a decision leaves to a KV head."""
+        return self.sinks + self.keys + self.recent
+
+    @property
     def at_prompt_end(self) -> bool:
         return self.when == PROMPT_END
 
@@ -74,13 +80,13 @@ class Evict(Policy):
 
     @property
     def most(self) -> int | None:
-        return None if self.interval is None else self.sinks + self.keys + self.recent + self.interval
+        return None if self.interval is None else self.left + self.interval
 
     @property
     def probe_length(self) -> int:
         """A text of so many tokens shows some that a decision dropped, also behind a part of an interval."""
         step = self.voters or 1 if self.interval is None else self.interval
-        return self.sinks + self.keys + self.recent + 2 * step
+        return self.left + 2 * step
 
     def kv_cost(self, cost: HeadCost) -> HeadCost:
         """With PROMPT_END the cache goes on growing, how much a prompt leaves depends on its length, and the notes go

@@ -9,8 +9,8 @@ of the KV heads that are under it (left out: all):
 A policy applies to KV heads that see all tokens. (Heads that see sinks + window store only these already.) The
 attention function hands the queries of these heads to `LayerPolicy.attend`, which works a call off in pieces. After a
 piece it shows the policy what is stored now (`Kept`), and the policy returns the keys that stay, which may differ from
-KV head to KV head. No later query sees the other keys, and their memory is freed (`surgery_kept_store.KeptStore`). The
-remaining keys keep their positions.
+KV head to KV head. No later query sees the other keys, and their memory is freed (`surgery_kept_store.KeptStore`). In
+KV heads that are to keep every key they move to an archive (surgery_kv_archive.py). All keys keep their positions.
 
 Where a piece ends is up to the policy. With `interval`, a piece ends at each position before a multiple of it, counted
 from a row's first real token. So a text gives the same result in one call, in chunks, without a cache, and in a padded
@@ -81,7 +81,7 @@ class Policy:
         """The KV heads of each row that keep every key, long [batch, full_heads], ascending; -1: not chosen yet.
 
         Asked at each decision, with an interval or at the prompt's end, if there are `full_heads`. What was chosen
-        before is in `kept.state["whole"]`, and stays.
+        before is `kept.whole`, and stays.
 
         Args:
             leaving: bool [batch, KV heads, kept], the keys that the policy drops now.
@@ -118,7 +118,7 @@ class Policy:
 
     @property
     def most(self) -> int | None:
-        """The largest number of keys that the cache holds for a KV head; None: it grows with the text."""
+        """The largest number of keys in a KV head's table; None: it grows with the text. An archive does so, too."""
         return None
 
     @property
@@ -165,8 +165,8 @@ class KVPolicy(Part):
             return f"has a policy that cannot be: {error}"
         if fault := fault_of_heads(layer, "policy", len(groups)):
             return fault
-        under = sorted(heads_under(layer, "policy", len(groups)))
-        if fault := policy.problem_of_heads([groups[head] for head in under]):
+        under = sorted(heads_under(layer, "policy", len(groups)) - {*layer.get("streaming", [])})
+        if under and (fault := policy.problem_of_heads([groups[head] for head in under])):
             return f"has a policy that cannot be: {fault}"
         for name, part in used_parts(layer).items():
             if part.by_slots:

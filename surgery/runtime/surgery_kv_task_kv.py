@@ -1,7 +1,7 @@
 """Keep every key of the KV heads whose output is far from the other heads', chosen anew for each text (Task-KV).
 
 Of each query head, z is the mean output for the last `observe` queries, and the center is the mean of z over the heads
-of the layer. The `full_heads` KV heads with the largest |z - center| keep every key from then on. The others keep
+under the policy. The `full_heads` KV heads with the largest |z - center| keep every key from then on. The others keep
 sinks, recent tokens, and the `keys` others that queries attend to most. So the number of such heads is fixed, and
 which ones they are differs from text to text, and among the rows of a batch. They are chosen where the first key would
 be dropped.
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from .surgery_config import HeadCost, is_whole
-from .surgery_kv_archive import WHOLE
 from .surgery_kv_attention import AttentionPolicy
 from .surgery_kv_evict import SLOT
 from .surgery_kv_policy import Kept, Votes
@@ -53,27 +52,26 @@ class TaskPolicy(AttentionPolicy):
 
     @staticmethod
     def _has_chosen(kept: Kept) -> bool:
-        """Whether every row has chosen its heads: only then are the outputs forgotten."""
-        return WHOLE in kept.state and OUTPUTS not in kept.state
+        """Whether every row has chosen its heads: only then are there no outputs after a decision."""
+        return kept.whole is not None and OUTPUTS not in kept.state
 
     def whole_heads(self, kept: Kept, leaving: torch.Tensor) -> torch.Tensor:
-        whole = kept.state.get(WHOLE)
-        if whole is None:
-            whole = torch.full((len(leaving), self.full_heads), -1, device=leaving.device)
         if self._has_chosen(kept):
-            return whole
+            return kept.whole
+        whole = torch.full((len(leaving), self.full_heads), -1, device=leaving.device)
+        whole = whole if kept.whole is None else kept.whole
         now = leaving.any(2).any(1, keepdim=True) & (whole < 0)
         farthest = self._distances(kept).argsort(dim=-1, descending=True, stable=True)[:, : self.full_heads]
         return torch.where(now, farthest.sort(dim=-1).values, whole)
 
     def _distances(self, kept: Kept) -> torch.Tensor:
-        """How far each KV head's outputs are from the center, [batch, KV heads]."""
-        if OUTPUTS not in kept.state:  # no query has a vote
-            return kept.positions.new_zeros(kept.positions.shape[:2])
-        outputs = kept.state[OUTPUTS] / kept.state[COUNTS].clamp(min=1)
+        """How far each KV head's outputs are from the center, [batch, KV heads]; heads without a vote do not count."""
+        counts = kept.state[COUNTS]
+        outputs, real = kept.state[OUTPUTS] / counts.clamp(min=1), counts > 0  # [batch, KV heads, group, 1]
         if self.output:
             outputs = (outputs[:, :, :, None] @ kept.projection().to(outputs.dtype)[None])[:, :, :, 0]
-        return self.of_group((outputs - outputs.mean((1, 2), keepdim=True)).norm(dim=-1))
+        center = (outputs * real).sum((1, 2), keepdim=True) / real.sum((1, 2), keepdim=True).clamp(min=1)
+        return self.of_group(((outputs - center) * real).norm(dim=-1))
 
     def forget_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(state[name]) for name in (OUTPUTS, COUNTS) if name in state}
@@ -81,8 +79,7 @@ class TaskPolicy(AttentionPolicy):
     def archive_costs(self) -> list[HeadCost]:
         if self.most is None:
             return []
-        kept = self.sinks + self.keys + self.recent
-        return [HeadCost(1, -kept, SLOT)] * self.full_heads
+        return [HeadCost(1, -self.left, SLOT)] * self.full_heads
 
     def problem(self) -> str:
         if fault := super().problem():
@@ -92,8 +89,13 @@ class TaskPolicy(AttentionPolicy):
         return ""
 
     def problem_of_heads(self, groups: list[int]) -> str:
+        if len(groups) == 1:
+            return "task_kv needs two KV heads at least, one that keeps every key and one that does not: there is one"
         if len(groups) <= self.full_heads:
-            return f"full_heads is {self.full_heads} of {len(groups)} KV heads under the policy: no head drops a key"
+            count = len(groups)
+            return (
+                f"full_heads is {self.full_heads} of {count} KV heads, so that none drops a key: at most {count - 1}"
+            )
         return "" if len({*groups}) == 1 else "task_kv needs KV heads with equally many query heads, to compare them"
 
 

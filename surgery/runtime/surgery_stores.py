@@ -188,7 +188,8 @@ def spare(length: int) -> int:
 def rows_at(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The rows of a tensor [batch, heads, N, ...] at index, long [batch, heads, m]: [batch, heads, m, ...].
 
-    `gather` looks up every number. Whole rows are copied here, a fifth of the time.
+    `gather` looks up every number; here whole rows are copied, in less time. Every index must be one of a row: not all
+    others are refused.
     """
     (count, heads, length, *_), size = tensor.shape, tensor.shape[-1]
     across, along, step, *rest = tensor.stride()

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config
+from surgery.runtime.surgery_gated_compute import counted
 from surgery.runtime.surgery_gates import Gate
 from surgery.runtime.surgery_kept_store import KeptStore
 from surgery.runtime.surgery_kv_caote import CaotePolicy
@@ -141,8 +142,8 @@ def test_one_key_too_few_drops_one_key_of_each_head(rule):
     for store in stores(holder[0]):
         left = [set(range(16)) - set(slots.tolist()) for slots in store.tensors["slots"][0, :, :15]]
         fewer += map(len, left)
-        if "whole" in store.state:
-            for head, slots in zip(store.state["whole"][0], store.state["archive_slots"][0], strict=True):
+        if store.archive is not None:
+            for head, slots in zip(store.archive.whole[0], store.archive.slots[0], strict=True):
                 assert set(slots.tolist()) == left[head]
                 left[head] = set()
         gone += left
@@ -300,23 +301,46 @@ def test_the_heads_that_keep_every_key_are_those_of_the_text():
     model, holder, (ids, mask) = under(base, "task_kv", keys=50, recent=10, interval=64), [], batch(base, pads, length)
     chunked(model, ids, mask, [333, length - 333], holder)
     cache, anatomy, text = holder[0], Anatomy.of(model), base.config
-    chosen = torch.stack([store.state["whole"] for store in stores(cache)])
+    chosen = torch.stack([store.archive.whole for store in stores(cache)])
     assert (chosen.amax(1) > chosen.amin(1)).any()  # [layers, F]
     per_head = 2 * text.head_dim * 4 + 4
     assert anatomy.kv_bytes_per_token == text.num_hidden_layers * per_head
-    tensors = [tensor for store in stores(cache) for tensor in (*store.tensors.values(), *store.state.values())]
-    indices = sum(store.state["whole"].nbytes for store in stores(cache))
+    assert not any(store.state for store in stores(cache))
+    tensors = [tensor for store in stores(cache) for tensor in (*store.tensors.values(), *store.archive[:4])]
+    indices = sum(store.archive.whole.nbytes for store in stores(cache))
     held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
     assert held == len(pads) * anatomy.kv_bytes_at(length) + indices
     assert held == cache.nbytes
     for store in stores(cache):
-        for row, (pad, heads) in enumerate(zip(pads, store.state["whole"].tolist(), strict=True)):
-            for head, far in zip(heads, store.state["archive_slots"][row], strict=True):
+        for row, (pad, heads) in enumerate(zip(pads, store.archive.whole.tolist(), strict=True)):
+            for head, far in zip(heads, store.archive.slots[row], strict=True):
                 table = store.tensors["slots"][row, head, : store.stored]
                 both = [*far[far >= 0].tolist(), *table[table >= 0].tolist()]
                 assert sorted(both) == list(range(pad, length))
     cache.reorder_cache(torch.tensor([3, 0, 0, 1]))
-    assert torch.equal(torch.stack([store.state["whole"] for store in stores(cache)]), chosen[:, [3, 0, 0, 1]])
+    assert torch.equal(torch.stack([store.archive.whole for store in stores(cache)]), chosen[:, [3, 0, 0, 1]])
+    for tokens, held in ((1, 0), (50, 0), (62, 0), (63, 1), (length, length - 62)):  # in the archive: nothing below
+        table = text.num_hidden_layers * text.num_key_value_heads * min(tokens, 126) * (per_head + 8)
+        assert anatomy.kv_bytes_at(tokens) == table + text.num_hidden_layers * held * per_head
+
+
+@torch.no_grad()
+def test_full_heads_beside_a_split():
+    """Streaming heads are neither counted nor chosen; what remains must leave a head that drops keys."""
+    base = TINY["llama"]().eval()
+    ids, mask = batch(base)
+    some = [{"streaming": [0], "sinks": 2, "window": 5}] * base.config.num_hidden_layers
+    model, holder = under(base, "task_kv", *some), []
+    whole = model(**given(model, ids, mask), use_cache=False).logits
+    assert difference(chunked(model, ids, mask, [20, 1, 24], holder), whole, mask) <= 1e-5
+    assert {tuple(store.archive.whole.shape) for store in stores(holder[0]) if isinstance(store, KeptStore)} == {
+        (4, 1)
+    }
+    all_but_one = {"streaming": [0, 1, 2], "sinks": 2, "window": 5}
+    every = {"streaming": [0, 1, 2, 3], "sinks": 2, "window": 5}
+    with pytest.raises(ValueError, match="task_kv needs two KV heads at least"):
+        under(base, "task_kv", all_but_one, {})
+    under(base, "task_kv", every, {})
 
 
 @some
@@ -338,8 +362,9 @@ def test_some_heads_keep_every_key_after_the_prompt(base):
     ("changed", "says"),
     [
         ({"full_heads": 0}, "full_heads is 0, and must be whole and from 1"),
-        ({"full_heads": 4}, "full_heads is 4 of 4 KV heads under the policy: no head drops a key"),
+        ({"full_heads": 4}, "full_heads is 4 of 4 KV heads, so that none drops a key: at most 3"),
         ({"full_heads": 2, "heads": [0, 3]}, "full_heads is 2 of 2 KV heads"),
+        ({"heads": [3]}, "task_kv needs two KV heads at least"),
     ],
 )
 def test_wrong_numbers_of_full_heads_are_refused(changed, says):
@@ -408,6 +433,41 @@ def test_gradients_are_those_of_the_keys_that_stay(rule, trained):
             for each in (model, late):
                 error = (each.get_parameter(name).grad - parameter.grad).abs().max()
                 assert error <= 1e-9 * parameter.grad.abs().max(), name
+
+
+@torch.no_grad()
+def test_heads_that_a_gate_switches_off_are_not_far_from_the_others():
+    """task_kv behind a router: the heads that it chooses, and that the work on their keys is counted."""
+    base = TINY["llama"]().eval()
+    model, (ids, mask), seen = gated(base, "task_kv"), batch(base, (0,)), {}
+    for module in runtime.attention_modules(model):
+        policy = module.surgery_keepers["policy"].policy
+        policy.observe = 1
+        seen[module.layer_idx] = []
+
+        def listen(votes, kept, add_votes=policy.add_votes, shown=seen[module.layer_idx]):
+            shown.append((int(votes.positions[0, -1]), votes.outputs[0, :, :, -1], votes.voting[0, :, :, -1]))
+            add_votes(votes, kept)
+
+        policy.add_votes = listen
+    holder = []
+    with counted(model) as work:
+        whole = chunked(model, ids, mask, [LENGTH], holder)
+    alone = gated(base, "attention")
+    with counted(alone) as less:
+        alone(**given(alone, ids, mask), use_cache=False)
+    assert work.done["attention"] > less.done["attention"]  # the archive's keys are read
+    silent = 0
+    for layer, store in enumerate(stores(holder[0])):
+        outputs, voting = next((out, on) for position, out, on in seen[layer] if position == 15)
+        voting = voting.expand(outputs.shape[:2])
+        silent += int((~voting.any(1)).sum())
+        center = outputs[voting].mean(0)
+        far = [sum(float((z - center).norm()) for z, on in zip(head, votes, strict=True) if on)
+               for head, votes in zip(outputs, voting, strict=True)]  # fmt: skip
+        assert store.archive.whole[0].tolist() == [max(range(len(far)), key=far.__getitem__)]
+    assert silent
+    assert difference(chunked(model, ids, mask, [20, 25]), whole, mask) <= 1e-9
 
 
 @torch.no_grad()

@@ -90,9 +90,9 @@ class KVEvict(Variants, Operation):
         return self.sinks + self.keys + self.recent
 
     @property
-    def exempt(self) -> str:
-        """What some of the evicting heads keep all the same, in words; "": nothing."""
-        return ""
+    def exempt(self) -> int:
+        """How many of the evicting heads of a layer keep every key all the same; each text chooses them."""
+        return 0
 
     @property
     def _choice(self) -> HeadChoice:
@@ -205,20 +205,23 @@ class KVEvict(Variants, Operation):
                 for layer, heads in zip(anatomy.layers, evicting, strict=True)
             ),
         )
-        count = sum(len({*heads} - {*layer.streaming}) for layer, heads in zip(anatomy.layers, evicting, strict=True))
+        pairs = zip(anatomy.layers, evicting, strict=True)
+        count = self._dropping([len({*heads} - {*layer.streaming}) for layer, heads in pairs])
         kept = f"{self.sinks} sinks, {self.recent} recent tokens and {self.keys:,} keys"
         when = f"every {self.interval} tokens" if self.when == BLOCKS else "where the prompt ends"
+        which = "; each text chooses the others, which keep every key" if self.exempt else ""
         return PlannedChange(
             after,
-            (f"{count} of {total} KV heads keep {kept}, chosen by {self.method} {when}{self._but()}",),
+            (f"{count} of {total} KV heads keep {kept}, chosen by {self.method} {when}{which}",),
             SURGICAL,
             tuple(self._notes(anatomy, choice, local)),
             measured=choice.measured and choice.needs_scores,
             measurements=choice.measurements(anatomy),
         )
 
-    def _but(self) -> str:
-        return f"; {self.exempt}" if self.exempt else ""
+    def _dropping(self, evicting: list[int]) -> int:
+        """The number of KV heads that drop keys, from the evicting heads of each layer."""
+        return sum(max(heads - self.exempt, 0) for heads in evicting)
 
     def _notes(self, anatomy: Anatomy, choice: HeadChoice, local: list[int]) -> list[str]:
         notes = []
@@ -251,18 +254,19 @@ class KVEvict(Variants, Operation):
         return self.policy(anatomy, layer) | ({} if whole else {"heads": heads})
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
-        total, count = self._able(before), sum(map(len, record["evicting"]))
+        total, count = self._able(before), self._dropping([*map(len, record["evicting"])])
         if not count:
             return None
         share = "All" if count == total else f"{count} of {total}"
         scores = record.get("scores") or {}
-        chosen = how_chosen(scores.get("method", ""), scores.get("origin") or {}) if count < total else ""
+        chosen = how_chosen(scores.get("method", ""), scores.get("origin") or {}) if self.evicting_ratio < 1 else ""
         kept = f"the first {self.sinks} and the last {self.recent} tokens and {self.keys:,} others"
         when = f"every {self.interval} tokens" if self.when == BLOCKS else "where a prompt ends"
         rest = "" if count == total else "; the other heads keep every key"
+        rest += ", and each text chooses which heads these are" if self.exempt else ""
         return InWords(
             f"{'all' if count == total else share} KV heads evicting keys ({self.method})",
-            f"{share} KV heads now keep {kept}, chosen {when} by the policy {self.method}{rest}{self._but()}.{chosen}",
+            f"{share} KV heads now keep {kept}, chosen {when} by the policy {self.method}{rest}.{chosen}",
             use="Use it for long texts in little memory.",
             avoid=f"Do not use it for sequences of up to {self._kept:,} tokens: no key is dropped there.",
         )

@@ -34,7 +34,17 @@ class AttentionEviction(KVEvict):
     memory: bool = Field(False, description=MEMORY)
 
 
-class CaoteEviction(KVEvict):
+class BehindOutput(KVEvict):
+    """A policy that may look behind the output projection: `output` says so in a recipe, its name in the runtime."""
+
+    output: bool
+
+    def policy(self, anatomy: Anatomy, layer: int) -> dict:
+        output = anatomy.layers[layer].layout.o if self.output else ""
+        return super().policy(anatomy, layer) | {"output": output}
+
+
+class CaoteEviction(BehindOutput):
     """Keep the keys without which attention's output would change most (CAOTE)."""
 
     method: Literal["caote"]
@@ -48,10 +58,6 @@ class CaoteEviction(KVEvict):
         description="Drop one key after the other, exactly. Slow, and it notes `observe` weights of each query head "
         "with each key: choose observe as small as 1.",
     )
-
-    def policy(self, anatomy: Anatomy, layer: int) -> dict:
-        output = anatomy.layers[layer].layout.o if self.output else ""
-        return super().policy(anatomy, layer) | {"output": output}
 
 
 class LraEviction(KVEvict):
@@ -72,7 +78,7 @@ class LfaEviction(KVEvict):
     threshold: Weight = Field(0.01, description=THRESHOLD)
 
 
-class TaskEviction(KVEvict):
+class TaskEviction(BehindOutput):
     """Some KV heads of each text, chosen anew for it, keep every key; the others the keys with the largest weight."""
 
     method: Literal["task_kv"]
@@ -82,22 +88,18 @@ class TaskEviction(KVEvict):
     memory: bool = Field(False, description=MEMORY)
     output: bool = Field(False, description="Compare the heads' outputs behind the output projection.")
 
-    def policy(self, anatomy: Anatomy, layer: int) -> dict:
-        output = anatomy.layers[layer].layout.o if self.output else ""
-        return super().policy(anatomy, layer) | {"output": output}
-
     def problems(self, anatomy: Anatomy) -> list[str]:
+        problems = super().problems(anatomy)
         if self.evicting_ratio < 1:
-            return [
+            problems.append(
                 "kv_evict: with task_kv each text chooses the heads that keep every key: full_heads says how many. "
                 "Leave evicting_ratio at 1"
-            ]
-        return super().problems(anatomy)
+            )
+        return problems
 
     @property
-    def exempt(self) -> str:
-        heads = "one KV head keeps" if self.full_heads == 1 else f"{self.full_heads} KV heads keep"
-        return f"in each of their layers, {heads} every key, chosen anew for each text"
+    def exempt(self) -> int:
+        return self.full_heads
 
 
 class NormEviction(KVEvict):

@@ -81,14 +81,18 @@ def test_each_text_chooses_heads(surgery, model, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert [layer["policy"]["full_heads"] for layer in config["surgery"]["layers"]] == [1, 1]
     card = (tmp_path / "out/README.md").read_text()
-    assert "in each of their layers, one KV head keeps every key, chosen anew for each text" in card
+    said = (
+        "4 of 6 KV heads now keep the first 2 and the last 4 tokens and 8 others, chosen every 8 tokens by the policy "
+    )
+    said += "task_kv; the other heads keep every key, and each text chooses which heads these are."
+    assert said in card
     planned = surgery("plan", "task-kv", model, "observe=2", *SMALL, "--json").json
     pair, kept = 2 * Anatomy.of(model).layers[0].head_dim * 2, 2 + 4 + 8  # bfloat16
     assert planned["kv_bytes_per_token"]["after"] == 2 * (pair + 4)
     assert planned["kv_bytes_fixed"]["after"] == 2 * (3 * (kept + 8) * (pair + 4 + 8) - kept * (pair + 4))
     refused = surgery("plan", "task-kv", model, "observe=2", "full_heads=3", *SMALL)
     assert refused.code == 2
-    assert "full_heads is 3 of 3 KV heads" in refused.err
+    assert "full_heads is 3 of 3 KV heads, so that none drops a key: at most 2" in refused.err
     refused = surgery("plan", "task-kv", model, "observe=2", "evicting_ratio=0.5", *SMALL)
     assert refused.code == 2
     assert "full_heads says how many" in refused.err
