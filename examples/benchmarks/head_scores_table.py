@@ -9,7 +9,7 @@ row where the ratio is 0.25, since any choice passes there). Prompt and answer a
 `--perplexity WINDOWS LENGTH` adds, for each of `--texts` ("builtin", its held-out part, or a file), the perplexity as
 a share of the base's. A row is printed as soon as it is measured. `--out` holds what was measured so far, and the same
 command resumes. The first lines compare the orders of the heads: for each pair of files, Spearman's rank correlation
-and the share of the lower half that is the same.
+and the share of the lower half that is the same. With `--orders FILE` that is all, and FILE gets a table.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import random
 from functools import partial
 from pathlib import Path
 
+import results
 import torch
 from measured import Measured
 
@@ -47,7 +48,9 @@ parser.add_argument("--depths", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--perplexity", nargs=2, type=int, metavar=("WINDOWS", "LENGTH"))
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="builtin, or files")
-parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("--out", type=Path)
+parser.add_argument("--orders", type=Path, metavar="FILE", help="only compare the orders (results/NAME.json)")
+parser.add_argument("--machine", default="", help="with --orders: the machine")
 
 
 def splits(model, options) -> dict[str, list[list[list[float]]]]:
@@ -63,8 +66,9 @@ def splits(model, options) -> dict[str, list[list[list[float]]]]:
     return rows
 
 
-def orders(paths: list[Path], model) -> None:
-    """Print for each pair of score files how alike the orders of the heads are."""
+def orders(paths: list[Path], model) -> list[list]:
+    """Print and return for each pair of score files how alike the orders of the heads are."""
+    rows = []
     tables = {path.stem: load_scores(path, Anatomy.of(model)).scores for path in paths}
     for (one, first), (two, second) in itertools.combinations(tables.items(), 2):
         both = torch.tensor([[x for layer in ranks(table) for x in layer] for table in (first, second)])
@@ -75,6 +79,8 @@ def orders(paths: list[Path], model) -> None:
         ]
         share = len(halves[0] & halves[1]) / len(halves[0])
         print(f"{one}, {two}: rank correlation {correlation:.2f}, same lower half {share:.0%}", flush=True)
+        rows.append([f"{one}, {two}", correlation, share])
+    return rows
 
 
 def needles_of(tokenizer, options) -> list:
@@ -95,11 +101,21 @@ def cross_entropies(model, texts: dict[str, torch.Tensor]) -> list[float]:
 
 def main() -> None:
     options = parser.parse_args()
+    if not (options.out or options.orders):
+        parser.error("name --out, or --orders")
     folder = resolve(options.model).path
     model, tokenizer = surgery.load(folder).eval(), read_tokenizer(folder)
-    orders(options.scores, model)
+    alike = orders(options.scores, model)
+    if options.orders:
+        columns = ["two orders of the heads", {"name": "rank correlation", "format": "{:.2f}"}]
+        columns += [{"name": "the same heads in the lower half", "format": "{:.0%}"}]
+        files = " ".join(path.name for path in options.scores)
+        command = f"python examples/benchmarks/head_scores_table.py {options.model} --scores {files} --orders FILE"
+        results.write(options.orders, command, options.machine, columns, alike)
+        return
     rows, needles = splits(model, options), needles_of(tokenizer, options)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "scores", "ratios", "random")}
+    free = ("out", "scores", "ratios", "random", "orders", "machine")
+    settings = {key: value for key, value in vars(options).items() if key not in free}
     measured = Measured(options.out, settings)
     count, length = options.perplexity or (0, 0)
     texts = {text: windows(load_text(text), tokenizer, length, count) for text in options.texts if count}

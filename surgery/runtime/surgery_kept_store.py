@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .surgery_kv_archive import Archive
 from .surgery_stores import FullStore, KeyValues, RingStore, rows_at, spare
 from .surgery_visibility import Visibility
+
+if TYPE_CHECKING:
+    from .surgery_kv_archive import Archive
 
 READER = "read"  # the keeper that chooses what is read (surgery_kv_read.py)
 RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
@@ -148,23 +150,13 @@ class KeptStore(FullStore):
         """Whether stored tensors may not be changed in place: a graph or an earlier state of the store needs them."""
         return bool(self.past) or torch.is_grad_enabled()
 
-    def set_apart(self, leaving: torch.Tensor, whole: torch.Tensor) -> None:
-        """Keep keys that are about to be dropped, of some KV heads of each row, apart from the others.
-
-        Args:
-            leaving: bool [batch, KV heads, stored].
-            whole: long [batch, F], these heads; -1: none yet.
-        """
-        self._make_slots(leaving)
-        table = self._used("keys"), self._used("values"), self._used("slots")
-        archive = self.archive or Archive.empty(whole, *table)
-        self.archive = archive._replace(whole=whole).with_more(*table, leaving)
-
-    def _make_slots(self, like: torch.Tensor) -> None:
-        """Store the slots of the keys, of heads like [batch, KV heads, ...], if none has been dropped yet."""
+    def table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The stored keys, values and slots, [batch, KV heads, stored, ...]. From here on slots are stored."""
+        keys = self._used("keys")
         if "slots" not in self.tensors:
-            slots = torch.arange(self.stored, dtype=torch.int32, device=like.device)
-            self.tensors["slots"] = slots.repeat(*like.shape[:2], 1)
+            slots = torch.arange(self.stored, dtype=torch.int32, device=keys.device)
+            self.tensors["slots"] = slots.repeat(*keys.shape[:2], 1)
+        return keys, self._used("values"), self._used("slots")
 
     def select(self, stays: torch.Tensor) -> None:
         """Drop keys and free their memory.
@@ -183,7 +175,7 @@ class KeptStore(FullStore):
             short = torch.arange(index.shape[-1], device=index.device) >= counts
         else:
             index = stays.sort(dim=-1).values
-        self._make_slots(index)
+        self.table()
         for name in self.tensors:
             old = self._used(name)
             kept = rows_at(old, index)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .surgery_kept_store import KeptStore
+from .surgery_kv_archive import Archive
 from .surgery_stores import KeyValues, Scoring
 
 if TYPE_CHECKING:
@@ -220,7 +221,9 @@ class _PiecewiseCall:
             store.state = {name: tensor for name, tensor in store.state.items() if name not in anew}
         else:
             store.state = store.state | _in_rows(deciding, anew, store.state)
-        store.set_apart(leaving, whole)
+        archive, table = store.archive, store.table()
+        archive = Archive.empty(whole, *table) if archive is None else archive._replace(whole=whole)
+        store.archive = archive.with_more(*table, leaving)
 
 
 def in_groups(rows: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -609,7 +609,7 @@ def test_every_rule_is_saved_and_loaded_both_ways(tmp_path):
     models = {tmp_path / rule.replace(", ", "-").replace(" ", "-"): under(base, rule) for rule in RULES}
     check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "norm").glob("*.py")}
-    own = {f"surgery_kv_{name}.py" for name in ("policy", "call", "entry", "evict", "norm")}
+    own = {f"surgery_kv_{name}.py" for name in ("policy", "call", "entry", "archive", "evict", "norm")}
     assert code == set(surgery_config.exported_files([])) | own
 
 

@@ -237,7 +237,7 @@ def test_identity_is_saved_and_loaded_both_ways(bases, tmp_path):
     check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "llama").glob("*.py")}
     core = set(surgery_config.exported_files([]))
-    assert code == core | {"surgery_kv_policy.py", "surgery_kv_call.py", "surgery_kv_entry.py"}
+    assert code == core | {f"surgery_kv_{name}.py" for name in ("policy", "call", "entry", "archive")}
 
 
 def held_by_thirds(mask, chunks, kv_heads: int) -> torch.Tensor:

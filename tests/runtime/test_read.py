@@ -298,7 +298,9 @@ def test_every_rule_is_saved_and_loaded_both_ways(tmp_path):
     models = {tmp_path / rule.replace(", ", "-"): under(base, rule) for rule in RULES}
     check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "loki").glob("*.py")}
-    assert code == set(surgery_config.exported_files([])) | {"surgery_kv_read.py", "surgery_kv_read_loki.py"}
+    assert code == set(surgery_config.exported_files([])) | {
+        f"surgery_kv_{name}.py" for name in ("entry", "read", "read_loki")
+    }
 
 
 @pytest.mark.parametrize(
