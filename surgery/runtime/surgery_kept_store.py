@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .surgery_stores import FullStore, KeyValues, RingStore, rows_at, spare
 from .surgery_visibility import Visibility
-
-if TYPE_CHECKING:
-    from .surgery_kv_archive import Archive
 
 READER = "read"  # the keeper that chooses what is read (surgery_kv_read.py)
 RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
@@ -30,7 +27,7 @@ class _Past(NamedTuple):
 
     tensors: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
-    archive: Archive | None
+    archive: Any
     stored: int
     seen: int
     settled: int
@@ -48,7 +45,7 @@ class KeptStore(FullStore):
     Attributes:
         state: what a policy or a reader remembers of each row, name -> [batch, ...]. A policy's is never changed in
             place. Tokens that are removed take a reader's away.
-        archive: what KV heads that keep every key hold beside the table (surgery_kv_archive.py), or None.
+        archive: what KV heads that keep every key hold beside the table, a `surgery_kv_archive.Archive`, or None.
     """
 
     def reset(self) -> None:
@@ -58,7 +55,7 @@ class KeptStore(FullStore):
         self.recording = False  # whether this call's tokens may be removed again
         self.past: list[_Past] = []
         self.state: dict[str, torch.Tensor] = {}
-        self.archive: Archive | None = None
+        self.archive: Any = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         """The new keys alone: the policy stores them."""

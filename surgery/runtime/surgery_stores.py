@@ -19,14 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .surgery_visibility import Visibility
-
-if TYPE_CHECKING:
-    from .surgery_kv_archive import Archive
 
 GROWTH = 256  # a full head's buffer grows by at least this many slots; a long one grows by 1/32 of its length
 
@@ -61,7 +58,7 @@ class KeyValues:
         store: the store that keeps the sinks, or from which a policy may drop keys, or None.
         slots: long [batch, heads, n], the slot of each key, -1 where there is no key; None: slots are consecutive.
         gaps: some slots are -1.
-        archive: more keys of some heads of each row (surgery_kv_archive.py), which every query sees; or None.
+        archive: more keys of some heads of each row, which every query sees, a `surgery_kv_archive.Archive`; or None.
         sinks_and_ring: sinks and ring in one buffer, once both are full; an unpadded row's query sees exactly this.
         read: after sparse prefill, a function that says which keys were read (`Sparse.attend`); None: all seen keys.
         prompt_slots: what a part notes of the prompt for later calls, name -> int [batch, query heads, m], slots of
@@ -80,7 +77,7 @@ class KeyValues:
     store: RingStore | FullStore | None = None
     slots: torch.Tensor | None = None
     gaps: bool = False
-    archive: Archive | None = None
+    archive: Any = None
     sinks_and_ring: tuple[torch.Tensor, torch.Tensor] | None = None
     read: Callable | None = None
     prompt_slots: dict[str, torch.Tensor] | None = None
