@@ -135,7 +135,7 @@ def main() -> None:
     print("| --- | ---: | --- | ---: | --- | ---: |" + " ---: |" * len(options.texts))
     losses = " | ".join(f"{loss:.3f}" for loss in known["losses"])
     print(f"| | | base | {len(asked)} | | {known['nll']:.3f} | {losses} |", flush=True)
-    rows = [["every key", "base", len(asked), None, known["nll"], *known["losses"]]]
+    rows = [["every key", "the base", len(asked), None, known["nll"], *known["losses"]]]
     for heads in options.heads:
         for share in options.shares:
             for policy in options.policies:
@@ -146,19 +146,27 @@ def main() -> None:
                 low, high = wilson(found["kept"], len(asked))
                 losses = " | ".join(f"{loss:.3f}" for loss in found["losses"])
                 interval = f"{low:.0%} to {high:.0%}"
-                rows.append([f"{share:.0%}, {heads}", policy, found["kept"], interval, found["nll"], *found["losses"]])
+                where = "" if len(options.heads) == 1 else f", {heads}"
+                rows.append([f"{share:.0%}{where}", policy, found["kept"], interval, found["nll"], *found["losses"]])
                 print(
                     f"| {heads} | {share:.0%} | {policy} | {found['kept']} | {interval} | {found['nll']:.3f} | "
                     f"{losses} |",
                     flush=True,
                 )
     if options.table:
-        names = {"builtin": "held-out reference"}
+        names = {"builtin": "held-out reference", "austen-pride": "*Pride and Prejudice*"}
         columns: list = ["keys", {"name": "policy", "align": "left"}, f"needles, of {len(asked)}", "95%"]
         columns += [{"name": "nats a token of the answers", "format": "{:.3f}"}]
-        columns += [{"name": names.get(text, Path(text).stem), "format": "{:.3f}"} for text in options.texts]
-        command = f"python examples/benchmarks/evict_table.py {options.model} --scores fisher.json --out evict.json"
+        columns += [
+            {"name": names.get(Path(text).stem, Path(text).stem), "format": "{:.3f}"} for text in options.texts
+        ]
+        asked = f"--heads {' '.join(map(repr, options.heads))} --shares {' '.join(map(str, options.shares))}"
+        asked += f" --cap {options.cap} --policies POLICY... --texts builtin NOVEL --out evict.json"
+        command = f"python examples/benchmarks/evict_table.py {options.model} --scores fisher.json {asked}"
         commands = [f"surgery score {options.model} --method fisher -o fisher.json", command]
+        if len(options.heads) == len(options.shares) == 1:  # then the first column says the same everywhere
+            columns, rows = columns[1:], [row[1:] for row in rows]
+            columns[0] = f"policy, {options.shares[0]:.0%} of the keys"
         results.write(options.table, commands, options.machine, columns, rows)
 
 
