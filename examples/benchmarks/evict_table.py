@@ -75,7 +75,8 @@ DEPTHS = [0.1, 0.3, 0.5, 0.7]
 
 
 def operation(policy: str, heads: str, share: float, options, kv_heads: int) -> dict | None:
-    """The operation of a row; None: it cannot be, since the other heads alone hold more keys.
+    """The operation of a row; None: it cannot be, since the other heads alone hold more keys, or no whole
+    number of heads of each layer holds as many.
 
     Args:
         kv_heads: KV heads of a layer.

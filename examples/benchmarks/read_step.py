@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import results
 import torch
-from latent_step import filled
+from latent_step import filled, step
 
 import surgery
 from surgery.io.hub import resolve
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.runtime.modeling_surgery import CACHE, patch
+from surgery.runtime.modeling_surgery import patch
 
 READERS: dict[str, dict] = {
     "`index`": {"method": "index"},
@@ -45,17 +44,10 @@ parser.add_argument("--machine", default="", help="with --table: the machine")
 
 def reading(model, tokenizer, settings: dict, keys: int):
     """The model with a reader."""
-    step = {"op": "kv_read", "keys": keys} | settings
-    recipe = {"version": 1, "name": "reading", "operations": [step], "evaluate": None}
+    operation = {"op": "kv_read", "keys": keys} | settings
+    recipe = {"version": 1, "name": "reading", "operations": [operation], "evaluate": None}
     surgery.apply(recipe, model, tokenizer=tokenizer)
     return model
-
-
-def timed(model, cache, token: int) -> float:
-    """Milliseconds of one step."""
-    begun = time.perf_counter()
-    model(torch.tensor([[token]]), **{CACHE: cache})
-    return 1000 * (time.perf_counter() - begun)
 
 
 @torch.inference_mode()
@@ -76,7 +68,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(options.steps + 1):  # the first step is slower: the buffers grow
             for name, model in models.items():
-                times[name].append(timed(model, caches[name], 100 + turn))
+                times[name].append(step(model, caches[name], 100 + turn))
         took = {name: statistics.mean(each[1:]) for name, each in times.items()}
         for row in rows:
             row += [took[row[0]], took[FULL] / took[row[0]]]

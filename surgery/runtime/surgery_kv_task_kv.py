@@ -58,8 +58,9 @@ class TaskPolicy(AttentionPolicy):
     def whole_heads(self, kept: Kept, leaving: torch.Tensor) -> torch.Tensor:
         if self._has_chosen(kept):
             return kept.whole
-        whole = torch.full((len(leaving), self.full_heads), -1, device=leaving.device)
-        whole = whole if kept.whole is None else kept.whole
+        whole = kept.whole
+        if whole is None:
+            whole = torch.full((len(leaving), self.full_heads), -1, device=leaving.device)
         now = leaving.any(2).any(1, keepdim=True) & (whole < 0)
         farthest = self._distances(kept).argsort(dim=-1, descending=True, stable=True)[:, : self.full_heads]
         return torch.where(now, farthest.sort(dim=-1).values, whole)
