@@ -1,6 +1,7 @@
 """The text on which an operation measures and fits: a part of the built-in text, a file, or what the model writes.
 
-What the model writes is running text, or half of it conversations in the chat template (`generated.py`).
+What the model writes is running text, or half of it conversations in the chat template (`generated.py`). Some samples
+may be made into texts in which something said earlier comes back (`recall_rows.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 
 import torch
 
+from surgery.data.documents import Documents
 from surgery.data.generated import sample, user_turn
+from surgery.data.recall_rows import repeat_rows
 from surgery.data.text import (
     BUILTIN,
     CALIBRATION_TEXTS,
@@ -26,10 +29,19 @@ from surgery.errors import SurgeryError
 from surgery.io.loading import eval_mode
 
 STAGE = "calibration text"
+NAMES_OF_RECALL = "calibration_recall", "calibration_length", "calibration_text"
 
 
 def calibration_sequences(
-    model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
+    model,
+    tokenizer,
+    text: str,
+    length: int,
+    samples: int,
+    folder: Path | None = None,
+    progress=None,
+    *,
+    recall: float = 0.0,
 ) -> torch.Tensor:
     """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
 
@@ -39,10 +51,12 @@ def calibration_sequences(
             conversations).
         folder: folder for the model's text, so that a resumed run need not generate it again.
         progress: called as progress(done, total, label), in tokens that the model writes.
+        recall: share of the samples that are made into texts in which something said earlier comes back. They are the
+            last ones.
 
     Raises:
-        SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
-            serve.
+        SurgeryError: a text that cannot be read or is too short; "conversations" and a chat template that does not
+            serve; or `recall` and a tokenizer that cannot write such texts.
     """
     length, (plain, conversations) = fitting_length(model, length), written_samples(text, samples)
     written, sequences = plain + conversations, []
@@ -58,7 +72,30 @@ def calibration_sequences(
 
             settings = SimpleNamespace(length=length, chat=chat, seed=0)
             sequences.append(_written(model, tokenizer, settings, count, folder, progress and report))
-    return torch.cat(sequences)
+    return with_repeats(torch.cat(sequences), tokenizer, recall, text) if recall else torch.cat(sequences)
+
+
+def with_repeats(sequences: torch.Tensor, tokenizer, recall: float, source: str = "") -> torch.Tensor:
+    """Samples of which a share is made into texts in which something said earlier comes back, long [samples, length].
+
+    They are made from whole samples, which are then in no other one. Sentences that recall tests need are left out, so
+    that there may be a sample less than before. The order of the others stays.
+
+    Args:
+        sequences: [samples, length].
+        recall: share of the samples, at least one.
+        source: the name of the text, for errors.
+
+    Raises:
+        SurgeryError: the samples are too few or too short, or the tokenizer cannot write such texts.
+    """
+    samples, length = sequences.shape
+    settings = SimpleNamespace(recall=recall, length=length, seed=0, data=source)
+    texts = Documents("calibration text", "", sequences.tolist(), begin_of_text(tokenizer))
+    most = max(1, round(recall * samples))
+    rows, left = repeat_rows(texts, tokenizer, settings, most, NAMES_OF_RECALL)
+    whole = [stretch for stretch in left if len(stretch) == length][: samples - len(rows)]
+    return torch.tensor(whole + [[*texts.begin, *row.ids] for row in rows])
 
 
 def calibration_source(text: str, samples: int) -> dict:

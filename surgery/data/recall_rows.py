@@ -3,6 +3,8 @@
 The forms of such rows are in `repeats`. Here a tokenizer gives them their parts: sentences of the documents, words of
 the documents as labels, random codes, and punctuation. Nothing is in a language: a label is a word of the text itself.
 
+An operation's calibration text may have such rows too (`calibration_recall`).
+
 Documents are cut into stretches of a row at most. Stretches are used for these rows in a random order, until the rows
 have their share (`heal.recall`). All other stretches are packed into plain rows, so no text is in both. Within the
 rows with repeats a sentence is left out if it has a key or a secret word of a recall test (`haystack.KEYS`, `WORDS`,
@@ -38,6 +40,7 @@ TURN = 0.6180339887498949  # successive multiples of it are evenly spread in [0,
 FEWEST, MOST = 16, 64  # lines that are drawn for a list, by the length of the row
 PER_LINE = 10  # tokens of a row for each of them
 TRIES = 8  # draws of a line that the tokenizer should be able to write
+NAMES = "heal.recall", "heal.length", "heal.data"  # how errors name the settings
 ROWS_NEEDED = 3  # text of so many rows is enough for a plain row and a row with repeats, which is made from more
 ValueForm = Callable[[random.Random], str]  # draws a value
 BEFORE = "a"  # a text before parts that are written inside a text
@@ -73,17 +76,20 @@ def training_rows(texts: Documents, tokenizer, heal, isolated: bool = True) -> t
     return plain.mixed_with(whole, heal.seed), {"recall": record}
 
 
-def repeat_rows(texts: Documents, tokenizer, heal, most: int | None = None) -> tuple[list[RepeatRow], list[list[int]]]:
+def repeat_rows(
+    texts: Documents, tokenizer, heal, most: int | None = None, names: tuple[str, str, str] = NAMES
+) -> tuple[list[RepeatRow], list[list[int]]]:
     """Rows with repeats, as many as `heal.recall` asks for, and the stretches of text that they do not use.
 
     Args:
         most: make so many rows at most.
+        names: how errors name recall, length and data of `heal`.
         others: as for `training_rows`; and raises as it does.
     """
     stretches = _stretches(texts, heal.length)
     order = list(range(len(stretches)))
     random.Random(f"{heal.seed} recall").shuffle(order)
-    maker = _RowMaker(tokenizer, texts, heal, [stretches[index] for index in order[: _enough(stretches)]])
+    maker = _RowMaker(tokenizer, texts, heal, [stretches[index] for index in order[: _enough(stretches)]], names)
     left_tokens, taken = sum(map(len, stretches)), set()
 
     def more() -> Iterator[list[int]]:
@@ -102,16 +108,17 @@ def repeat_rows(texts: Documents, tokenizer, heal, most: int | None = None) -> t
             break
         rows.append(row)
     if not rows:
-        raise _too_short(texts, heal)
+        raise _too_short(texts, heal, names)
     return rows, [stretch for index, stretch in enumerate(stretches) if index not in taken]
 
 
-def _too_short(texts: Documents, heal) -> TextError:
+def _too_short(texts: Documents, heal, names: tuple[str, str, str]) -> TextError:
+    recall, length, data = names
     return TextError(
-        f"the text is too short for heal.recall: it has {texts.tokens:,} tokens, and a plain row and a row in which "
+        f"the text is too short for {recall}: it has {texts.tokens:,} tokens, and a plain row and a row in which "
         f"something comes back need about {ROWS_NEEDED * heal.length:,}",
-        where=f"heal.data: {heal.data}",
-        fix="name longer data, a shorter heal.length, or heal.recall=0",
+        where=f"{data}: {heal.data}",
+        fix=f"name longer data, a shorter {length}, or {recall}=0",
     )
 
 
@@ -172,10 +179,13 @@ class _RowMaker:
 
     Args:
         sample: stretches whose words become labels.
+        names: as for `repeat_rows`.
     """
 
-    def __init__(self, tokenizer, texts: Documents, heal, sample: Sequence[Sequence[int]]):
-        self.tokenizer, self.heal, self.texts = tokenizer, heal, texts
+    def __init__(
+        self, tokenizer, texts: Documents, heal, sample: Sequence[Sequence[int]], names: tuple[str, str, str]
+    ):
+        self.tokenizer, self.heal, self.texts, self.names_of_settings = tokenizer, heal, texts, names
         self.size = heal.length - len(texts.begin)
         self.specials, self.endings = set(tokenizer.all_special_ids), {}
         self.breaks: set[int] = set()  # tokens that are nothing but ends of lines
@@ -271,18 +281,19 @@ class _RowMaker:
         return entries
 
     def _no_lines(self, shortest: int) -> Exception:
+        recall, length, data = self.names_of_settings
         if shortest:
             return TextError(
-                f"rows of {self.heal.length} tokens are too short for heal.recall: a line of a word and a code has "
+                f"rows of {self.heal.length} tokens are too short for {recall}: a line of a word and a code has "
                 f"{shortest} tokens, and a row should have {LINE_SHARE} times as many",
-                where="heal.length",
-                fix=f"heal.length={LINE_SHARE * shortest + len(self.texts.begin)}, or heal.recall=0",
+                where=length,
+                fix=f"{length}={LINE_SHARE * shortest + len(self.texts.begin)}, or {recall}=0",
             )
         return ModelMismatchError(
-            f"heal.recall makes lines of words of the text, and this text has {len(self.words)} words that the "
+            f"{recall} makes lines of words of the text, and this text has {len(self.words)} words that the "
             "tokenizer can write",
-            where=f"heal.data: {self.heal.data}",
-            fix="name other data, or heal.recall=0",
+            where=f"{data}: {self.heal.data}",
+            fix=f"name other data, or {recall}=0",
         )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from surgery.errors import SurgeryError, TextError, nearest
 
@@ -129,6 +129,22 @@ def _shorter(tokens: int, body: int) -> str:
 def fitting_length(model, length: int) -> int:
     """`length`, cut to the model's positions."""
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+class CalibrationText(NamedTuple):
+    """The text on which an operation measures and fits.
+
+    Attributes:
+        source: "builtin" (its calibration part), "self", "mixed", "conversations" (`CALIBRATION_TEXTS`), or a file.
+        length: tokens of a sample.
+        samples: number of samples.
+        recall: share of the samples in which something said earlier comes back.
+    """
+
+    source: str
+    length: int
+    samples: int
+    recall: float = 0.0
 
 
 def written_samples(text: str, samples: int) -> tuple[int, int]:

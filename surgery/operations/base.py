@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from surgery.calibration.cost import Measurement
-from surgery.data.text import CALIBRATION_TEXTS
+from surgery.data.text import CALIBRATION_TEXTS, CalibrationText
 from surgery.errors import ModelMismatchError, SurgeryError
 from surgery.machine.placement import LAYERS, Use
 
@@ -161,19 +161,22 @@ class ApplyContext:
         return self.tokenizer
 
     def calibration(
-        self, model: Any, text: tuple[str, int, int], where: str, what: str, otherwise: str = ""
+        self, model: Any, text: CalibrationText, where: str, what: str, otherwise: str = ""
     ) -> tuple[Tensor, dict[str, Any]]:
         """Tokens of a calibration text, long [samples, length], and the record of the text.
 
         Args:
-            text: its source, tokens of a sample, and number of samples.
+            text: what it is.
             where, what, otherwise: as for `tokenizer_for`.
         """
         from surgery.data.calibration_text import calibration_sequences, calibration_source
 
         tokenizer = self.tokenizer_for(what, where, otherwise)
-        sequences = calibration_sequences(model, tokenizer, *text, self.folder, self.progress)
-        return sequences, calibration_source(text[0], text[2])
+        sequences = calibration_sequences(
+            model, tokenizer, *text[:3], folder=self.folder, progress=self.progress, recall=text.recall
+        )
+        source = calibration_source(text.source, text.samples)
+        return sequences, source | ({"recall": text.recall} if text.recall else {})
 
 
 # Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.

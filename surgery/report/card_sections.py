@@ -147,10 +147,15 @@ def _fitted_text(op: str, record: dict) -> list[str]:
 
 
 def _kept_layers(op: str, record: dict) -> list[str]:
-    """Which layers keep their KV heads, where each layer was merged by itself to measure its loss."""
+    """Which layers keep how many KV heads, where each layer was merged by itself to measure its loss."""
     tried = [
         layer for layer in record.values() if isinstance(layer, dict) and {"lost_alone", "kv_heads"} <= layer.keys()
     ]
+    if any("lost_by_heads" in layer for layer in tried):  # several numbers were tried
+        numbers = ", ".join(str(layer["kv_heads"]) for layer in tried)
+        fewest, lost = min(tried[0]["lost_by_heads"], key=int), [layer["lost_alone"] for layer in tried]
+        costs = f"{fewest} in one layer alone costs {min(lost):.4f} to {max(lost):.4f} nats (KL)"
+        return [f"{op}: KV heads of the layers, chosen by what fewer cost in each: {numbers}; {costs}"]
     most = max((layer["kv_heads"] for layer in tried), default=0)
     kept_layers = [index for index, layer in enumerate(tried) if layer["kv_heads"] == most]
     if not kept_layers or len(kept_layers) == len(tried):

@@ -54,6 +54,7 @@ class Calibration:
         values: whether values are fitted.
         written: tokens of calibration text that the model writes first.
         tried: number of texts on which each layer is first tried alone.
+        trials: how many fits of each layer are tried.
         mlp: whether the output projections of MLPs are refitted.
         copied: whether heads are reordered first, which keeps a copy of the old weights.
         ahead: whether layers are fitted to the base's inputs, so that they may run in parallel (`layers_at_a_time`).
@@ -69,6 +70,7 @@ class Calibration:
     values: bool = True
     written: int = 0
     tried: int = 0
+    trials: int = 1
     mlp: bool = True
     copied: bool = False
     ahead: bool = True
@@ -99,7 +101,8 @@ class Calibration:
     def _trial_flops(self, anatomy: Anatomy) -> float:
         """The trial of single layers: all text goes through the base, and the tried texts run from every layer on."""
         layers = len(anatomy.layers)
-        return anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
+        a_trial = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length)
+        return self.trials * a_trial if self.tried else 0
 
     def flops(self, anatomy: Anatomy, merged: int) -> float:
         """Floating-point operations to convert `merged` layers, in float32; one in float64 counts as two.
@@ -113,7 +116,8 @@ class Calibration:
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
         product = self.wider * width * (4 * hidden + 2.5 * self.length) / self.stride
-        per_token = 4 * layer_parameters(anatomy) + layers * 12 * width * self.length + merged * products * product
+        per_token = 4 * layer_parameters(anatomy) + layers * 12 * width * self.length
+        per_token += merged * self.trials * products * product
         refitted_mlps = merged * self.mlp
         per_token += refitted_mlps * 2 * inner * (inner + hidden)
         solves = refitted_mlps * RIDGES * SOLVED * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
@@ -148,7 +152,7 @@ class Calibration:
         layers_at_once = max(1, min(layers_at_a_time(anatomy), threads, merged)) if self.ahead else 1
         a_token = (2 + layers_at_once) * hidden + inner + layers_at_once * a_layer
         attention, projection = 2 * hidden * (width + keys), hidden * inner * self.mlp
-        attention_copies = self.grown + self.copied + bool(self.tried)
+        attention_copies = self.grown + self.copied + (self.trials if self.tried else 0)
         new_weights = 0 if gpu else merged * (attention * attention_copies + projection)
         widest = inner if self.mlp else width
         solver = 8 * (5 * widest**2 + 8 * widest * hidden)

@@ -119,19 +119,11 @@ class GQA(Variants, WeightRewrite):
 
     def targets(self, anatomy: Anatomy) -> list[int]:
         """KV heads after, for each layer; which of them keep their heads is not known yet."""
-        if isinstance(self.kv_heads, list):
-            return self.kv_heads
-        kept_layers, heads = self.kept_layers(anatomy), [layer.kv_heads for layer in anatomy.layers]
-        return heads[:kept_layers] + [self.shared_heads] * (len(heads) - kept_layers)
+        return self.kv_heads if isinstance(self.kv_heads, list) else [self.shared_heads] * len(anatomy.layers)
 
-    @property
-    def kept_share(self) -> float:
-        """The share of the layers that keep their KV heads."""
-        return 0.0
-
-    def kept_layers(self, anatomy: Anatomy) -> int:
-        """How many layers keep their KV heads; which ones is measured."""
-        return 0
+    def tried(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Numbers of KV heads with which each layer is tried alone, since which layer gets how many is measured."""
+        return ()
 
     def problems_of_method(self, anatomy: Anatomy) -> list[str]:
         """Why this method cannot share the heads of such layers."""
@@ -200,15 +192,18 @@ class GQA(Variants, WeightRewrite):
             x for x in (self.align, self.grouping) if x not in ("none", "neighbours")
         ]
         merged = [target for target in targets if target != layer.kv_heads]
+        tried = self.tried(anatomy)
         lines = tuple(
             f"KV heads {layer.kv_heads} → {target} in {merged.count(target)} layers ({', '.join(how)})"
             for target in sorted(set(merged))
         )
+        if len(tried) > 1:
+            numbers, share = any_of([*map(str, tried), str(layer.kv_heads)]), sum(targets) / len(targets)
+            lines = (f"KV heads {layer.kv_heads} → {numbers} by layer, {share:.3g} on average ({', '.join(how)})",)
         seconds = self.seconds(anatomy, len(merged))
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
-        measured = self.kept_layers(anatomy) > 0
         notes, measurements = tuple(self._notes(anatomy, targets)), self.measurements(anatomy, len(merged))
-        return PlannedChange(after, lines, tier, notes, seconds, measured, measurements=measurements)
+        return PlannedChange(after, lines, tier, notes, seconds, bool(tried), measurements=measurements)
 
     def _notes(self, anatomy: Anatomy, targets: list[int]) -> Iterator[str]:
         layer = anatomy.layers[0]

@@ -1,8 +1,8 @@
-"""Share the KV heads of a loaded model in closed form: order the heads, choose the layers that keep them, convert."""
+"""Share the KV heads of a loaded model in closed form: order the heads, choose how many a layer keeps, convert."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from surgery.architecture.anatomy import Anatomy
@@ -10,9 +10,10 @@ from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import layer_of, write_mlps
+from surgery.data.text import CalibrationText
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
-from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
+from surgery.operations.gqa.choose_heads import LayerLosses, choose_heads
 from surgery.operations.gqa.layer import Sharing
 from surgery.operations.gqa.merge import permute_kv_heads
 
@@ -23,19 +24,20 @@ REVISION = 3  # raise it when a change of the fit gives other weights: a resumed
 def share_kv_heads(
     model,
     context: ApplyContext,
-    text: tuple[str, int, int],
+    text: CalibrationText,
     settings: FitSettings,
     orders: list[Callable] | None = None,
-    kept_layers: int = 0,
+    tried: Sequence[int] = (),
 ) -> dict:
     """Convert a loaded model, in place, to the KV heads that `context.change` plans.
 
     Args:
-        text: source of the calibration text, tokens of a sample, and number of samples.
+        text: the calibration text.
         orders: for each layer a function that gives the new order of its KV heads; None: the order stays. The heads
             are reordered before they are shared.
-        kept_layers: how many layers keep their heads. They are the layers that lose most when converted alone;
-            `context.after` is set to the resulting anatomy.
+        tried: numbers of KV heads among which each layer's is chosen, beside its own. Each layer is converted alone
+            with each of them. The sum over layers stays as planned, and `context.after` is set to the resulting
+            anatomy. Empty: the plan's number holds for each layer.
 
     Returns:
         A record of each layer, by its path, and of the text.
@@ -47,27 +49,26 @@ def share_kv_heads(
     sequences, source = context.calibration(model, text, "gqa", NEEDS, "; or method: mean")
     heads = Heads(model, before, orders)
 
-    def files(name: str) -> LayerFiles:
-        counts = [layer.kv_heads for layer in after.layers]
+    def files(name: str, anatomy: Anatomy) -> LayerFiles:
+        counts = [layer.kv_heads for layer in anatomy.layers]
         identity = [REVISION, settings, counts, heads.records, sequences.tolist()]
         return LayerFiles(context.folder, context.state_name(name), identity)
 
-    trial_fits, losses = dict[int, tuple](), [dict[str, Any]() for _ in before.layers]
+    fits, losses = dict[int, tuple](), [dict[str, Any]() for _ in before.layers]
     try:
         heads.reorder()
-        if kept_layers:
-            after = before.with_kv_heads(min(layer.kv_heads for layer in after.layers))
-            layer_files = files("gqa-alone")
-            trial = LayerLosses(model, after.layers, sequences, settings, layer_files.load, layer_files.save)
-            layer_losses = trial.measure(context.progress)
-            trial_fits = {} if settings.sequential else trial.fits
-            del trial  # it holds hidden states and log-probabilities
-            after = context.after = keep_layers(before, after, layer_losses, kept_layers)
-            pairs = zip(layer_losses, after.layers, strict=True)
-            losses = [{"lost_alone": round(loss, 6), "kv_heads": layer.kv_heads} for loss, layer in pairs]
+        if tried:
+            trials = {count: before.with_kv_heads(count) for count in sorted(tried)}
+            alone = _convert_alone(model, context, sequences, settings, trials, files)
+            after, losses = _chosen(before, after, {count: loss for count, (loss, _) in alone.items()})
+            context.after = after
+            if not settings.sequential:
+                counts = [layer.kv_heads for layer in after.layers]
+                fits = {index: alone[count][1][index] for index, count in enumerate(counts) if count in alone}
+            del alone
             heads.restore(after)
-        layer_files = files("gqa")
-        run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, trial_fits.get)
+        layer_files = files("gqa", after)
+        run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, fits.get)
         tensors_of_layers, records = run.layers(context.progress)
         for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)
@@ -80,6 +81,43 @@ def share_kv_heads(
     each = zip(before.layers, heads.records, losses, records, strict=True)
     record = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
     return record | {"calibration": source | {"tokens": sequences.numel()}}
+
+
+def _convert_alone(
+    model, context: ApplyContext, sequences, settings: FitSettings, trials: dict[int, Anatomy], files: Callable
+) -> dict[int, tuple[list[float], dict[int, tuple]]]:
+    """Convert each layer alone. Number of KV heads -> the loss of each layer with so many, and the fits by layer."""
+    alone, layers = {}, len(context.before.layers)
+    for index, (count, anatomy) in enumerate(trials.items()):
+
+        def report(done: int, _: int, label: str, first: int = index * layers) -> None:
+            context.progress(first + done, len(trials) * layers, label)
+
+        layer_files = files("gqa-alone" if len(trials) == 1 else f"gqa-alone-{count}", anatomy)
+        trial = LayerLosses(model, anatomy.layers, sequences, settings, layer_files.load, layer_files.save)
+        alone[count] = trial.measure(context.progress and report), trial.fits
+        del trial  # it holds hidden states and log-probabilities
+    return alone
+
+
+def _chosen(before: Anatomy, planned: Anatomy, losses: dict[int, list[float]]) -> tuple[Anatomy, list[dict]]:
+    """The anatomy with as many KV heads as planned that loses least, and for each layer a record of the choice.
+
+    Args:
+        losses: number of KV heads -> the loss of each layer that alone has so many.
+    """
+    total, fewest = sum(layer.kv_heads for layer in planned.layers), min(losses)
+    by_layer = [
+        {layer.kv_heads: 0.0} | {count: of_count[index] for count, of_count in losses.items()}
+        for index, layer in enumerate(before.layers)
+    ]
+    chosen, records = choose_heads(by_layer, total), []
+    for count, of_layer in zip(chosen, by_layer, strict=True):
+        record: dict[str, Any] = {"lost_alone": round(of_layer[fewest], 6), "kv_heads": count}
+        if len(losses) > 1:
+            record["lost_by_heads"] = {str(heads): round(of_layer[heads], 6) for heads in losses}
+        records.append(record)
+    return before.with_kv_heads_by_layer(chosen), records
 
 
 class Heads:

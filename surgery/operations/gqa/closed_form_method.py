@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from math import ceil
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.calibration.closed_form.cost import TRIED, Calibration
-from surgery.data.text import written_samples
+from surgery.data.text import CalibrationText, written_samples
 from surgery.operations.base import SURGICAL, ApplyContext, Measurement
 from surgery.operations.gqa.base import GQA, MergeSeed
 
@@ -28,6 +29,8 @@ KEPT = 0.8
 class ClosedForm(GQA):
     """What loses least on calibration text, the rest refitted."""
 
+    LATER: ClassVar[tuple[str, ...]] = ("keep_kv", "calibration_recall")
+
     method: Literal["closed_form"]
     keep_layers: float = Field(
         0.0,
@@ -35,6 +38,14 @@ class ClosedForm(GQA):
         lt=1,
         description="Share of the layers that keep their KV heads, those where sharing costs most on the "
         f"calibration text (surgical tier). 0: none, or {KEPT} where kv_heads is null.",
+    )
+    keep_kv: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the KV heads of all layers that is left, in place of keep_layers. How many each layer "
+        "keeps is measured: of the numbers that divide the query heads, or all of its own or kv_heads where that is "
+        "set (surgical tier).",
     )
     seed: MergeSeed = 0
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
@@ -60,6 +71,13 @@ class ClosedForm(GQA):
         "mixed (half of each), conversations (mixed, but half of what the model writes is conversations), or a UTF-8 "
         "text file.",
     )
+    calibration_recall: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the pieces in which something said earlier comes back, as with heal.recall. Then the "
+        "fit sees copying from the text, which plain text has little of.",
+    )
 
     @property
     def start_only(self) -> bool:
@@ -67,7 +85,7 @@ class ClosedForm(GQA):
 
     @property
     def usual_tier(self) -> str:
-        return SURGICAL if self.kept_share else super().usual_tier
+        return SURGICAL if self.kept_share or self.keep_kv else super().usual_tier
 
     @property
     def streams(self) -> bool:
@@ -78,6 +96,8 @@ class ClosedForm(GQA):
         return ("q", "k", "v", "o")  # queries and outputs absorb the maps of the merge
 
     def milder(self) -> str:
+        if self.keep_kv:
+            return f"keep_kv={min(1.0, round(self.keep_kv * 1.25, 2)):g}" if self.keep_kv < 1 else ""
         return "" if self.kept_share or isinstance(self.kv_heads, list) else f"keep_layers={KEPT}"
 
     def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
@@ -90,15 +110,53 @@ class ClosedForm(GQA):
 
     @property
     def kept_share(self) -> float:
-        return self.keep_layers or (KEPT if self.kv_heads is None else 0.0)
+        """The share of the layers that keep their KV heads; 0 where keep_kv says how many heads are left."""
+        return self.keep_layers or (KEPT if self.kv_heads is None and not self.keep_kv else 0.0)
 
     def kept_layers(self, anatomy: Anatomy) -> int:
+        """How many layers keep their KV heads; which ones is measured."""
         kept = int(self.kept_share * len(anatomy.layers) + 0.5)
         return kept if self.keep_layers else min(kept, len(anatomy.layers) - 1)
 
+    def tried(self, anatomy: Anatomy) -> tuple[int, ...]:
+        if isinstance(self.kv_heads, list) or not (self.keep_kv or self.kept_layers(anatomy)):
+            return ()
+        layer = anatomy.layers[0]
+        if isinstance(self.kv_heads, int) or not self.keep_kv:
+            return (self.shared_heads,) if self.shared_heads < layer.kv_heads else ()
+        similar = self.grouping == "similarity"  # makes groups of equal size
+        return tuple(
+            count
+            for count in range(1, layer.kv_heads)
+            if layer.heads % count == 0
+            and not (similar and layer.kv_heads % count)
+            and not anatomy.kv_heads_problem(count)
+        )
+
+    def targets(self, anatomy: Anatomy) -> list[int]:
+        if isinstance(self.kv_heads, list) or not (tried := self.tried(anatomy)):
+            return super().targets(anatomy)
+        heads = [layer.kv_heads for layer in anatomy.layers]
+        if not self.keep_kv:
+            kept_layers = self.kept_layers(anatomy)
+            return heads[:kept_layers] + [self.shared_heads] * (len(heads) - kept_layers)
+        left, planned = self._heads_left(anatomy) - min(tried) * len(heads), []
+        for own in heads:  # the first layers take what is left, in the largest numbers that fit
+            planned.append(max(count for count in (*tried, own) if count - min(tried) <= max(0, left)))
+            left -= planned[-1] - min(tried)
+        return planned
+
+    def _heads_left(self, anatomy: Anatomy) -> int:
+        """How many KV heads all layers may have together, by keep_kv."""
+        return int((self.keep_kv or 1.0) * sum(layer.kv_heads for layer in anatomy.layers) + 1e-6)
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         problems = super().problems(anatomy)
-        if not anatomy.alike or not self.keep_layers or len(targets := self.targets(anatomy)) != len(anatomy.layers):
+        if not anatomy.alike or len(targets := self.targets(anatomy)) != len(anatomy.layers):
+            return problems
+        if self.keep_kv:
+            return problems + list(self._problems_of_share(anatomy))
+        if not self.keep_layers:
             return problems
         if isinstance(self.kv_heads, list):
             problems.append("gqa: kv_heads lists what each layer gets: drop keep_layers, or give kv_heads one number")
@@ -108,6 +166,20 @@ class ClosedForm(GQA):
                 f"gqa: keep_layers: {self.keep_layers} of {len(targets)} layers is {share} of them; 0 keeps none"
             )
         return problems
+
+    def _problems_of_share(self, anatomy: Anatomy) -> Iterator[str]:
+        layer, layers = anatomy.layers[0], len(anatomy.layers)
+        if self.keep_layers:
+            yield "gqa: keep_kv and keep_layers both say how much is left: drop one"
+        if isinstance(self.kv_heads, list):
+            yield "gqa: kv_heads lists what each layer gets: drop keep_kv, or give kv_heads one number or null"
+        elif (tried := self.tried(anatomy)) and self._heads_left(anatomy) < layers * min(tried):
+            yield (
+                f"gqa: keep_kv: {self.keep_kv:g} of {layers * layer.kv_heads} KV heads is fewer than "
+                f"{min(tried)} in each of {layers} layers: take at least {_up(min(tried) / layer.kv_heads):g}"
+            )
+        if self.grouping == "similarity" and self.kv_heads is None and len(self.tried(anatomy)) > 1:
+            yield "gqa: grouping: similarity orders heads for one number of groups: give kv_heads one number"
 
     def problems_of_method(self, anatomy: Anatomy) -> list[str]:
         return [f"gqa: method: closed_form: {reason}" for reason in self._problems_of_fit(anatomy)]
@@ -123,7 +195,7 @@ class ClosedForm(GQA):
             yield f"refit names a projection twice: {', '.join(self.refit)}"
 
     def measurements(self, anatomy: Anatomy, shared: int) -> tuple[Measurement, ...]:
-        fitted = len(anatomy.layers) if self.kept_layers(anatomy) else shared
+        fitted = len(anatomy.layers) if self.tried(anatomy) else shared
         return self._calibration(anatomy).measurements(anatomy, fitted)
 
     def _calibration(self, anatomy: Anatomy) -> Calibration:
@@ -134,7 +206,8 @@ class ClosedForm(GQA):
             max(0, 2 * of_scores - 1),  # queries are fitted twice where keys are fitted, too
             "v" in self.refit,
             written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
-            tried=TRIED if self.kept_layers(anatomy) else 0,
+            tried=TRIED if self.tried(anatomy) else 0,
+            trials=max(1, len(self.tried(anatomy))),
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",
             ahead=not self.sequential,
@@ -151,9 +224,14 @@ class ClosedForm(GQA):
         kind = {"mixed": half, "conversations": f"{half}, with conversations", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
         yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
-        if kept_layers := self.kept_layers(anatomy):
-            which = f"which {kept_layers} of {len(anatomy.layers)} layers keep their KV heads is measured"
-            yield f"{which}: the layers where sharing costs most, each tried alone"
+        if self.tried(anatomy):
+            if self.keep_kv:
+                yield "how many KV heads each layer keeps is measured: each is tried alone, and the least sum is taken"
+            else:
+                which = f"which {self.kept_layers(anatomy)} of {len(anatomy.layers)} layers keep their KV heads"
+                yield f"{which} is measured: the layers where sharing costs most, each tried alone"
+        if self.calibration_recall:
+            yield f"in {self.calibration_recall:.0%} of the text something said earlier comes back"
         if norm:
             yield (
                 "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "
@@ -169,12 +247,18 @@ class ClosedForm(GQA):
         before, targets = context.before, self.targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:
             return {}
-        orders = None
+        orders, tried = None, self.tried(before)
         if self.grouping == "similarity":
-            one = self.shared_heads if self.kept_layers(before) else None
-            shared = [one] * len(targets) if one else targets
+            shared = [tried[0]] * len(targets) if tried else targets
             orders = [partial(self.order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
         settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
-        text = self.calibration_text, self.calibration_length, self.calibration_samples
-        return share_kv_heads(model, context, text, settings, orders, self.kept_layers(before))
+        text = CalibrationText(
+            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
+        )
+        return share_kv_heads(model, context, text, settings, orders, tried)
+
+
+def _up(share: float) -> float:
+    """A share as few digits that are not below it."""
+    return ceil(share * 1000 - 1e-9) / 1000

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from surgery.calibration.cost import Measurement, forward_flops
+from surgery.data.text import CalibrationText
 from surgery.operations.base import ApplyContext, Count, Length, Seed
 from surgery.operations.kv_read.base import MOST_READ, KVRead
 
@@ -86,7 +87,7 @@ class LokiReading(RankingReading):
     def measure(self, model, context: ApplyContext) -> tuple[list[torch.Tensor], dict[str, Any]]:
         from surgery.operations.kv_read.key_directions import key_directions
 
-        text = self.calibration_text, self.calibration_length, self.calibration_samples
+        text = CalibrationText(self.calibration_text, self.calibration_length, self.calibration_samples)
         what = "ranking keys needs a calibration text, and so the tokenizer"
         sequences, source = context.calibration(model, text, self.op, what)
         return key_directions(model, sequences, self.dims, context.progress), {"calibration": source}

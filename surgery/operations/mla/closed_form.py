@@ -7,6 +7,7 @@ from surgery.architecture.latent import write_latent
 from surgery.architecture.stock_class import refuse_other_class
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import write_mlps
+from surgery.data.text import CalibrationText
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.mla.layer import Compression
@@ -14,11 +15,11 @@ from surgery.operations.mla.layer import Compression
 REVISION = 1  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
-def compress(model, context: ApplyContext, text: tuple[str, int, int], settings: FitSettings) -> dict:
+def compress(model, context: ApplyContext, text: CalibrationText, settings: FitSettings) -> dict:
     """Convert a loaded model, in place, to the latent attention that `context.change` plans.
 
     Args:
-        text: source of the calibration text, tokens of a sample, and number of samples.
+        text: the calibration text.
 
     Returns:
         A record of each layer, by its path, and of the text.

@@ -14,7 +14,7 @@ from pydantic import Field
 from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_problem
 from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
-from surgery.data.text import written_samples
+from surgery.data.text import CalibrationText, written_samples
 from surgery.operations.base import NATIVE, InWords, Operation, PlannedChange
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class MLA(Operation):
         "Run it in bfloat16 or float32: float16 has no numbers so small, and the output would be noise.",
     )
 
+    LATER: ClassVar[tuple[str, ...]] = ("calibration_recall",)
+
     op: Literal["mla"] = "mla"
     keep_kv: float = Field(
         0.5, gt=0, le=1, description="Share of the base's KV cache that a token takes, where rank is null."
@@ -67,6 +69,13 @@ class MLA(Operation):
         description="conversations (half Python's language reference, a quarter text and a quarter conversations that "
         "the model writes), builtin (the calibration part of that reference), self (what the model writes), mixed "
         "(half of each), or a UTF-8 text file.",
+    )
+    calibration_recall: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the pieces in which something said earlier comes back, as with heal.recall. Then the "
+        "fit sees copying from the text, which plain text has little of.",
     )
 
     @property
@@ -182,7 +191,9 @@ class MLA(Operation):
         from surgery.calibration.closed_form.layer_inputs import FitSettings
         from surgery.operations.mla.closed_form import compress
 
-        text = self.calibration_text, self.calibration_length, self.calibration_samples
+        text = CalibrationText(
+            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
+        )
         return compress(model, context, text, FitSettings(refit=tuple(self.refit)))
 
 

@@ -23,6 +23,7 @@ from families import (
     one_thread,  # noqa: F401
 )
 from planted import planted
+from tokenizers_of_bytes import byte_tokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
@@ -334,6 +335,30 @@ def test_half_of_what_the_model_writes_for_conversations_is_conversations(model,
     source = calibration_source("conversations", 8)["text"]
     assert source.endswith(", and as much that the model writes (2 samples of text, 2 of conversations)")
     assert calibration_source("mixed", 8)["text"].endswith(", and as much that the model writes")
+
+
+def test_a_share_of_the_samples_repeats_itself(model):
+    """They are the last ones. The others stay as they were, in their order, and no text is in both."""
+    loaded, tokenizer, length = package.load(model), byte_tokenizer(), 96
+    plain = calibration_sequences(loaded, tokenizer, "builtin", length, 12)
+    text = calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.25)
+    assert torch.equal(text, calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.25))
+    places = [next((at for at, row in enumerate(plain) if torch.equal(row, sample)), None) for sample in text]
+    assert len(text) in (11, 12)
+    assert places[-3:] == [None] * 3
+    assert None not in places[:-3]
+    assert places[:-3] == sorted(places[:-3])
+    left = {tuple(plain[place].tolist()) for place in places[:-3]}
+    made = "".join(tokenizer.decode(row) for row in text[-3:])
+    for row in plain:
+        if tuple(row.tolist()) in left:
+            assert tokenizer.decode(row)[20:60] not in made
+    for sample in text[-3:]:  # a stretch of 8 tokens at least is there twice
+        stretches = [tuple(sample[first : first + 8].tolist()) for first in range(length - 7)]
+        assert len(set(stretches)) < len(stretches)
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.0), plain)
+    with pytest.raises(SurgeryError, match=r"too short for calibration_recall(.|\n)*calibration_length=[0-9]+, or"):
+        calibration_sequences(loaded, tokenizer, "builtin", 24, 12, recall=0.5)
 
 
 def test_conversations_without_a_template_that_serves_is_refused(model):

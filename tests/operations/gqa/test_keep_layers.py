@@ -1,9 +1,11 @@
-"""gqa's keep_layers: layers that lose most by sharing keep their KV heads."""
+"""gqa's keep_layers and keep_kv: layers that lose most by sharing keep their KV heads, or more of them."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import random
 
 import pytest
 from closed_form import SEQUENCES, Stopped, Tokens, closed, copies_in, numbers, recipe, same  # noqa: F401
@@ -12,7 +14,7 @@ from families import attention_modules, base, check_both_ways_to_load, differenc
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.operations.gqa.choose_layers import keep_layers, validation_samples
+from surgery.operations.gqa.choose_heads import choose_heads, validation_samples
 from surgery.operations.gqa.layer import SharedLayer
 
 
@@ -63,11 +65,58 @@ def test_texts_of_both_halves_are_tried():
     assert validation_samples(4) == [3]
 
 
-def test_who_is_spared():
-    before = Anatomy.of(base("llama"))
-    shared = before.with_kv_heads(1)
-    assert [layer.kv_heads for layer in keep_layers(before, shared, [0.1, 0.2], 1).layers] == [1, 4]
-    assert [layer.kv_heads for layer in keep_layers(before, shared, [0.1, 0.1], 1).layers] == [4, 1]
+def test_the_choice_with_the_least_loss():
+    """Against all choices; of equal losses the earlier layer has more heads."""
+    assert choose_heads([{1: 0.1, 4: 0}, {1: 0.2, 4: 0}], 5) == [1, 4]
+    assert choose_heads([{1: 0.1, 4: 0}, {1: 0.1, 4: 0}], 5) == [4, 1]
+    draw = random.Random(0)
+    for counts, layers in (((1, 3), 6), ((1, 2, 4, 8), 4), ((2, 3, 6), 5)):
+        losses = [{count: draw.choice([draw.random() / count, 0.25]) for count in counts} for _ in range(layers)]
+        every = list(itertools.product(counts, repeat=layers))
+        for total in {sum(choice) for choice in every}:
+            possible = [choice for choice in every if sum(choice) == total]
+            least = min(sum(map(dict.__getitem__, losses, choice)) for choice in possible)
+            found = choose_heads(losses, total)
+            assert sum(found) == total
+            assert sum(map(dict.__getitem__, losses, found)) == pytest.approx(least, abs=1e-12)
+    with pytest.raises(ValueError, match="no choice of KV heads has 6 in 2 layers"):
+        choose_heads([{1: 0, 4: 0}, {1: 0, 4: 0}], 6)
+
+
+def test_keep_kv_tries_each_number_of_heads(numbers, tmp_path):
+    """The choice with the least sum of what each layer lost alone, with the heads that the plan counts."""
+    models, losses = {}, {}
+    for count in (1, 2):
+        trial = copy.deepcopy(base("llama"))
+        report = package.apply(recipe(closed(numbers, count, keep_layers=0.5)), trial, tokenizer=Tokens())
+        losses[count] = [each["lost_alone"] for each in layers_of(report.data).values()]
+    for share, total in ((0.375, 3), (0.5, 4), (0.7, 5), (0.75, 6), (0.9, 6)):
+        model, step = copy.deepcopy(base("llama")), closed(numbers, None, keep_kv=share)
+        plan = package.plan(recipe(step), model)
+        assert "KV heads 4 → 1, 2 or 4 by layer" in str(plan.to_dict())
+        assert sum(layer.kv_heads for layer in plan.after.layers) == total
+        report = package.apply(recipe(step), model, tokenizer=Tokens())
+        heads = [layer.kv_heads for layer in Anatomy.of(model).layers]
+        by_layer = [{4: 0.0, 1: losses[1][layer], 2: losses[2][layer]} for layer in range(2)]
+        possible = [choice for choice in itertools.product((1, 2, 4), repeat=2) if sum(choice) == total]
+        assert tuple(heads) == min(possible, key=lambda c: by_layer[0][c[0]] + by_layer[1][c[1]])
+        for layer, record in enumerate(layers_of(report.data).values()):
+            assert record["kv_heads"] == heads[layer]
+            found = {int(count): lost for count, lost in record["lost_by_heads"].items()}
+            assert found == pytest.approx({count: losses[count][layer] for count in (1, 2)}, rel=1e-3)
+        models[tmp_path / str(total) / str(share)] = model
+    check_both_ways_to_load(models, tmp_path)
+
+
+def test_keep_kv_with_one_number_is_keep_layers(numbers):
+    models = []
+    for fields in ({"keep_layers": 0.5}, {"keep_kv": 0.75}):
+        model = copy.deepcopy(base("llama"))
+        package.apply(recipe(closed(numbers, 2, **fields)), model, tokenizer=Tokens())
+        models.append(model.state_dict())
+    assert same(*models)
+    unchanged = package.plan(recipe(closed(numbers, None, keep_kv=1)), base("llama"))
+    assert "nothing: there are 4 KV heads already" in str(unchanged.to_dict())
 
 
 def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
@@ -112,6 +161,15 @@ def test_refusals(numbers):
         ("llama", closed(numbers, 2, keep_layers=0.2), "0.2 of 2 layers is none of them"),
         ("llama", closed(numbers, 2, keep_layers=0.9), "0.9 of 2 layers is all of them"),
         ("llama", closed(numbers, 3, keep_layers=0.5), "4 KV heads on 8 query heads cannot become 3"),
+        ("llama", closed(numbers, None, keep_kv=0.2), "0.2 of 8 KV heads is fewer than 1 in each of 2 .*least 0.25"),
+        ("llama", closed(numbers, 2, keep_kv=0.4), "fewer than 2 in each of 2 layers: take at least 0.5"),
+        ("llama", closed(numbers, 2, keep_kv=0.5, keep_layers=0.5), "both say how much is left: drop one"),
+        ("llama", closed(numbers, [2, 4], keep_kv=0.5), "drop keep_kv, or give kv_heads one number or null"),
+        ("llama", closed(numbers, None, keep_kv=0.5, grouping="similarity"), "give kv_heads one number"),
+        ("llama", closed(numbers, None, keep_kv=1.5), "keep_kv"),
+        ("llama", closed(numbers, None, keep_kv=0), "keep_kv"),
+        ("phi3", closed(numbers, None, keep_kv=0.75), "give one number of KV heads for all layers"),
+        ("llama", {"op": "gqa", "kv_heads": 2, "keep_kv": 0.5}, "keep_kv: read by method: closed_form alone"),
     ]
     for name, step, says in cases:
         with pytest.raises(SurgeryError, match=says):
