@@ -10,10 +10,12 @@ from surgery.evaluation.probes.base import Row
 from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
 from surgery.io.files import split_card
 from surgery.report.card_metadata import metadata
-from surgery.report.card_sections import figures_of, get, healing, licence, limits, loading, provenance
+from surgery.report.card_sections import FITTED, figures_of, get, healing, licence, limits, loading, provenance
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.gate import finite
 from surgery.report.head_map import FILE as HEADS
+
+ALTERNATIVES = "What else was tried"  # heading of what `surgery fit` tried
 
 
 def render_card(report: dict, base_card: str | None) -> str:
@@ -35,7 +37,7 @@ def render_card(report: dict, base_card: str | None) -> str:
         "## What it costs and what it saves\n\n" + costs_text(report),
         *_heads(report),
         *healing(report),
-        *_alternatives(report),
+        *(f"## {ALTERNATIVES}\n\n{text}" for text in alternatives(report)),
         "## How to use it\n\n" + loading(report),
         "## Checks\n\n" + checks_text(report),
         "## Limits\n\n" + limits(report),
@@ -57,8 +59,8 @@ def _heads(report: dict) -> list[str]:
     return [f"![{what}]({HEADS})\n\n*{what}. Heads have the base's numbers.*"]
 
 
-def _alternatives(report: dict) -> list[str]:
-    """What `surgery fit` tried before it chose this recipe, as a list of one section; [] if it did not choose it."""
+def alternatives(report: dict) -> list[str]:
+    """What `surgery fit` tried before it chose this recipe, as a list of one text; [] if it did not choose it."""
     found = get(report, "fit")
     budget, rows = get(found, "budget"), found.get("options") or []
     if not rows:
@@ -85,8 +87,9 @@ def _alternatives(report: dict) -> list[str]:
         "reads less calibration text, so that damages of the two trials are not to be compared."
     )
     told = " ".join([told, *(f"{note[:1].upper()}{note[1:]}." for note in found.get("notes") or [])])
-    table = "\n".join(lines)
-    return [f"## What else was tried\n\n{told}\n\n{table}"]
+    what = "What each option leaves of the cache, and its damage"
+    picture = [f"![{what}]({FITTED})"] if FITTED in get(report, "other_files") else []
+    return ["\n\n".join([told, "\n".join(lines), *picture])]
 
 
 def costs_text(report: dict) -> str:

@@ -13,6 +13,7 @@ from surgery.io.card_text import REPOSITORY
 from surgery.report.gate import finite
 
 CURVE = "healing/loss.png"  # the picture that `surgery heal` draws
+FITTED = "fit.png"  # the picture that `surgery fit` draws
 
 
 def get(report: dict, key: str) -> dict:

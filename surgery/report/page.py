@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from surgery.evaluation import probes
 from surgery.io.printing import Table, as_html_table
-from surgery.report.card import checks_text, costs_text
-from surgery.report.card_sections import CURVE, get, healing, limits, loading, provenance
+from surgery.report.card import ALTERNATIVES, alternatives, checks_text, costs_text
+from surgery.report.card_sections import CURVE, FITTED, get, healing, limits, loading, provenance
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.head_map import FILE as HEADS
 
@@ -26,6 +26,7 @@ LARGEST = 900_000  # bytes of the page; pictures that would exceed it are left o
 PICTURES = {
     HEADS: "Which KV heads see all, and which (hatched) see sinks and a window, by layer.",
     CURVE: "Loss and distance to the base while it was trained.",
+    FITTED: "What each option leaves of the KV cache, and its damage; a filled mark was tried as a whole.",
 }
 FOLDED = re.compile(r"<details>\n<summary>(.*?)</summary>\n\n(.*?)\n\n</details>", re.DOTALL)  # `folded_away`
 IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)\n*(\*[^*]*\*)?")
@@ -81,6 +82,7 @@ def render_page(report: dict, folder: Path | None, plan: Sequence[str] = (), ans
         ("Answers, side by side", "".join(map(_answers, answers))),
         ("What changed", f"<pre>{escape(chr(10).join(plan))}</pre>" if plan else ""),
         ("Healing", "".join(_html(text.removeprefix("## Healing\n\n")) for text in healing(report))),
+        (ALTERNATIVES, "".join(map(_html, alternatives(report)))),
         ("Checks", _html(checks_text(report))),
         ("How to use it", _html(loading(report))),
         ("Limits", _html(limits(report))),

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -34,6 +34,7 @@ from surgery.io.loading import read_tokenizer
 from surgery.io.output_folder import OutputFolder, machine_errors, overlap, refuse_to_replace, remove_own
 from surgery.machine.placement import current, placed
 from surgery.pipeline import convert_only, finish
+from surgery.report.card_sections import FITTED
 from surgery.report.report import Report
 from surgery.search.budget import GOALS, Budget, Model, Option, Options, options, pairs
 from surgery.search.fitted import Fitted, Tried
@@ -43,7 +44,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
-FILE, PICTURE, TRIAL, BEST = "fit.json", "fit.png", "trial", "best"  # in the folder of a search
+FILE, PICTURE, TRIAL, BEST = "fit.json", FITTED, "trial", "best"  # in the folder of a search
 CONTEXT = 8192
 JUDGE = 2  # raise it when options are judged otherwise: kept figures are then of another search
 OTHER_KEEP = "name another folder: --keep FOLDER"
@@ -325,7 +326,9 @@ class _Search:
             shutil.copytree(report.folder, partial, dirs_exist_ok=True)
         result.report = Report.of(out.out)
         result.report.data["fit"] = result.to_dict()
-        result.report.save()
+        with suppress(SurgeryError):  # without matplotlib the table is all
+            result.plot(out.out / PICTURE)
+        result.report.save(list_files=True)
         for name in (TRIAL, BEST):
             remove_own(self.folder / name)
 

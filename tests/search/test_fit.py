@@ -526,3 +526,10 @@ def test_the_whole_search_on_a_tiny_model(surgery, base, tmp_path, monkeypatch):
     assert "| whole |" in card
     assert "| first |" in card
     assert "| chosen |" in card
+    assert "](fit.png)" in card
+    assert "fit.png" in record["other_files"]
+    page = surgery("report", "out").code, Path("out/report.html").read_text()
+    assert page[0] == 0
+    assert "a filled mark was tried as a whole.</figcaption>" in page[1]
+    assert "<h2>What else was tried</h2>" in page[1]
+    assert "<td>chosen</td>" in page[1]
