@@ -60,7 +60,8 @@ DECIDED = {
     "operations/head_scorers": "choice scorers",
     "operations/kv_evict": "base methods operation",
     "operations/kv_read": "base key_directions methods operation",
-    "operations/gqa": "base choose_heads closed_form closed_form_method grouping layer merge merge_methods operation",
+    "operations/gqa": "base closed_form closed_form_method grouping heads_by_layer layer lost_alone merge "
+    "merge_methods operation",
     "operations/mla": "closed_form joint_rank layer operation weights",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",

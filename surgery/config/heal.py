@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from surgery.data.text import SHORTEST_RECALL
 from surgery.errors import any_of, nearest, shown
 from surgery.healing import losses
 from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
@@ -16,7 +17,6 @@ from surgery.operations.variants import Variants
 
 BUDGETS = ("tokens", "steps", "minutes")
 LARGEST_WEIGHT = 1_000_000  # above it, a float32 sum would lose the other losses
-SHORTEST_RECALL = 64  # tokens of a row that holds lines, text, and some of the lines again
 
 
 def _number(value: object) -> object:

@@ -193,6 +193,11 @@ class Plan(Printed):
         """Estimated seconds of the whole run on this machine."""
         return self.estimate.seconds
 
+    @property
+    def measured(self) -> bool:
+        """Whether a measurement decides what becomes of each layer."""
+        return any(step.change.measured for step in self.steps)
+
     def summary(self, made: Anatomy | None = None) -> dict:
         """The part of the plan that surgery.json keeps; `made`: the anatomy of the result, if there is one."""
         after = made or self.after

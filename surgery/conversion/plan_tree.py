@@ -46,7 +46,7 @@ def layer_branches(plan: Plan) -> list[tuple[str, list[str]]]:
 
     Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
     """
-    measured, placed = any(step.change.measured for step in plan.steps), _placed(plan, "kv_heads")
+    measured, placed = plan.measured, _placed(plan, "kv_heads")
     branches = []
     for old, new, last in _runs(plan.before.layers, plan.after.layers, not measured, placed):
         path = old.path if last == old.index else old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
@@ -64,8 +64,7 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
         )
         return rows + _tensor_lines(plan, old, new)
     if not placed:
-        counts = " or ".join(map(str, sorted({layer.kv_heads for layer in plan.after.layers})))
-        return [*rows, f"{old.kv_heads} → {counts} KV heads: which layers get which is measured"]
+        return [*rows, f"{old.kv_heads} KV heads: how many stay in which layer is measured"]
     earlier = f" ({_readers(old)} before)" if _readers(old) != _readers(new) else ""
     heads = "1 KV head" if old.kv_heads == new.kv_heads == 1 else f"{arrow(old.kv_heads, new.kv_heads)} KV heads, each"
     rows.append(f"{heads} read by {_readers(new)} query heads{earlier}")

@@ -13,13 +13,14 @@ import torch
 
 from surgery.data.documents import Documents
 from surgery.data.generated import sample, user_turn
-from surgery.data.recall_rows import repeat_rows
+from surgery.data.recall_rows import Names, repeat_rows
 from surgery.data.text import (
     BUILTIN,
     CALIBRATION_TEXTS,
     Text,
     begin_of_text,
     fitting_length,
+    is_validation,
     load_text,
     samples_to_begin,
     windows,
@@ -29,7 +30,7 @@ from surgery.errors import SurgeryError
 from surgery.io.loading import eval_mode
 
 STAGE = "calibration text"
-NAMES_OF_RECALL = "calibration_recall", "calibration_length", "calibration_text"
+NAMES_OF_RECALL = Names("calibration_recall", "calibration_length", "calibration_text", "more calibration_samples")
 
 
 def calibration_sequences(
@@ -51,8 +52,7 @@ def calibration_sequences(
             conversations).
         folder: folder for the model's text, so that a resumed run need not generate it again.
         progress: called as progress(done, total, label), in tokens that the model writes.
-        recall: share of the samples that are made into texts in which something said earlier comes back. They are the
-            last ones.
+        recall: share of the samples that are made into texts in which something said earlier comes back.
 
     Raises:
         SurgeryError: a text that cannot be read or is too short; "conversations" and a chat template that does not
@@ -72,30 +72,48 @@ def calibration_sequences(
 
             settings = SimpleNamespace(length=length, chat=chat, seed=0)
             sequences.append(_written(model, tokenizer, settings, count, folder, progress and report))
-    return with_repeats(torch.cat(sequences), tokenizer, recall, text) if recall else torch.cat(sequences)
+    made = torch.cat(sequences)
+    return with_repeats(made, tokenizer, recall, text, conversations) if recall else made
 
 
-def with_repeats(sequences: torch.Tensor, tokenizer, recall: float, source: str = "") -> torch.Tensor:
+def with_repeats(sequences: torch.Tensor, tokenizer, recall: float, source: str = "", whole: int = 0) -> torch.Tensor:
     """Samples of which a share is made into texts in which something said earlier comes back, long [samples, length].
 
-    They are made from whole samples, which are then in no other one. Sentences that recall tests need are left out, so
-    that there may be a sample less than before. The order of the others stays.
+    They are made from samples, which are then no samples of their own. Sentences with words of the recall tests are
+    left out, so that there may be some samples fewer than before. The order of the others stays. Of the samples that
+    a fit holds back, the same share is made of repeats.
 
     Args:
         sequences: [samples, length].
         recall: share of the samples, at least one.
         source: the name of the text, for errors.
+        whole: so many samples at the end are not used for it, since they are conversations.
 
     Raises:
-        SurgeryError: the samples are too few or too short, or the tokenizer cannot write such texts.
+        SurgeryError: the samples are too few, or the tokenizer cannot write such texts.
     """
     samples, length = sequences.shape
     settings = SimpleNamespace(recall=recall, length=length, seed=0, data=source)
-    texts = Documents("calibration text", "", sequences.tolist(), begin_of_text(tokenizer))
-    most = max(1, round(recall * samples))
-    rows, left = repeat_rows(texts, tokenizer, settings, most, NAMES_OF_RECALL)
-    whole = [stretch for stretch in left if len(stretch) == length][: samples - len(rows)]
-    return torch.tensor(whole + [[*texts.begin, *row.ids] for row in rows])
+    plain, others = sequences[: samples - whole].tolist(), sequences[samples - whole :].tolist()
+    texts = Documents("calibration text", "", plain, begin_of_text(tokenizer))
+    rows, left = repeat_rows(texts, tokenizer, settings, max(1, round(recall * samples)), NAMES_OF_RECALL)
+    made = [[*texts.begin, *row.ids] for row in rows]
+    left = [stretch for stretch in left if len(stretch) == length][: samples - whole - len(rows)] + others
+    return torch.tensor(_mixed(left, made))
+
+
+def _mixed(plain: list, made: list) -> list:
+    """Both lists as one, each in its order, with the same share of `made` among the samples that a fit holds back."""
+    count = len(plain) + len(made)
+    sides: tuple[list[int], list[int]] = [], []
+    for index in range(count):
+        sides[is_validation(index, count)].append(index)
+    held_back = min(len(sides[1]), len(made), max(len(made) > 1, round(len(made) * len(sides[1]) / count)))
+    places: set[int] = set()
+    for side, share in zip(sides, (len(made) - held_back, held_back), strict=True):
+        places |= {side[(2 * number + 1) * len(side) // (2 * share)] for number in range(share)}
+    rest, rows = iter(plain), iter(made)
+    return [next(rows if index in places else rest) for index in range(count)]
 
 
 def calibration_source(text: str, samples: int) -> dict:

@@ -19,6 +19,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from surgery.data import haystack, name_list
 from surgery.data.documents import Documents
@@ -40,8 +41,24 @@ TURN = 0.6180339887498949  # successive multiples of it are evenly spread in [0,
 FEWEST, MOST = 16, 64  # lines that are drawn for a list, by the length of the row
 PER_LINE = 10  # tokens of a row for each of them
 TRIES = 8  # draws of a line that the tokenizer should be able to write
-NAMES = "heal.recall", "heal.length", "heal.data"  # how errors name the settings
 ROWS_NEEDED = 3  # text of so many rows is enough for a plain row and a row with repeats, which is made from more
+
+
+class Names(NamedTuple):
+    """How errors name the settings of rows with repeats.
+
+    Attributes:
+        recall, length, data: their keys.
+        more: what gives more text.
+    """
+
+    recall: str = "heal.recall"
+    length: str = "heal.length"
+    data: str = "heal.data"
+    more: str = "name longer data, a shorter heal.length"
+
+
+HEAL = Names()
 ValueForm = Callable[[random.Random], str]  # draws a value
 BEFORE = "a"  # a text before parts that are written inside a text
 
@@ -77,13 +94,13 @@ def training_rows(texts: Documents, tokenizer, heal, isolated: bool = True) -> t
 
 
 def repeat_rows(
-    texts: Documents, tokenizer, heal, most: int | None = None, names: tuple[str, str, str] = NAMES
+    texts: Documents, tokenizer, heal, most: int | None = None, names: Names = HEAL
 ) -> tuple[list[RepeatRow], list[list[int]]]:
     """Rows with repeats, as many as `heal.recall` asks for, and the stretches of text that they do not use.
 
     Args:
         most: make so many rows at most.
-        names: how errors name recall, length and data of `heal`.
+        names: how errors name the settings.
         others: as for `training_rows`; and raises as it does.
     """
     stretches = _stretches(texts, heal.length)
@@ -112,13 +129,12 @@ def repeat_rows(
     return rows, [stretch for index, stretch in enumerate(stretches) if index not in taken]
 
 
-def _too_short(texts: Documents, heal, names: tuple[str, str, str]) -> TextError:
-    recall, length, data = names
+def _too_short(texts: Documents, heal, names: Names) -> TextError:
     return TextError(
-        f"the text is too short for {recall}: it has {texts.tokens:,} tokens, and a plain row and a row in which "
-        f"something comes back need about {ROWS_NEEDED * heal.length:,}",
-        where=f"{data}: {heal.data}",
-        fix=f"name longer data, a shorter {length}, or {recall}=0",
+        f"the text is too short for {names.recall}: it has {texts.tokens:,} tokens, and a plain row and a row in "
+        f"which something comes back need about {ROWS_NEEDED * heal.length:,}",
+        where=f"{names.data}: {heal.data}",
+        fix=f"{names.more}, or {names.recall}=0",
     )
 
 
@@ -182,10 +198,8 @@ class _RowMaker:
         names: as for `repeat_rows`.
     """
 
-    def __init__(
-        self, tokenizer, texts: Documents, heal, sample: Sequence[Sequence[int]], names: tuple[str, str, str]
-    ):
-        self.tokenizer, self.heal, self.texts, self.names_of_settings = tokenizer, heal, texts, names
+    def __init__(self, tokenizer, texts: Documents, heal, sample: Sequence[Sequence[int]], names: Names):
+        self.tokenizer, self.heal, self.texts, self.settings = tokenizer, heal, texts, names
         self.size = heal.length - len(texts.begin)
         self.specials, self.endings = set(tokenizer.all_special_ids), {}
         self.breaks: set[int] = set()  # tokens that are nothing but ends of lines
@@ -281,7 +295,7 @@ class _RowMaker:
         return entries
 
     def _no_lines(self, shortest: int) -> Exception:
-        recall, length, data = self.names_of_settings
+        recall, length, data, _ = self.settings
         if shortest:
             return TextError(
                 f"rows of {self.heal.length} tokens are too short for {recall}: a line of a word and a code has "

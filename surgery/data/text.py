@@ -131,6 +131,15 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
+SHORTEST_RECALL = 64  # tokens of a row that holds lines, text, and some of the lines again
+VALIDATION_EVERY = 6  # every sixth sample of a calibration text is a validation sample
+
+
+def is_validation(index: int, samples: int) -> bool:
+    """Whether a fit holds this sample of its text back: every sixth, or the last of fewer than six."""
+    return index % VALIDATION_EVERY == VALIDATION_EVERY - 1 or (samples < VALIDATION_EVERY and index == samples - 1)
+
+
 class CalibrationText(NamedTuple):
     """The text on which an operation measures and fits.
 

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from surgery.calibration.cost import Measurement
-from surgery.data.text import CALIBRATION_TEXTS, CalibrationText
+from surgery.data.text import CALIBRATION_TEXTS, SHORTEST_RECALL, CalibrationText
 from surgery.errors import ModelMismatchError, SurgeryError
 from surgery.machine.placement import LAYERS, Use
 
@@ -172,11 +172,32 @@ class ApplyContext:
         from surgery.data.calibration_text import calibration_sequences, calibration_source
 
         tokenizer = self.tokenizer_for(what, where, otherwise)
+        source, length, samples, recall = text
         sequences = calibration_sequences(
-            model, tokenizer, *text[:3], folder=self.folder, progress=self.progress, recall=text.recall
+            model, tokenizer, source, length, samples, self.folder, self.progress, recall=recall
         )
-        source = calibration_source(text.source, text.samples)
-        return sequences, source | ({"recall": text.recall} if text.recall else {})
+        return sequences, calibration_source(source, samples) | ({"recall": recall} if recall else {})
+
+
+CalibrationRecall = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=1,
+        description="Share of the pieces of text in which something said earlier comes back, as with heal.recall. "
+        "Plain text has little of that, and a fit to it does not see whether the model copies.",
+    ),
+]
+
+
+def recall_problems(op: str, length: int) -> list[str]:
+    """Why nothing can come back in pieces of a calibration text of so many tokens."""
+    if length >= SHORTEST_RECALL:
+        return []
+    return [
+        f"{op}: calibration_recall: pieces of {length} tokens are too short for something to come back: take "
+        f"calibration_length={SHORTEST_RECALL} or more, or calibration_recall=0"
+    ]
 
 
 # Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.

@@ -10,6 +10,7 @@ import yaml
 from surgery.errors import SurgeryError
 from surgery.healing import losses
 from surgery.io.card_text import REPOSITORY
+from surgery.io.printing import count
 from surgery.report.gate import finite
 
 CURVE = "healing/loss.png"  # the picture that `surgery heal` draws
@@ -144,7 +145,10 @@ def _fitted_text(op: str, record: dict) -> list[str]:
     if not fitted.get("text"):
         return []
     digest = f" (sha256 {fitted['sha256']})" if fitted.get("sha256") else ""
-    return [f"{op}: fitted to {fitted.get('tokens', 0):,} tokens: {fitted['text']}{digest}"]
+    recall = (
+        f"; in {100 * fitted['recall']:.3g}% of it something said earlier comes back" if fitted.get("recall") else ""
+    )
+    return [f"{op}: fitted to {fitted.get('tokens', 0):,} tokens: {fitted['text']}{digest}{recall}"]
 
 
 def _kept_layers(op: str, record: dict) -> list[str]:
@@ -154,9 +158,10 @@ def _kept_layers(op: str, record: dict) -> list[str]:
     ]
     if any("lost_by_heads" in layer for layer in tried):  # several numbers were tried
         numbers = ", ".join(str(layer["kv_heads"]) for layer in tried)
-        fewest, lost = min(tried[0]["lost_by_heads"], key=int), [layer["lost_alone"] for layer in tried]
-        costs = f"{fewest} in one layer alone costs {min(lost):.4f} to {max(lost):.4f} nats (KL)"
-        return [f"{op}: KV heads of the layers, chosen by what fewer cost in each: {numbers}; {costs}"]
+        lost = [min(layer["lost_by_heads"].items(), key=lambda each: int(each[0])) for layer in tried]
+        heads, losses = count(int(lost[0][0]), "KV head"), [loss for _, loss in lost]
+        costs = f"{heads} in one layer alone costs {min(losses):.4f} to {max(losses):.4f} nats (KL)"
+        return [f"{op}: the layers keep {numbers} KV heads, by what fewer heads cost in each alone. {costs}"]
     most = max((layer["kv_heads"] for layer in tried), default=0)
     kept_layers = [index for index, layer in enumerate(tried) if layer["kv_heads"] == most]
     if not kept_layers or len(kept_layers) == len(tried):

@@ -172,8 +172,9 @@ def _answers(each: Answers) -> str:
 
 def _pictures(report: dict, folder: Path | None) -> list[tuple[bytes, str]]:
     """The pictures that the record lists and the folder has."""
-    listed = get(report, "other_files")
-    names = [name for name in PICTURES if folder and name in listed and (folder / name).is_file()]
+    listed, fitted = get(report, "other_files"), bool(get(report, "fit"))  # a copy may be of the search for its base
+    shown = [name for name in PICTURES if name in listed and (fitted or name != FITTED)]
+    names = [name for name in shown if folder and (folder / name).is_file()]
     return [((folder / name).read_bytes(), PICTURES[name]) for name in names if folder]
 
 

@@ -30,7 +30,7 @@ from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.io.printing import Block, Printed
 from surgery.machine.placement import AUTO
 from surgery.operations import third_party
-from surgery.operations.base import SURGICAL
+from surgery.operations.base import NATIVE, SURGICAL
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -366,7 +366,7 @@ def new_report(
         "format": FORMAT,
         "surgery_version": versions()["surgery"],
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "tier": plan.tier,
+        "tier": NATIVE if plan.measured and not made.surgical else plan.tier,
         "engine": engine,
         "base": {
             "name": source.name,

@@ -533,3 +533,8 @@ def test_the_whole_search_on_a_tiny_model(surgery, base, tmp_path, monkeypatch):
     assert "a filled mark was tried as a whole.</figcaption>" in page[1]
     assert "<h2>What else was tried</h2>" in page[1]
     assert "<td>chosen</td>" in page[1]
+    carried = json.loads(Path("out/surgery.json").read_text())
+    del carried["fit"]  # as in what the next surgery makes of the result
+    Path("out/surgery.json").write_text(json.dumps(carried))
+    assert surgery("report", "out").code == 0
+    assert "a filled mark was tried as a whole" not in Path("out/report.html").read_text()

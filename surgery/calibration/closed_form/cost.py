@@ -99,10 +99,14 @@ class Calibration:
         )
 
     def _trial_flops(self, anatomy: Anatomy) -> float:
-        """The trial of single layers: all text goes through the base, and the tried texts run from every layer on."""
+        """The trial of single layers: all text goes through the base, every layer is fitted, and the tried texts run
+        from there on.
+        """
         layers = len(anatomy.layers)
-        a_trial = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length)
-        return self.trials * a_trial if self.tried else 0
+        if not self.tried:
+            return 0
+        texts = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length)
+        return self.trials * (texts + layers * self._fit_flops(anatomy))
 
     def flops(self, anatomy: Anatomy, merged: int) -> float:
         """Floating-point operations to convert `merged` layers, in float32; one in float64 counts as two.
@@ -114,14 +118,19 @@ class Calibration:
         """
         layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
-        products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
-        product = self.wider * width * (4 * hidden + 2.5 * self.length) / self.stride
         per_token = 4 * layer_parameters(anatomy) + layers * 12 * width * self.length
-        per_token += merged * self.trials * products * product
         refitted_mlps = merged * self.mlp
         per_token += refitted_mlps * 2 * inner * (inner + hidden)
         solves = refitted_mlps * RIDGES * SOLVED * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
-        return per_token * self.tokens + solves
+        fits = 0 if self.tried and self.ahead else merged  # else the trial's fits serve
+        return per_token * self.tokens + solves + fits * self._fit_flops(anatomy)
+
+    def _fit_flops(self, anatomy: Anatomy) -> float:
+        """The fit of one layer's attention."""
+        layer, (hidden, _) = anatomy.layers[0], widths(anatomy)
+        products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
+        product = self.wider * layer.heads * layer.head_dim * (4 * hidden + 2.5 * self.length) / self.stride
+        return products * product * self.tokens
 
     def memory(self, anatomy: Anatomy, merged: int, gpu: bool = False) -> float:
         """Bytes in addition to the model to convert `merged` layers, on a CPU or on a GPU.

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from surgery.calibration.closed_form.layer_inputs import is_validation, share
+from surgery.calibration.closed_form.layer_inputs import share
 from surgery.calibration.closed_form.low_rank import fit_output
 from surgery.calibration.moments import Regression
+from surgery.data.text import is_validation
 from surgery.machine.placement import exact
 
 FIRST = 20.0

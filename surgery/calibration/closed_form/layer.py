@@ -18,12 +18,12 @@ from surgery.calibration.closed_form.layer_inputs import (
     AttentionCall,
     FitSettings,
     LayerInputs,
-    is_validation,
     scale_of,
     share,
 )
 from surgery.calibration.closed_form.low_rank import fit_output
 from surgery.calibration.moments import Moments, Regression, with_ones
+from surgery.data.text import is_validation
 from surgery.errors import UnsupportedModelError
 from surgery.machine.parallel import parallel_map
 from surgery.machine.placement import exact

@@ -8,8 +8,8 @@ import torch
 
 from surgery.calibration.closed_form.cost import STEPS, STRIDE
 from surgery.calibration.closed_form.fit_scores import ScoreSample
+from surgery.data.text import is_validation
 
-VALIDATION_EVERY = 6  # every sixth sequence is a validation sequence
 ROPE_SAMPLES = 2  # number of sequences on which RoPE is measured
 
 
@@ -83,11 +83,6 @@ def scale_of(call: AttentionCall) -> float:
     """The factor on q·k of an attention call."""
     scale = call.settings.get("scaling")
     return call.query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def is_validation(index: int, count: int) -> bool:
-    """Whether the sequence with this index is for validation: every sixth is, or the last of fewer than six."""
-    return index % VALIDATION_EVERY == VALIDATION_EVERY - 1 or (count < VALIDATION_EVERY and index == count - 1)
 
 
 def train_and_validation(samples: list) -> tuple[list, list]:

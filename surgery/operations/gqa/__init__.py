@@ -4,7 +4,7 @@
 `grouping.py` chooses which heads share, and `merge.py` merges them. `closed_form` (`closed_form_method.py`) needs a
 calibration text:
 
-1. `closed_form.py` orders the KV heads, and chooses how many each layer keeps (`choose_heads.py`).
+1. `closed_form.py` orders the KV heads, and chooses how many each layer keeps (`lost_alone.py`, `heads_by_layer.py`).
 2. calibration/closed_form/layerwise_fit.py sends the text through the base and the converted model, layer by layer.
 3. `layer.py` converts each layer to match the base's attention. It merges keys by low rank, fits queries and keys,
    merges values, fits the output projection, then values, and the output projection once more.

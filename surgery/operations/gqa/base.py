@@ -48,13 +48,15 @@ class GQA(Variants, WeightRewrite):
         "what the model writes itself); text of another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
         "Perplexity does not show whether the model still copies from its prompt: a recall test does (`surgery eval "
-        "OUT --base MODEL --probe needles`). Layers that keep their KV heads (keep_layers) keep more of that.",
+        "OUT --base MODEL --probe needles`). Layers that keep their KV heads (keep_layers, keep_kv) keep more of "
+        "that.",
     )
 
     op: Literal["gqa"] = "gqa"
     kv_heads: Heads | list[Heads] | None = Field(
         description="KV heads after; divides the query heads. A list has a number for each layer (surgical tier). "
-        "null: one, with method: closed_form in the fifth of the layers that loses least (surgical tier)."
+        "null: as keep_kv says, or else one, with method: closed_form in the fifth of the layers that loses least "
+        "(surgical tier)."
     )
     method: str = Field(
         description="closed_form: what loses least on calibration text, the rest refitted; mean of the group; its "
@@ -121,8 +123,8 @@ class GQA(Variants, WeightRewrite):
         """KV heads after, for each layer; which of them keep their heads is not known yet."""
         return self.kv_heads if isinstance(self.kv_heads, list) else [self.shared_heads] * len(anatomy.layers)
 
-    def tried(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Numbers of KV heads with which each layer is tried alone, since which layer gets how many is measured."""
+    def candidates(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Numbers of KV heads, other than its own, with which each layer is tried alone: the layer's is measured."""
         return ()
 
     def problems_of_method(self, anatomy: Anatomy) -> list[str]:
@@ -192,24 +194,24 @@ class GQA(Variants, WeightRewrite):
             x for x in (self.align, self.grouping) if x not in ("none", "neighbours")
         ]
         merged = [target for target in targets if target != layer.kv_heads]
-        tried = self.tried(anatomy)
+        candidates = self.candidates(anatomy)
         lines = tuple(
             f"KV heads {layer.kv_heads} → {target} in {merged.count(target)} layers ({', '.join(how)})"
             for target in sorted(set(merged))
         )
-        if len(tried) > 1:
-            numbers, share = any_of([*map(str, tried), str(layer.kv_heads)]), sum(targets) / len(targets)
-            lines = (f"KV heads {layer.kv_heads} → {numbers} by layer, {share:.3g} on average ({', '.join(how)})",)
+        if len(candidates) > 1:
+            numbers, mean = any_of([*map(str, candidates), str(layer.kv_heads)]), sum(targets) / len(targets)
+            lines = (f"KV heads {layer.kv_heads} → {numbers} by layer, {mean:.3g} on average ({', '.join(how)})",)
         seconds = self.seconds(anatomy, len(merged))
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
         notes, measurements = tuple(self._notes(anatomy, targets)), self.measurements(anatomy, len(merged))
-        return PlannedChange(after, lines, tier, notes, seconds, bool(tried), measurements=measurements)
+        return PlannedChange(after, lines, tier, notes, seconds, bool(candidates), measurements=measurements)
 
     def _notes(self, anatomy: Anatomy, targets: list[int]) -> Iterator[str]:
         layer = anatomy.layers[0]
         if getattr(anatomy.config, "new_decoder_architecture", False):
             yield "Transformers' Falcon repeats KV heads before its cache: only engines that do not cache fewer bytes"
-        for target in sorted(set(targets)):
+        for target in sorted({*targets, *self.candidates(anatomy)}):
             if layer.kv_heads % target:
                 yield f"{target} does not divide {layer.kv_heads}: some KV heads enter two groups"
         if self.align != "none" and layer.qk_norm:
@@ -219,15 +221,17 @@ class GQA(Variants, WeightRewrite):
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
-        pairs = zip(before.layers, after.layers, strict=True)
-        merged = [new.kv_heads for old, new in pairs if new.kv_heads < old.kv_heads]
+        # Where the numbers were measured, `after` has only their sum.
+        counts = [(record.get(layer.path) or {}).get("kv_heads", layer.kv_heads) for layer in after.layers]
+        merged = [new for old, new in zip(before.layers, counts, strict=True) if new < old.kv_heads]
         if not merged:
             return None
         old, total = before.layers[0].kv_heads, len(before.layers)
         numbers = " or ".join(map(str, sorted(set(merged))))
         heads, where = count(merged[0], "KV head"), f"In each of its {total} layers"
         if len(set(merged)) > 1:
-            heads, where = f"{numbers} KV heads in some layers", "In some of its layers"
+            heads = f"{numbers} KV heads in {'its' if len(merged) == total else 'some'} layers"
+            where = f"In {len(merged)} of its {total} layers" if len(merged) < total else where
         elif len(merged) < total:
             heads, where = f"{heads} in {count(len(merged), 'layer')}", f"In {len(merged)} of its {total} layers"
         how = {"closed_form": ", in closed form on calibration text, without training"}.get(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any
 
 from surgery.architecture.anatomy import Anatomy
@@ -11,10 +12,12 @@ from surgery.architecture.weights import pack
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import layer_of, write_mlps
 from surgery.data.text import CalibrationText
+from surgery.errors import ModelMismatchError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
-from surgery.operations.gqa.choose_heads import LayerLosses, choose_heads
+from surgery.operations.gqa.heads_by_layer import choose_heads
 from surgery.operations.gqa.layer import Sharing
+from surgery.operations.gqa.lost_alone import LayerLosses
 from surgery.operations.gqa.merge import permute_kv_heads
 
 NEEDS = "method: closed_form needs the tokenizer, for its calibration text"
@@ -27,7 +30,7 @@ def share_kv_heads(
     text: CalibrationText,
     settings: FitSettings,
     orders: list[Callable] | None = None,
-    tried: Sequence[int] = (),
+    candidates: Sequence[int] = (),
 ) -> dict:
     """Convert a loaded model, in place, to the KV heads that `context.change` plans.
 
@@ -35,15 +38,15 @@ def share_kv_heads(
         text: the calibration text.
         orders: for each layer a function that gives the new order of its KV heads; None: the order stays. The heads
             are reordered before they are shared.
-        tried: numbers of KV heads among which each layer's is chosen, beside its own. Each layer is converted alone
-            with each of them. The sum over layers stays as planned, and `context.after` is set to the resulting
+        candidates: numbers of KV heads among which each layer's is chosen, beside its own. Each layer is converted
+            alone with each of them. The sum over layers stays as planned, and `context.after` is set to the resulting
             anatomy. Empty: the plan's number holds for each layer.
 
     Returns:
         A record of each layer, by its path, and of the text.
 
     Raises:
-        SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
+        SurgeryError: there is no tokenizer, the text is too short, or weights or losses are not finite.
     """
     before, after = context.before, context.change.after
     sequences, source = context.calibration(model, text, "gqa", NEEDS, "; or method: mean")
@@ -57,8 +60,8 @@ def share_kv_heads(
     fits, losses = dict[int, tuple](), [dict[str, Any]() for _ in before.layers]
     try:
         heads.reorder()
-        if tried:
-            trials = {count: before.with_kv_heads(count) for count in sorted(tried)}
+        if candidates:
+            trials = {count: before.with_kv_heads(count) for count in sorted(candidates)}
             alone = _convert_alone(model, context, sequences, settings, trials, files)
             after, losses = _chosen(before, after, {count: loss for count, (loss, _) in alone.items()})
             context.after = after
@@ -95,7 +98,14 @@ def _convert_alone(
 
         layer_files = files("gqa-alone" if len(trials) == 1 else f"gqa-alone-{count}", anatomy)
         trial = LayerLosses(model, anatomy.layers, sequences, settings, layer_files.load, layer_files.save)
-        alone[count] = trial.measure(context.progress and report), trial.fits
+        losses = trial.measure(context.progress and report)
+        if broken := next((each for each in zip(losses, anatomy.layers, strict=True) if not isfinite(each[0])), None):
+            raise ModelMismatchError(
+                f"with {count} KV heads in this layer alone, the model's outputs are not finite numbers",
+                where=broken[1].path,
+                fix="look for infinite weights with `surgery inspect`, or use method: mean",
+            )
+        alone[count] = losses, trial.fits
         del trial  # it holds hidden states and log-probabilities
     return alone
 

@@ -14,8 +14,10 @@ from pydantic import Field
 
 from surgery.calibration.closed_form.cost import TRIED, Calibration
 from surgery.data.text import CalibrationText, written_samples
-from surgery.operations.base import SURGICAL, ApplyContext, Measurement
+from surgery.io.printing import count
+from surgery.operations.base import SURGICAL, ApplyContext, CalibrationRecall, Measurement, recall_problems
 from surgery.operations.gqa.base import GQA, MergeSeed
+from surgery.operations.gqa.heads_by_layer import choose_heads, largest_total, possible_numbers
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -43,9 +45,9 @@ class ClosedForm(GQA):
         None,
         gt=0,
         le=1,
-        description="Share of the KV heads of all layers that is left, in place of keep_layers. How many each layer "
-        "keeps is measured: of the numbers that divide the query heads, or all of its own or kv_heads where that is "
-        "set (surgical tier).",
+        description="Share of the KV heads of all layers that is left, in place of keep_layers. A measurement decides "
+        "how many each layer keeps: any number that divides the query heads, or with kv_heads set, that number or all "
+        "(surgical tier).",
     )
     seed: MergeSeed = 0
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
@@ -71,13 +73,7 @@ class ClosedForm(GQA):
         "mixed (half of each), conversations (mixed, but half of what the model writes is conversations), or a UTF-8 "
         "text file.",
     )
-    calibration_recall: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of the pieces in which something said earlier comes back, as with heal.recall. Then the "
-        "fit sees copying from the text, which plain text has little of.",
-    )
+    calibration_recall: CalibrationRecall = 0.0
 
     @property
     def start_only(self) -> bool:
@@ -97,16 +93,21 @@ class ClosedForm(GQA):
 
     def milder(self) -> str:
         if self.keep_kv:
-            return f"keep_kv={min(1.0, round(self.keep_kv * 1.25, 2)):g}" if self.keep_kv < 1 else ""
+            return f"keep_kv={round((1 + self.keep_kv) / 2, 2):g}" if self.keep_kv <= 0.9 else ""
         return "" if self.kept_share or isinstance(self.kv_heads, list) else f"keep_layers={KEPT}"
 
     def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
         heads, kv_heads, layers = anatomy.layers[0].heads, anatomy.layers[0].kv_heads, len(anatomy.layers)
         fewer = [count for count in range(kv_heads - 1, 0, -1) if heads % count == 0]
-        return [
+        one_number = [
             [{"kv_heads": count, "keep_layers": kept / layers} for kept in range(layers - 1, -1, -1)]
             for count in fewer
         ]
+        if len(fewer) < 2:
+            return one_number
+        least = ceil(100 * fewer[-1] / kv_heads)
+        shares = [{"kv_heads": None, "keep_layers": 0, "keep_kv": share / 100} for share in range(99, least - 1, -1)]
+        return [*one_number, shares]
 
     @property
     def kept_share(self) -> float:
@@ -118,44 +119,52 @@ class ClosedForm(GQA):
         kept = int(self.kept_share * len(anatomy.layers) + 0.5)
         return kept if self.keep_layers else min(kept, len(anatomy.layers) - 1)
 
-    def tried(self, anatomy: Anatomy) -> tuple[int, ...]:
-        if isinstance(self.kv_heads, list) or not (self.keep_kv or self.kept_layers(anatomy)):
-            return ()
-        layer = anatomy.layers[0]
-        if isinstance(self.kv_heads, int) or not self.keep_kv:
-            return (self.shared_heads,) if self.shared_heads < layer.kv_heads else ()
-        similar = self.grouping == "similarity"  # makes groups of equal size
-        return tuple(
-            count
-            for count in range(1, layer.kv_heads)
-            if layer.heads % count == 0
-            and not (similar and layer.kv_heads % count)
-            and not anatomy.kv_heads_problem(count)
-        )
+    def candidates(self, anatomy: Anatomy) -> tuple[int, ...]:
+        if self.keep_kv and not isinstance(self.kv_heads, list):
+            own, possible = anatomy.layers[0].kv_heads, self._possible(anatomy)
+            return tuple(number for number in possible if number < own) if len(possible) > 1 else ()
+        shares = isinstance(self.kv_heads, list) or self.shared_heads >= anatomy.layers[0].kv_heads
+        return () if shares or not self.kept_layers(anatomy) else (self.shared_heads,)
 
     def targets(self, anatomy: Anatomy) -> list[int]:
-        if isinstance(self.kv_heads, list) or not (tried := self.tried(anatomy)):
-            return super().targets(anatomy)
         heads = [layer.kv_heads for layer in anatomy.layers]
-        if not self.keep_kv:
-            kept_layers = self.kept_layers(anatomy)
-            return heads[:kept_layers] + [self.shared_heads] * (len(heads) - kept_layers)
-        left, planned = self._heads_left(anatomy) - min(tried) * len(heads), []
-        for own in heads:  # the first layers take what is left, in the largest numbers that fit
-            planned.append(max(count for count in (*tried, own) if count - min(tried) <= max(0, left)))
-            left -= planned[-1] - min(tried)
-        return planned
+        if isinstance(self.kv_heads, list):
+            return self.kv_heads
+        if self.keep_kv and (possible := self._possible(anatomy)):
+            return choose_heads([dict.fromkeys(possible, 0.0)] * len(heads), self._total(anatomy) or 0)
+        kept_layers = 0 if self.keep_kv else self.kept_layers(anatomy)
+        return heads[:kept_layers] + [self.shared_heads] * (len(heads) - kept_layers)
 
-    def _heads_left(self, anatomy: Anatomy) -> int:
-        """How many KV heads all layers may have together, by keep_kv."""
-        return int((self.keep_kv or 1.0) * sum(layer.kv_heads for layer in anatomy.layers) + 1e-6)
+    def _fewer(self, anatomy: Anatomy) -> list[int]:
+        """The numbers of KV heads below the base's that keep_kv may give to a layer."""
+        layer = anatomy.layers[0]
+        asked = range(1, layer.kv_heads) if self.kv_heads is None else [self.shared_heads]
+        return [
+            number
+            for number in asked
+            if number < layer.kv_heads and layer.heads % number == 0 and not anatomy.kv_heads_problem(number)
+        ]
+
+    def _total(self, anatomy: Anatomy) -> int | None:
+        """The KV heads of all layers together under keep_kv; None: it leaves too few."""
+        layers, own = len(anatomy.layers), anatomy.layers[0].kv_heads
+        most = int((self.keep_kv or 1.0) * layers * own + 1e-6)
+        return largest_total([*self._fewer(anatomy), own], layers, most)
+
+    def _possible(self, anatomy: Anatomy) -> list[int]:
+        """The numbers of KV heads that a layer may have under keep_kv, in order."""
+        total = self._total(anatomy)
+        numbers = [*self._fewer(anatomy), anatomy.layers[0].kv_heads]
+        return [] if total is None else possible_numbers(numbers, len(anatomy.layers), total)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         problems = super().problems(anatomy)
         if not anatomy.alike or len(targets := self.targets(anatomy)) != len(anatomy.layers):
             return problems
+        if self.calibration_recall:
+            problems += recall_problems("gqa", self.calibration_length)
         if self.keep_kv:
-            return problems + list(self._problems_of_share(anatomy))
+            return problems or list(self._problems_of_share(anatomy))
         if not self.keep_layers:
             return problems
         if isinstance(self.kv_heads, list):
@@ -168,17 +177,20 @@ class ClosedForm(GQA):
         return problems
 
     def _problems_of_share(self, anatomy: Anatomy) -> Iterator[str]:
-        layer, layers = anatomy.layers[0], len(anatomy.layers)
+        layer, layers, fewer = anatomy.layers[0], len(anatomy.layers), self._fewer(anatomy)
         if self.keep_layers:
-            yield "gqa: keep_kv and keep_layers both say how much is left: drop one"
+            yield "gqa: keep_kv and keep_layers both say how much is left: drop keep_kv, or set keep_layers=0"
         if isinstance(self.kv_heads, list):
             yield "gqa: kv_heads lists what each layer gets: drop keep_kv, or give kv_heads one number or null"
-        elif (tried := self.tried(anatomy)) and self._heads_left(anatomy) < layers * min(tried):
+        elif not fewer and (self.keep_kv or 1) < 1:
+            number = f"kv_heads: {self.kv_heads}, and" if self.kv_heads else "a layer with"
+            yield f"gqa: keep_kv: nothing can go, with {number} {count(layer.kv_heads, 'KV head')} in the model"
+        elif self._total(anatomy) is None:
             yield (
                 f"gqa: keep_kv: {self.keep_kv:g} of {layers * layer.kv_heads} KV heads is fewer than "
-                f"{min(tried)} in each of {layers} layers: take at least {_up(min(tried) / layer.kv_heads):g}"
+                f"{min(fewer)} in each of {layers} layers: take at least {_up(min(fewer) / layer.kv_heads):g}"
             )
-        if self.grouping == "similarity" and self.kv_heads is None and len(self.tried(anatomy)) > 1:
+        if self.grouping == "similarity" and len(self.candidates(anatomy)) > 1:
             yield "gqa: grouping: similarity orders heads for one number of groups: give kv_heads one number"
 
     def problems_of_method(self, anatomy: Anatomy) -> list[str]:
@@ -195,7 +207,7 @@ class ClosedForm(GQA):
             yield f"refit names a projection twice: {', '.join(self.refit)}"
 
     def measurements(self, anatomy: Anatomy, shared: int) -> tuple[Measurement, ...]:
-        fitted = len(anatomy.layers) if self.tried(anatomy) else shared
+        fitted = len(anatomy.layers) if self.candidates(anatomy) else shared
         return self._calibration(anatomy).measurements(anatomy, fitted)
 
     def _calibration(self, anatomy: Anatomy) -> Calibration:
@@ -206,8 +218,8 @@ class ClosedForm(GQA):
             max(0, 2 * of_scores - 1),  # queries are fitted twice where keys are fitted, too
             "v" in self.refit,
             written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
-            tried=TRIED if self.tried(anatomy) else 0,
-            trials=max(1, len(self.tried(anatomy))),
+            tried=TRIED if self.candidates(anatomy) else 0,
+            trials=max(1, len(self.candidates(anatomy))),
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",
             ahead=not self.sequential,
@@ -224,14 +236,17 @@ class ClosedForm(GQA):
         kind = {"mixed": half, "conversations": f"{half}, with conversations", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
         yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
-        if self.tried(anatomy):
+        if self.candidates(anatomy):
             if self.keep_kv:
-                yield "how many KV heads each layer keeps is measured: each is tried alone, and the least sum is taken"
+                yield (
+                    "how many KV heads each layer keeps is measured: each layer is tried alone with each number, and "
+                    "the numbers are taken whose losses have the least sum"
+                )
             else:
                 which = f"which {self.kept_layers(anatomy)} of {len(anatomy.layers)} layers keep their KV heads"
                 yield f"{which} is measured: the layers where sharing costs most, each tried alone"
         if self.calibration_recall:
-            yield f"in {self.calibration_recall:.0%} of the text something said earlier comes back"
+            yield f"in {100 * self.calibration_recall:.3g}% of the text something said earlier comes back"
         if norm:
             yield (
                 "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "
@@ -247,18 +262,18 @@ class ClosedForm(GQA):
         before, targets = context.before, self.targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:
             return {}
-        orders, tried = None, self.tried(before)
+        orders, candidates = None, self.candidates(before)
         if self.grouping == "similarity":
-            shared = [tried[0]] * len(targets) if tried else targets
+            shared = [candidates[0]] * len(targets) if candidates else targets
             orders = [partial(self.order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
         settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
         text = CalibrationText(
             self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
         )
-        return share_kv_heads(model, context, text, settings, orders, tried)
+        return share_kv_heads(model, context, text, settings, orders, candidates)
 
 
 def _up(share: float) -> float:
-    """A share as few digits that are not below it."""
+    """A share, rounded up to three digits."""
     return ceil(share * 1000 - 1e-9) / 1000

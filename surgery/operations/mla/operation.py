@@ -15,7 +15,14 @@ from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_pro
 from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.text import CalibrationText, written_samples
-from surgery.operations.base import NATIVE, InWords, Operation, PlannedChange
+from surgery.operations.base import (
+    NATIVE,
+    CalibrationRecall,
+    InWords,
+    Operation,
+    PlannedChange,
+    recall_problems,
+)
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -70,13 +77,7 @@ class MLA(Operation):
         "the model writes), builtin (the calibration part of that reference), self (what the model writes), mixed "
         "(half of each), or a UTF-8 text file.",
     )
-    calibration_recall: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of the pieces in which something said earlier comes back, as with heal.recall. Then the "
-        "fit sees copying from the text, which plain text has little of.",
-    )
+    calibration_recall: CalibrationRecall = 0.0
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
@@ -123,6 +124,8 @@ class MLA(Operation):
             problems.append(f"mla: rank: {latent.rank} is more than its keys and values have: at most {most}")
         if latent.rope < (fast := 2 * _fast(_waves(anatomy))):
             problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {fast}")
+        if self.calibration_recall:
+            problems += recall_problems("mla", self.calibration_length)
         if len(set(self.refit)) < len(self.refit):
             problems.append(f"mla: refit names a projection twice: {', '.join(self.refit)}")
         if anatomy.dtype in NARROW:
@@ -172,6 +175,8 @@ class MLA(Operation):
             yield "the cache keeps its size: a lower rank saves memory"
         fitted = ", ".join(self.refit) or "nothing"
         yield f"fitted on {self._calibration(anatomy).tokens:,} tokens of text; refitted: {fitted}"
+        if self.calibration_recall:
+            yield f"in {100 * self.calibration_recall:.3g}% of the text something said earlier comes back"
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         latent = after.latent

@@ -29,7 +29,8 @@ import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.closed_form.fit_mlp import projection_of
 from surgery.calibration.closed_form.layer_inputs import FitSettings
-from surgery.data.calibration_text import calibration_sequences, calibration_source
+from surgery.data.calibration_text import calibration_sequences, calibration_source, with_repeats
+from surgery.data.text import is_validation, load_text, windows
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.layer import SharedLayer, Sharing
@@ -338,27 +339,49 @@ def test_half_of_what_the_model_writes_for_conversations_is_conversations(model,
 
 
 def test_a_share_of_the_samples_repeats_itself(model):
-    """They are the last ones. The others stay as they were, in their order, and no text is in both."""
+    """The others stay as they were, in their order, and no text is in both. A fit holds back the same share."""
     loaded, tokenizer, length = package.load(model), byte_tokenizer(), 96
     plain = calibration_sequences(loaded, tokenizer, "builtin", length, 12)
     text = calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.25)
     assert torch.equal(text, calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.25))
     places = [next((at for at, row in enumerate(plain) if torch.equal(row, sample)), None) for sample in text]
+    rows = [index for index, place in enumerate(places) if place is None]
+    others = [place for place in places if place is not None]
     assert len(text) in (11, 12)
-    assert places[-3:] == [None] * 3
-    assert None not in places[:-3]
-    assert places[:-3] == sorted(places[:-3])
-    left = {tuple(plain[place].tolist()) for place in places[:-3]}
-    made = "".join(tokenizer.decode(row) for row in text[-3:])
-    for row in plain:
-        if tuple(row.tolist()) in left:
-            assert tokenizer.decode(row)[20:60] not in made
-    for sample in text[-3:]:  # a stretch of 8 tokens at least is there twice
-        stretches = [tuple(sample[first : first + 8].tolist()) for first in range(length - 7)]
+    assert len(rows) == 3
+    assert others == sorted(others)
+    assert [is_validation(row, len(text)) for row in rows].count(True) == 1
+    made = "".join(tokenizer.decode(text[row]) for row in rows)
+    assert not any(tokenizer.decode(plain[place])[20:60] in made for place in others)
+    for row in rows:  # a stretch of 8 tokens at least is there twice
+        stretches = [tuple(text[row][first : first + 8].tolist()) for first in range(length - 7)]
         assert len(set(stretches)) < len(stretches)
     assert torch.equal(calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.0), plain)
-    with pytest.raises(SurgeryError, match=r"too short for calibration_recall(.|\n)*calibration_length=[0-9]+, or"):
-        calibration_sequences(loaded, tokenizer, "builtin", 24, 12, recall=0.5)
+    with pytest.raises(SurgeryError, match=r"too short for calibration_recall(.|\n)*more calibration_samples, or"):
+        calibration_sequences(loaded, tokenizer, "builtin", 64, 2, recall=0.5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
+@pytest.mark.parametrize("bos", [False, True])
+def test_rows_that_repeat_are_held_back_in_their_share(share, bos):
+    """Of 40 samples six are; conversations, the last of them, stay whole."""
+    tokenizer = byte_tokenizer(bos=bos)
+    plain = windows(load_text("builtin", "calibration"), tokenizer, 96, 40)
+    text = with_repeats(plain, tokenizer, share, whole=10)
+    whole = {tuple(row.tolist()) for row in plain}
+    made = [index for index, row in enumerate(text) if tuple(row.tolist()) not in whole]
+    assert len(made) == round(share * 40)
+    assert text.shape[1] == 96
+    assert 36 <= len(text) <= 40
+    held_back = sum(is_validation(index, len(text)) for index in made)
+    assert abs(held_back - 6 * share) <= 1
+    assert held_back > 0
+    kept = [tuple(row.tolist()) for row in text]
+    assert [kept.index(tuple(row.tolist())) for row in plain[30:]] == sorted(
+        kept.index(tuple(row.tolist())) for row in plain[30:]
+    )
+    if bos:
+        assert (text[:, 0] == tokenizer.bos_token_id).all()
 
 
 def test_conversations_without_a_template_that_serves_is_refused(model):

@@ -97,7 +97,7 @@ def test_a_text_that_is_not_there_is_refused_by_the_plan(refused, tiny_llama):
 def test_a_plan_does_not_name_layers_that_it_cannot_know(surgery, tiny_llama):
     printed = surgery("plan", "gqa", tiny_llama, "keep_layers=0.5").out
     assert "model.layers.0-1" in printed
-    assert "3 → 1 or 3 KV heads: which layers get which is measured" in printed
+    assert "3 KV heads: how many stay in which layer is measured" in printed
 
 
 def test_the_card_names_the_text(surgery, tiny_llama, text):

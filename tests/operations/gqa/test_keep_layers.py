@@ -9,13 +9,24 @@ import random
 
 import pytest
 from closed_form import SEQUENCES, Stopped, Tokens, closed, copies_in, numbers, recipe, same  # noqa: F401
-from families import attention_modules, base, check_both_ways_to_load, difference, layers_of, logits_of, one_thread  # noqa: F401
+from families import (
+    attention_modules,
+    base,
+    build,
+    check_both_ways_to_load,
+    difference,
+    layers_of,
+    logits_of,
+)
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.config import recipe as recipes
 from surgery.errors import SurgeryError
-from surgery.operations.gqa.choose_heads import choose_heads, validation_samples
+from surgery.operations.gqa.heads_by_layer import choose_heads, largest_total, possible_numbers
 from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.lost_alone import LayerLosses, validation_samples
+from surgery.report.card_sections import provenance
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -83,29 +94,96 @@ def test_the_choice_with_the_least_loss():
         choose_heads([{1: 0, 4: 0}, {1: 0, 4: 0}], 6)
 
 
-def test_keep_kv_tries_each_number_of_heads(numbers, tmp_path):
-    """The choice with the least sum of what each layer lost alone, with the heads that the plan counts."""
-    models, losses = {}, {}
+def test_what_a_total_allows():
+    """Against all choices."""
+    for counts, layers in (((1, 3), 6), ((1, 2, 4), 3), ((2, 3, 6), 4)):
+        every = list(itertools.product(counts, repeat=layers))
+        for most in range(layers * max(counts) + 2):
+            total = largest_total(counts, layers, most)
+            assert total == max((sum(choice) for choice in every if sum(choice) <= most), default=None)
+            if total is not None:
+                used = {count for choice in every if sum(choice) == total for count in choice}
+                assert possible_numbers(counts, layers, total) == sorted(used)
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    """What each layer of the tiny Llama lost alone with 1 and with 2 KV heads, and the text."""
+    text = tmp_path_factory.mktemp("text") / "numbers.txt"
+    text.write_text(" ".join(map(str, SEQUENCES.flatten().tolist())), "utf-8")
+    losses = {}
     for count in (1, 2):
         trial = copy.deepcopy(base("llama"))
-        report = package.apply(recipe(closed(numbers, count, keep_layers=0.5)), trial, tokenizer=Tokens())
+        report = package.apply(recipe(closed(text, count, keep_layers=0.5)), trial, tokenizer=Tokens())
         losses[count] = [each["lost_alone"] for each in layers_of(report.data).values()]
-    for share, total in ((0.375, 3), (0.5, 4), (0.7, 5), (0.75, 6), (0.9, 6)):
-        model, step = copy.deepcopy(base("llama")), closed(numbers, None, keep_kv=share)
+    return text, losses
+
+
+def test_keep_kv_tries_each_number_of_heads(lost, tmp_path):
+    """The choice with the least sum of what each layer lost alone, with the heads that the plan counts."""
+    (text, losses), models = lost, {}
+    for share, total, possible in ((0.375, 3, "1 or 2"), (0.5, 4, "2"), (0.7, 5, "1 or 4"), (0.9, 6, "2 or 4")):
+        model, step = copy.deepcopy(base("llama")), closed(text, None, keep_kv=share)
         plan = package.plan(recipe(step), model)
-        assert "KV heads 4 → 1, 2 or 4 by layer" in str(plan.to_dict())
         assert sum(layer.kv_heads for layer in plan.after.layers) == total
         report = package.apply(recipe(step), model, tokenizer=Tokens())
         heads = [layer.kv_heads for layer in Anatomy.of(model).layers]
         by_layer = [{4: 0.0, 1: losses[1][layer], 2: losses[2][layer]} for layer in range(2)]
-        possible = [choice for choice in itertools.product((1, 2, 4), repeat=2) if sum(choice) == total]
-        assert tuple(heads) == min(possible, key=lambda c: by_layer[0][c[0]] + by_layer[1][c[1]])
-        for layer, record in enumerate(layers_of(report.data).values()):
-            assert record["kv_heads"] == heads[layer]
-            found = {int(count): lost for count, lost in record["lost_by_heads"].items()}
-            assert found == pytest.approx({count: losses[count][layer] for count in (1, 2)}, rel=1e-3)
-        models[tmp_path / str(total) / str(share)] = model
+        choices = [choice for choice in itertools.product((1, 2, 4), repeat=2) if sum(choice) == total]
+        assert possible == " or ".join(map(str, sorted({count for choice in choices for count in choice})))
+        assert tuple(heads) == min(choices, key=lambda c: by_layer[0][c[0]] + by_layer[1][c[1]])
+        assert plan.measured == (len(choices) > 1)
+        if len(choices) > 1:
+            assert "4 KV heads: how many stay in which layer is measured" in str(plan)
+            assert [each["kv_heads"] for each in layers_of(report.data).values()] == heads
+        assert report.data["tier"] == ("native" if len(set(heads)) == 1 else "surgical") == plan.tier
+        models[tmp_path / str(share)] = model
     check_both_ways_to_load(models, tmp_path)
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+THREE_LAYERS = SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def load_step(step: dict):
+    """The operation of a step."""
+    return recipes.load(recipe(step)).operations[0]
+
+
+def with_losses(text, monkeypatch, losses: dict[int, list[float]], **fields):
+    """keep_kv=0.5 of 12 heads in 3 layers, with these losses in place of those that are measured."""
+    monkeypatch.setattr(LayerLosses, "measure", lambda work, _: losses[work.targets[0].kv_heads])
+    monkeypatch.setattr(LayerLosses, "fits", {}, raising=False)
+    model = build("Llama", **THREE_LAYERS).eval()
+    step = closed(text, None, keep_kv=0.5, sequential=True, **fields)  # fits of trials are not used
+    plan = package.plan(recipe(step), model)
+    assert "KV heads 4 → 1, 2 or 4 by layer, 2 on average" in str(plan.to_dict())
+    return model, plan, package.apply(recipe(step), model, tokenizer=Tokens())
+
+
+def test_numbers_that_come_out_alike_make_a_stock_model(lost, monkeypatch, tmp_path):
+    """The plan cannot know it. Folder, record and card agree, and both ways to load it are one."""
+    model, plan, report = with_losses(lost[0], monkeypatch, {1: [9.0, 9.0, 9.0], 2: [1.0, 1.0, 1.0]})
+    assert [layer.kv_heads for layer in Anatomy.of(model).layers] == [2, 2, 2]
+    assert (plan.tier, report.data["tier"]) == ("surgical", "native")
+    assert "In each of its 3 layers, 4 KV heads were merged into 2" in json.dumps(report.data["operations"])
+    check_both_ways_to_load({tmp_path / "out": model}, tmp_path)
+    assert not Anatomy.of(tmp_path / "out").surgical
+
+
+def test_the_card_names_the_numbers_of_each_layer(lost, monkeypatch):
+    model, _, report = with_losses(lost[0], monkeypatch, {1: [0.1, 2.0, 2.5], 2: [0.05, 1.0, 1.2]})
+    assert [layer.kv_heads for layer in Anatomy.of(model).layers] == [1, 1, 4]
+    words = json.dumps(report.data["operations"])
+    assert "In 2 of its 3 layers, 4 KV heads were merged into 1" in words
+    assert report.data["tier"] == "surgical"
+    assert "gqa: the layers keep 1, 1, 4 KV heads" in provenance(report.data)
+    assert "1 KV head in one layer alone costs 0.1000 to 2.5000 nats (KL)" in provenance(report.data)
+
+
+def test_a_loss_that_is_no_number_is_refused(lost, monkeypatch):
+    with pytest.raises(SurgeryError, match=r"model\.layers\.1\.self_attn.*with 1 KV heads in this layer alone"):
+        with_losses(lost[0], monkeypatch, {1: [0.1, float("nan"), 1.5], 2: [0.05, 1.0, 1.2]})
 
 
 def test_keep_kv_with_one_number_is_keep_layers(numbers):
@@ -117,6 +195,23 @@ def test_keep_kv_with_one_number_is_keep_layers(numbers):
     assert same(*models)
     unchanged = package.plan(recipe(closed(numbers, None, keep_kv=1)), base("llama"))
     assert "nothing: there are 4 KV heads already" in str(unchanged.to_dict())
+
+
+def test_a_milder_share_is_one_that_is_taken(numbers):
+    for share in (0.3, 0.5, 0.75, 0.9, 0.95, 1):
+        key, _, value = load_step(closed(numbers, None, keep_kv=share)).milder().partition("=")
+        assert (key, share < float(value) < 1) == ("keep_kv", True) if key else share > 0.9
+
+
+def test_more_numbers_take_more_time(numbers):
+    anatomy = Anatomy.of(build("Llama", **THREE_LAYERS))
+    one, two, again = (
+        sum(each.flops for each in load_step(closed(numbers, count, **fields)).plan(anatomy).measurements)
+        for count, fields in (
+            (2, {"keep_layers": 0.5}), (None, {"keep_kv": 0.5}), (None, {"keep_kv": 0.5, "sequential": True})
+        )
+    )  # fmt: skip
+    assert one < two < again
 
 
 def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
@@ -163,9 +258,12 @@ def test_refusals(numbers):
         ("llama", closed(numbers, 3, keep_layers=0.5), "4 KV heads on 8 query heads cannot become 3"),
         ("llama", closed(numbers, None, keep_kv=0.2), "0.2 of 8 KV heads is fewer than 1 in each of 2 .*least 0.25"),
         ("llama", closed(numbers, 2, keep_kv=0.4), "fewer than 2 in each of 2 layers: take at least 0.5"),
-        ("llama", closed(numbers, 2, keep_kv=0.5, keep_layers=0.5), "both say how much is left: drop one"),
+        ("llama", closed(numbers, 2, keep_kv=0.5, keep_layers=0.5), "drop keep_kv, or set keep_layers=0"),
+        ("llama", closed(numbers, 4, keep_kv=0.5), "nothing can go, with kv_heads: 4, and 4 KV heads in the model"),
+        ("llama", closed(numbers, 3, keep_kv=0.5), "cannot become 3; possible: 1, 2, 4$"),
+        ("llama", closed(numbers, 2, calibration_recall=0.5), "pieces of 24 tokens are too short .*length=64 or more"),
+        ("llama", closed(numbers, 2, calibration_recall=1), "calibration_recall"),
         ("llama", closed(numbers, [2, 4], keep_kv=0.5), "drop keep_kv, or give kv_heads one number or null"),
-        ("llama", closed(numbers, None, keep_kv=0.5, grouping="similarity"), "give kv_heads one number"),
         ("llama", closed(numbers, None, keep_kv=1.5), "keep_kv"),
         ("llama", closed(numbers, None, keep_kv=0), "keep_kv"),
         ("phi3", closed(numbers, None, keep_kv=0.75), "give one number of KV heads for all layers"),
@@ -174,6 +272,12 @@ def test_refusals(numbers):
     for name, step, says in cases:
         with pytest.raises(SurgeryError, match=says):
             package.plan(recipe(step), base(name))
+    with pytest.raises(SurgeryError, match="nothing can go, with a layer with 1 KV head in the model"):
+        package.plan(
+            recipe(closed(numbers, None, keep_kv=0.5)), build("Llama", **THREE_LAYERS | {"num_key_value_heads": 1})
+        )
+    with pytest.raises(SurgeryError, match="orders heads for one number of groups: give kv_heads one number"):
+        package.plan(recipe(closed(numbers, None, keep_kv=0.5, grouping="similarity")), build("Llama", **THREE_LAYERS))
 
 
 def test_no_layer_kept_is_the_plain_merge(numbers):

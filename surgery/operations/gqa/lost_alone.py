@@ -1,56 +1,24 @@
-"""The choice of how many KV heads each layer keeps, by what the model loses when one layer alone has fewer.
+"""What the model loses when one layer alone has fewer KV heads, by which their number in each layer is chosen.
 
-Every layer is fitted to the base's inputs (`layer.Sharing`), with each number of heads that may be chosen. Then a few
-texts go through the base with only this layer converted. They are validation texts, which have also chosen the
-layer's ridges and are part of the last fit of W_O. The losses of single layers add up well enough to compare layers:
-of all choices with the wanted number of heads, the one with the least sum is taken. MLPs are not refitted here.
+Every layer is fitted to the base's inputs (`layer.Sharing`). Then a few texts go through the base with only this layer
+converted. They are validation texts, which have also chosen the layer's ridges and are part of the last fit of W_O.
+The losses of single layers add up well enough to compare layers: of all choices with the wanted number of heads, the
+one with the least sum is taken (`heads_by_layer.choose_heads`). MLPs are not refitted here.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf
 
 import torch
 
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.closed_form.cost import TRIED
-from surgery.calibration.closed_form.layer_inputs import is_validation
 from surgery.calibration.closed_form.layerwise_fit import LayerProgress
 from surgery.calibration.layerwise import kl, replayed
+from surgery.data.text import is_validation
 from surgery.operations.gqa.layer import Sharing
-
-
-def choose_heads(losses: Sequence[Mapping[int, float]], total: int) -> list[int]:
-    """The number of KV heads of each layer: `total` in all, with the least sum of losses.
-
-    Exact, by dynamic programming over layers from the last to the first. Of equal sums the earlier layer has more
-    heads.
-
-    Args:
-        losses: for each layer, number of heads -> what the model loses by it.
-        total: heads of all layers.
-
-    Raises:
-        ValueError: no choice has so many heads.
-    """
-    least: list[dict[int, float]] = [{0: 0.0}]  # of the last 0, 1, ... layers: heads in all -> least sum
-    for of_layer in reversed(losses):
-        sums: dict[int, float] = {}
-        for heads, loss in of_layer.items():
-            for others, rest in least[-1].items():
-                sums[heads + others] = min(sums.get(heads + others, inf), loss + rest)
-        least.append(sums)
-    if total not in least[-1]:
-        raise ValueError(f"no choice of KV heads has {total} in {len(losses)} layers")
-    chosen = []
-    for of_layer, rest in zip(losses, reversed(least[:-1]), strict=True):
-        sums = {heads: loss + rest.get(total - heads, inf) for heads, loss in of_layer.items()}
-        chosen.append(max(heads for heads, loss in sums.items() if loss == min(sums.values())))
-        total -= chosen[-1]
-    return chosen
 
 
 def validation_samples(count: int) -> list[int]:
