@@ -9,8 +9,8 @@ is scored every `--every` steps. The columns "at N min" have this loss after so 
 columns for an eighth, a quarter and half of the steps. They have the last loss that was measured up to then. The
 curves, nats against minutes and against tokens, are drawn next to `--out`. With `--data self`, the base writes
 `--write` tokens of text with each of `--text-seeds`, once for all routes; `--beside` names text files to train on
-beside them, which must not be held-out texts. `--out` holds the finished routes. The same command resumes, a route
-from its last checkpoint.
+beside them, which must not be held-out texts, or builtin (the calibration part of the built-in text). `--out` holds
+the finished routes. The same command resumes, a route from its last checkpoint.
 
 In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
@@ -35,7 +35,7 @@ from measured import Measured
 import surgery
 from surgery.config.heal import Heal
 from surgery.data.generated import sample
-from surgery.data.text import begin_of_text
+from surgery.data.text import begin_of_text, load_text
 from surgery.evaluation.probes.settings import make
 from surgery.evaluation.recall import reach_of
 from surgery.io.hub import resolve
@@ -80,7 +80,7 @@ parser.add_argument("--minutes", type=float, default=40.0, help="of each route")
 parser.add_argument("--steps", type=int, help="of each route, in place of --minutes")
 parser.add_argument("--write", type=int, default=131072, help="tokens of text that the base writes for --data self")
 parser.add_argument("--text-seeds", nargs="+", type=int, default=[0], help="so many tokens are written with each")
-parser.add_argument("--beside", nargs="+", type=Path, default=[], help="text files that --data self also trains on")
+parser.add_argument("--beside", nargs="+", default=[], help="builtin or text files that --data self also trains on")
 parser.add_argument("--batch-tokens", type=int, default=2048)
 parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
 parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
@@ -124,7 +124,7 @@ def written(options) -> Path:
         documents += sample(model, tokenizer, Heal(steps=1, seed=seed), options.write, folder=batches, progress=said)
     begin = len(begin_of_text(tokenizer))  # which the tokenizer puts before each text
     texts = tokenizer.batch_decode([document[begin:] for document in documents])
-    texts += [path.read_text(encoding="utf-8") for path in options.beside]
+    texts += [load_text(name, "calibration").text for name in options.beside]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file
 
@@ -185,7 +185,8 @@ def cells(scores: dict, base: dict) -> list[str]:
 
 def main() -> None:
     options = parser.parse_args()
-    if judged := {path.resolve() for path in options.beside} & {Path(text).resolve() for text in options.texts}:
+    beside, judged_texts = ({Path(name).resolve() for name in names} for names in (options.beside, options.texts))
+    if judged := beside & judged_texts - {Path("builtin").resolve()}:  # whose parts are different texts
         parser.error(f"{judged.pop()} is a held-out text: do not train on it")
     if options.beside and options.data != "self":
         parser.error("--beside is for --data self; a folder as --data may hold several texts")
