@@ -17,6 +17,7 @@ from surgery.data.recall_rows import Names, repeat_rows
 from surgery.data.text import (
     BUILTIN,
     CALIBRATION_TEXTS,
+    CalibrationText,
     Text,
     begin_of_text,
     fitting_length,
@@ -34,15 +35,7 @@ NAMES_OF_RECALL = Names("calibration_recall", "calibration_length", "calibration
 
 
 def calibration_sequences(
-    model,
-    tokenizer,
-    text: str,
-    length: int,
-    samples: int,
-    folder: Path | None = None,
-    progress=None,
-    *,
-    recall: float = 0.0,
+    model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
 ) -> torch.Tensor:
     """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
 
@@ -52,11 +45,10 @@ def calibration_sequences(
             conversations).
         folder: folder for the model's text, so that a resumed run need not generate it again.
         progress: called as progress(done, total, label), in tokens that the model writes.
-        recall: share of the samples that are made into texts in which something said earlier comes back.
 
     Raises:
-        SurgeryError: a text that cannot be read or is too short; "conversations" and a chat template that does not
-            serve; or `recall` and a tokenizer that cannot write such texts.
+        SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
+            serve.
     """
     length, (plain, conversations) = fitting_length(model, length), written_samples(text, samples)
     written, sequences = plain + conversations, []
@@ -72,34 +64,30 @@ def calibration_sequences(
 
             settings = SimpleNamespace(length=length, chat=chat, seed=0)
             sequences.append(_written(model, tokenizer, settings, count, folder, progress and report))
-    made = torch.cat(sequences)
-    return with_repeats(made, tokenizer, recall, text, conversations) if recall else made
+    return torch.cat(sequences)
 
 
-def with_repeats(sequences: torch.Tensor, tokenizer, recall: float, source: str = "", whole: int = 0) -> torch.Tensor:
+def with_repeats(sequences: torch.Tensor, tokenizer, text: CalibrationText) -> torch.Tensor:
     """Samples of which a share is made into texts in which something said earlier comes back, long [samples, length].
 
-    They are made from samples, which are then no samples of their own. Sentences with words of the recall tests are
-    left out, so that there may be some samples fewer than before. The order of the others stays. Of the samples that
-    a fit holds back, the same share is made of repeats.
+    They are made from samples of plain text, which are then no samples of their own. Sentences with words of the
+    recall tests are left out, so that there may be some samples fewer than before. The order of the others stays. Of
+    the samples that a fit holds back, the same share is made of repeats.
 
     Args:
-        sequences: [samples, length].
-        recall: share of the samples, at least one.
-        source: the name of the text, for errors.
-        whole: so many samples at the end are not used for it, since they are conversations.
+        sequences: the samples of that text, as `calibration_sequences` returns them.
+        text: its `recall` is the share, of which there is at least one sample.
 
     Raises:
         SurgeryError: the samples are too few, or the tokenizer cannot write such texts.
     """
     samples, length = sequences.shape
-    settings = SimpleNamespace(recall=recall, length=length, seed=0, data=source)
-    plain, others = sequences[: samples - whole].tolist(), sequences[samples - whole :].tolist()
-    texts = Documents("calibration text", "", plain, begin_of_text(tokenizer))
-    rows, left = repeat_rows(texts, tokenizer, settings, max(1, round(recall * samples)), NAMES_OF_RECALL)
-    made = [[*texts.begin, *row.ids] for row in rows]
-    left = [stretch for stretch in left if len(stretch) == length][: samples - whole - len(rows)] + others
-    return torch.tensor(_mixed(left, made))
+    plain = samples - written_samples(text.source, text.samples)[1]  # conversations stay whole
+    settings = SimpleNamespace(recall=1.0, length=length, seed=0, data=text.source)  # as many as are asked for
+    texts = Documents("calibration text", "", sequences[:plain].tolist(), begin_of_text(tokenizer))
+    rows, left = repeat_rows(texts, tokenizer, settings, max(1, round(text.recall * samples)), NAMES_OF_RECALL)
+    whole = [stretch for stretch in left if len(stretch) == length][: plain - len(rows)]
+    return torch.tensor(_mixed(whole + sequences[plain:].tolist(), [[*texts.begin, *row.ids] for row in rows]))
 
 
 def _mixed(plain: list, made: list) -> list:

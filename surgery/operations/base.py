@@ -169,14 +169,14 @@ class ApplyContext:
             text: what it is.
             where, what, otherwise: as for `tokenizer_for`.
         """
-        from surgery.data.calibration_text import calibration_sequences, calibration_source
+        from surgery.data.calibration_text import calibration_sequences, calibration_source, with_repeats
 
         tokenizer = self.tokenizer_for(what, where, otherwise)
         source, length, samples, recall = text
-        sequences = calibration_sequences(
-            model, tokenizer, source, length, samples, self.folder, self.progress, recall=recall
-        )
-        return sequences, calibration_source(source, samples) | ({"recall": recall} if recall else {})
+        sequences = calibration_sequences(model, tokenizer, source, length, samples, self.folder, self.progress)
+        if not recall:
+            return sequences, calibration_source(source, samples)
+        return with_repeats(sequences, tokenizer, text), calibration_source(source, samples) | {"recall": recall}
 
 
 CalibrationRecall = Annotated[

@@ -30,7 +30,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.closed_form.fit_mlp import projection_of
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.data.calibration_text import calibration_sequences, calibration_source, with_repeats
-from surgery.data.text import is_validation, load_text, windows
+from surgery.data.text import CalibrationText, is_validation, load_text, windows
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.layer import SharedLayer, Sharing
@@ -342,8 +342,8 @@ def test_a_share_of_the_samples_repeats_itself(model):
     """The others stay as they were, in their order, and no text is in both. A fit holds back the same share."""
     loaded, tokenizer, length = package.load(model), byte_tokenizer(), 96
     plain = calibration_sequences(loaded, tokenizer, "builtin", length, 12)
-    text = calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.25)
-    assert torch.equal(text, calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.25))
+    text = with_repeats(plain, tokenizer, CalibrationText("builtin", length, 12, 0.25))
+    assert torch.equal(text, with_repeats(plain, tokenizer, CalibrationText("builtin", length, 12, 0.25)))
     places = [next((at for at, row in enumerate(plain) if torch.equal(row, sample)), None) for sample in text]
     rows = [index for index, place in enumerate(places) if place is None]
     others = [place for place in places if place is not None]
@@ -356,18 +356,17 @@ def test_a_share_of_the_samples_repeats_itself(model):
     for row in rows:  # a stretch of 8 tokens at least is there twice
         stretches = [tuple(text[row][first : first + 8].tolist()) for first in range(length - 7)]
         assert len(set(stretches)) < len(stretches)
-    assert torch.equal(calibration_sequences(loaded, tokenizer, "builtin", length, 12, recall=0.0), plain)
     with pytest.raises(SurgeryError, match=r"too short for calibration_recall(.|\n)*more calibration_samples, or"):
-        calibration_sequences(loaded, tokenizer, "builtin", 64, 2, recall=0.5)
+        with_repeats(plain[:1, :64], tokenizer, CalibrationText("builtin", 64, 1, 0.5))
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
 @pytest.mark.parametrize("bos", [False, True])
 def test_rows_that_repeat_are_held_back_in_their_share(share, bos):
-    """Of 40 samples six are; conversations, the last of them, stay whole."""
+    """Of 40 samples six are. Conversations, the last ten of them, stay whole."""
     tokenizer = byte_tokenizer(bos=bos)
     plain = windows(load_text("builtin", "calibration"), tokenizer, 96, 40)
-    text = with_repeats(plain, tokenizer, share, whole=10)
+    text = with_repeats(plain, tokenizer, CalibrationText("conversations", 96, 40, share))
     whole = {tuple(row.tolist()) for row in plain}
     made = [index for index, row in enumerate(text) if tuple(row.tolist()) not in whole]
     assert len(made) == round(share * 40)

@@ -14,8 +14,8 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.closed_form.cost import Calibration, efforts
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.io.resume import LayerFiles
-from surgery.operations.gqa.choose_layers import LayerLosses
 from surgery.operations.gqa.layer import SharedLayer, Sharing
+from surgery.operations.gqa.lost_alone import LayerLosses
 
 LAYERS = 5
 
