@@ -137,7 +137,7 @@ def gqa(axes: Axes, closed: Results, means: Results) -> None:
     lost = (means.number(mean, nats) or 0) - (means.number(base, nats) or 0)
     rows = [("mean of the heads\n(for training)", lost, None)]
     for row in closed.rows[1:]:
-        label = row[0].replace("`", "").replace(" keep_layers", "\nkeep_layers").replace("=1 calib", "=1\ncalib")
+        label = row[0].replace("`", "").replace(" ", "\n", 1) if "=" in row[0] else row[0]
         values = [closed.number(row, f"perplexity (nats above the base), {text}", "nats") for text in (HELD, NOVEL)]
         rows.append((label, *values))
     places = range(len(rows))
@@ -152,9 +152,9 @@ def gqa(axes: Axes, closed: Results, means: Results) -> None:
     axes.minorticks_off()
     axes.set_xlim(0.03, 10)
     axes.grid(axis="x", color="#DDDDDD")
-    axes.set_xlabel("loss above the base, nats a token (log scale; left is better)")
+    axes.set_xlabel("nats a token above the base (log scale; left is better)")
     axes.set_ylabel("closed form, except the first row")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
 
 
 def duo_attention(axes: Axes, scores: Results) -> None:
@@ -287,7 +287,8 @@ PLOTS = {
     "gqa": Plot(
         gqa,
         ("gqa-closed-form", "gqa-means"),
-        "Loss above the base of seven ways to merge three KV heads into one, on two texts.",
+        "Loss above the base of several ways to merge three KV heads into one, on two texts.",
+        size=(7.5, 5.0),
     ),
     "duo-attention": Plot(
         duo_attention,
