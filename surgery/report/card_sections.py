@@ -152,24 +152,44 @@ def _fitted_text(op: str, record: dict) -> list[str]:
 
 
 def _kept_layers(op: str, record: dict) -> list[str]:
-    """Which layers keep how many KV heads, where each layer was merged by itself to measure its loss."""
-    tried = [
-        layer for layer in record.values() if isinstance(layer, dict) and {"lost_alone", "kv_heads"} <= layer.keys()
-    ]
+    """Which layers keep how many KV heads, where that was measured: by what copies, and by what each lost alone."""
+    layers = [layer for layer in record.values() if isinstance(layer, dict) and "kv_heads" in layer]
+    tried = [layer for layer in layers if "lost_alone" in layer]
+    most, sentences = max((layer["kv_heads"] for layer in layers), default=0), []
+    full = [index for index, layer in enumerate(layers) if layer["kv_heads"] == most]
+    copying = [index for index in full if layers[index].get("copying")]
+    if copying:
+        score = layers[0].get("copying_by")
+        sentences.append(
+            f"{op}: layers {_listed(copying)} keep their KV heads, since their heads copy from far back ({score})"
+        )
     if any("lost_by_heads" in layer for layer in tried):  # several numbers were tried
-        numbers = ", ".join(str(layer["kv_heads"]) for layer in tried)
         lost = [min(layer["lost_by_heads"].items(), key=lambda each: int(each[0])) for layer in tried]
         heads, losses = count(int(lost[0][0]), "KV head"), [loss for _, loss in lost]
         costs = f"{heads} in one layer alone costs {min(losses):.4f} to {max(losses):.4f} nats (KL)"
-        return [f"{op}: the layers keep {numbers} KV heads, by what fewer heads cost in each alone. {costs}"]
-    most = max((layer["kv_heads"] for layer in tried), default=0)
-    kept_layers = [index for index, layer in enumerate(tried) if layer["kv_heads"] == most]
-    if not kept_layers or len(kept_layers) == len(tried):
-        return []
-    sides = ([layer["lost_alone"] for layer in tried if (layer["kv_heads"] == most) == side] for side in (True, False))
+        numbers = _listed([layer["kv_heads"] for layer in tried])
+        return [
+            *sentences,
+            f"{op}: the layers keep {numbers} KV heads, by what fewer heads cost in each alone. {costs}",
+        ]
+    by_loss = [index for index in full if index not in copying]
+    if not tried or not by_loss or len(full) == len(tried):
+        return sentences
+    sides = ([tried[index]["lost_alone"] for index in group] for group in (by_loss, _others(full, len(tried))))
     cost, rest = (f"{min(side):.4f} to {max(side):.4f}" for side in sides)
-    names = ", ".join(map(str, kept_layers))
-    return [f"{op}: layers {names} keep their KV heads: sharing each alone costs {cost} nats (KL), the others {rest}"]
+    names = _listed(by_loss)
+    return [
+        *sentences,
+        f"{op}: layers {names} keep their KV heads: sharing each alone costs {cost} nats (KL), the others {rest}",
+    ]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _others(some: list[int], total: int) -> list[int]:
+    return [index for index in range(total) if index not in some]
 
 
 def limits(report: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -15,7 +16,7 @@ from surgery.data.text import CalibrationText
 from surgery.errors import ModelMismatchError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
-from surgery.operations.gqa.heads_by_layer import choose_heads
+from surgery.operations.gqa.heads_by_layer import choose_heads, kept_first, possible_numbers
 from surgery.operations.gqa.layer import Sharing
 from surgery.operations.gqa.lost_alone import LayerLosses
 from surgery.operations.gqa.merge import permute_kv_heads
@@ -31,6 +32,7 @@ def share_kv_heads(
     settings: FitSettings,
     orders: list[Callable] | None = None,
     candidates: Sequence[int] = (),
+    copying: Callable[[], tuple[str, list[float]]] | None = None,
 ) -> dict:
     """Convert a loaded model, in place, to the KV heads that `context.change` plans.
 
@@ -41,6 +43,8 @@ def share_kv_heads(
         candidates: numbers of KV heads among which each layer's is chosen, beside its own. Each layer is converted
             alone with each of them. The sum over layers stays as planned, and `context.after` is set to the resulting
             anatomy. Empty: the plan's number holds for each layer.
+        copying: returns the name of a score and each layer's strength in copying from far back. With it, the strongest
+            layers keep all their heads, as far as the sum allows, and only the others are chosen by loss.
 
     Returns:
         A record of each layer, by its path, and of the text.
@@ -61,9 +65,10 @@ def share_kv_heads(
     try:
         heads.reorder()
         if candidates:
+            first = _copying_first(before, after, candidates, copying)
             trials = {count: before.with_kv_heads(count) for count in sorted(candidates)}
-            alone = _convert_alone(model, context, sequences, settings, trials, files)
-            after, losses = _chosen(before, after, {count: loss for count, (loss, _) in alone.items()})
+            alone = _convert_alone(model, context, sequences, settings, trials, files) if first.open else {}
+            after, losses = _chosen(before, first, {count: loss for count, (loss, _) in alone.items()})
             context.after = after
             if not settings.sequential:
                 counts = [layer.kv_heads for layer in after.layers]
@@ -110,22 +115,63 @@ def _convert_alone(
     return alone
 
 
-def _chosen(before: Anatomy, planned: Anatomy, losses: dict[int, list[float]]) -> tuple[Anatomy, list[dict]]:
+@dataclass(frozen=True)
+class _First:
+    """The choice before any loss is known.
+
+    Attributes:
+        numbers: layer -> the numbers of KV heads that it may have.
+        total: KV heads of all layers.
+        method: the score by which layers copy; "": none was measured.
+        strengths: of each layer in copying.
+    """
+
+    numbers: list[list[int]]
+    total: int
+    method: str = ""
+    strengths: list[float] = field(default_factory=list)
+
+    @property
+    def open(self) -> bool:
+        """Whether losses decide anything."""
+        return any(len(numbers) > 1 for numbers in self.numbers)
+
+
+def _copying_first(before: Anatomy, planned: Anatomy, candidates: Sequence[int], copying: Callable | None) -> _First:
+    """Which layers keep all their heads since they copy, and what the others may have."""
+    total, own, layers = sum(layer.kv_heads for layer in planned.layers), before.layers[0].kv_heads, before.layers
+    numbers = [*candidates, own]
+    method, strengths = copying() if copying else ("", [0.0] * len(layers))
+    kept = kept_first(strengths, own, numbers, total)
+    others = possible_numbers(numbers, len(layers) - len(kept), total - own * len(kept))
+    return _First(
+        [[own] if index in kept else others for index in range(len(layers))],
+        total,
+        method,
+        strengths if copying else [],
+    )
+
+
+def _chosen(before: Anatomy, first: _First, losses: dict[int, list[float]]) -> tuple[Anatomy, list[dict]]:
     """The anatomy with as many KV heads as planned that loses least, and for each layer a record of the choice.
 
     Args:
-        losses: number of KV heads -> the loss of each layer that alone has so many.
+        losses: number of KV heads -> the loss of each layer that alone has so many; empty where none decides.
     """
-    total, fewest = sum(layer.kv_heads for layer in planned.layers), min(losses)
+    fewest = min(losses, default=0)
     by_layer = [
-        {layer.kv_heads: 0.0} | {count: of_count[index] for count, of_count in losses.items()}
-        for index, layer in enumerate(before.layers)
+        {count: losses[count][index] if count in losses else 0.0 for count in numbers}
+        for index, numbers in enumerate(first.numbers)
     ]
-    chosen, records = choose_heads(by_layer, total), []
-    for count, of_layer in zip(chosen, by_layer, strict=True):
-        record: dict[str, Any] = {"lost_alone": round(of_layer[fewest], 6), "kv_heads": count}
+    chosen, records = choose_heads(by_layer, first.total), []
+    for index, count in enumerate(chosen):
+        record: dict[str, Any] = {"kv_heads": count}
+        if losses:
+            record["lost_alone"] = round(losses[fewest][index], 6)
         if len(losses) > 1:
-            record["lost_by_heads"] = {str(heads): round(of_layer[heads], 6) for heads in losses}
+            record["lost_by_heads"] = {str(heads): round(of_count[index], 6) for heads, of_count in losses.items()}
+        if first.strengths:
+            record |= {"copying": round(first.strengths[index], 4), "copying_by": first.method}
         records.append(record)
     return before.with_kv_heads_by_layer(chosen), records
 

@@ -6,6 +6,7 @@ The method is our own: see `closed_form.py`, `layerwise_fit.py` and `fit_scores.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -14,10 +15,12 @@ from pydantic import Field
 
 from surgery.calibration.closed_form.cost import TRIED, Calibration
 from surgery.data.text import CalibrationText, written_samples
+from surgery.errors import UnsupportedModelError
 from surgery.io.printing import count
 from surgery.operations.base import SURGICAL, ApplyContext, CalibrationRecall, Measurement, recall_problems
 from surgery.operations.gqa.base import GQA, MergeSeed
 from surgery.operations.gqa.heads_by_layer import choose_heads, largest_total, possible_numbers
+from surgery.operations.head_scorers.choice import HeadChoice
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -26,12 +29,15 @@ if TYPE_CHECKING:
 # SmolLM2-135M, whose 3 KV heads become 1, passes the recipe's gate where four fifths of its layers keep theirs. Where
 # three quarters do, it fails on one machine and passes on another (recipes/gqa.md).
 KEPT = 0.8
+# The far past of the scores, as of a head split with its defaults; and the score above which a head copies (Wu et al.
+# 2024, arXiv 2404.15574).
+SINKS, WINDOW, COPIES = 16, 240, 0.1
 
 
 class ClosedForm(GQA):
     """What loses least on calibration text, the rest refitted."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("keep_kv", "calibration_recall")
+    LATER: ClassVar[tuple[str, ...]] = ("keep_kv", "kept_by", "calibration_recall")
 
     method: Literal["closed_form"]
     keep_layers: float = Field(
@@ -48,6 +54,12 @@ class ClosedForm(GQA):
         description="Share of the KV heads of all layers that is left, in place of keep_layers. A measurement decides "
         "how many each layer keeps: any number that divides the query heads, or with kv_heads set, that number or all "
         "(surgical tier).",
+    )
+    kept_by: Literal["copying", "loss"] | None = Field(
+        None,
+        description="Which layers keep their KV heads. copying: first those whose heads copy from far back, by "
+        "retrieval scores (induction scores where the model repeats no passkey), then those where fewer heads cost "
+        "most; loss: only the latter. null: copying with keep_kv, else loss.",
     )
     seed: MergeSeed = 0
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
@@ -126,6 +138,17 @@ class ClosedForm(GQA):
         shares = isinstance(self.kv_heads, list) or self.shared_heads >= anatomy.layers[0].kv_heads
         return () if shares or not self.kept_layers(anatomy) else (self.shared_heads,)
 
+    @property
+    def _scores(self) -> HeadChoice:
+        """The scores of heads that copy."""
+        return HeadChoice("gqa", 0.5, "retrieval", SINKS, WINDOW)
+
+    def by_copying(self, anatomy: Anatomy) -> bool:
+        """Whether layers whose heads copy keep their heads first."""
+        if self.kept_by or not self.keep_kv:
+            return self.kept_by == "copying"
+        return not self._scores.problems(anatomy)
+
     def targets(self, anatomy: Anatomy) -> list[int]:
         heads = [layer.kv_heads for layer in anatomy.layers]
         if isinstance(self.kv_heads, list):
@@ -163,6 +186,10 @@ class ClosedForm(GQA):
             return problems
         if self.calibration_recall:
             problems += recall_problems("gqa", self.calibration_length)
+        if self.kept_by == "copying":
+            if not self.keep_kv and not self.kept_share:
+                problems.append("gqa: kept_by: copying needs keep_kv or keep_layers, since no layer keeps its heads")
+            problems += self._scores.problems(anatomy)
         if self.keep_kv:
             return problems or list(self._problems_of_share(anatomy))
         if not self.keep_layers:
@@ -208,7 +235,8 @@ class ClosedForm(GQA):
 
     def measurements(self, anatomy: Anatomy, shared: int) -> tuple[Measurement, ...]:
         fitted = len(anatomy.layers) if self.candidates(anatomy) else shared
-        return self._calibration(anatomy).measurements(anatomy, fitted)
+        scores = self._scores.measurements(anatomy) if self.candidates(anatomy) and self.by_copying(anatomy) else ()
+        return (*scores, *self._calibration(anatomy).measurements(anatomy, fitted))
 
     def _calibration(self, anatomy: Anatomy) -> Calibration:
         of_scores = len({"q", "k"} & set(self.refit)) if not anatomy.layers[0].qk_norm else 0
@@ -237,7 +265,12 @@ class ClosedForm(GQA):
         text = kind.get(self.calibration_text, "text")
         yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if self.candidates(anatomy):
-            if self.keep_kv:
+            if self.by_copying(anatomy):
+                yield (
+                    "layers whose heads copy from far back keep all their KV heads, the strongest first; what is left "
+                    "goes to the layers where fewer heads cost most, each tried alone"
+                )
+            elif self.keep_kv:
                 yield (
                     "how many KV heads each layer keeps is measured: each layer is tried alone with each number, and "
                     "the numbers are taken whose losses have the least sum"
@@ -271,7 +304,16 @@ class ClosedForm(GQA):
         text = CalibrationText(
             self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
         )
-        return share_kv_heads(model, context, text, settings, orders, candidates)
+        copying = partial(self._copying, model, context) if self.by_copying(before) else None
+        return share_kv_heads(model, context, text, settings, orders, candidates, copying)
+
+    def _copying(self, model: Any, context: ApplyContext) -> tuple[str, list[float]]:
+        """The name of the scores, and each layer's strength: the sum of the scores of its heads that copy."""
+        try:
+            found = self._scores.measure(model, context)
+        except UnsupportedModelError:  # it repeats no passkey
+            found = replace(self._scores, scores="induction").measure(model, context)
+        return found.method, [sum(score for score in of_layer if score > COPIES) for of_layer in found.scores]
 
 
 def _up(share: float) -> float:

@@ -25,6 +25,24 @@ def possible_numbers(numbers: Collection[int], layers: int, total: int) -> list[
     return sorted(number for number in numbers if total - number in others)
 
 
+def kept_first(strengths: Sequence[float], own: int, numbers: Collection[int], total: int) -> list[int]:
+    """The layers that keep all their heads before others do: the strongest, as many as `total` allows.
+
+    Args:
+        strengths: of each layer; one of strength 0 is not among them.
+        own: the heads of a layer that keeps all.
+        numbers: what any other layer may have.
+        total: heads of all layers.
+    """
+    kept: list[int] = []
+    for layer in sorted(range(len(strengths)), key=lambda index: -strengths[index]):
+        left = total - own * (len(kept) + 1)
+        if strengths[layer] <= 0 or left not in sums_of(numbers, len(strengths) - len(kept) - 1):
+            break
+        kept.append(layer)
+    return sorted(kept)
+
+
 def choose_heads(losses: Sequence[Mapping[int, float]], total: int) -> list[int]:
     """The number of KV heads of each layer: `total` in all, with the least sum of losses.
 

@@ -123,7 +123,7 @@ def test_keep_kv_tries_each_number_of_heads(lost, tmp_path):
     """The choice with the least sum of what each layer lost alone, with the heads that the plan counts."""
     (text, losses), models = lost, {}
     for share, total, possible in ((0.375, 3, "1 or 2"), (0.5, 4, "2"), (0.7, 5, "1 or 4"), (0.9, 6, "2 or 4")):
-        model, step = copy.deepcopy(base("llama")), closed(text, None, keep_kv=share)
+        model, step = copy.deepcopy(base("llama")), closed(text, None, keep_kv=share, kept_by="loss")
         plan = package.plan(recipe(step), model)
         assert sum(layer.kv_heads for layer in plan.after.layers) == total
         report = package.apply(recipe(step), model, tokenizer=Tokens())
@@ -155,7 +155,8 @@ def with_losses(text, monkeypatch, losses: dict[int, list[float]], **fields):
     monkeypatch.setattr(LayerLosses, "measure", lambda work, _: losses[work.targets[0].kv_heads])
     monkeypatch.setattr(LayerLosses, "fits", {}, raising=False)
     model = build("Llama", **THREE_LAYERS).eval()
-    step = closed(text, None, keep_kv=0.5, sequential=True, **fields)  # fits of trials are not used
+    # Fits of trials are not used.
+    step = closed(text, None, **({"keep_kv": 0.5, "sequential": True, "kept_by": "loss"} | fields))
     plan = package.plan(recipe(step), model)
     assert "KV heads 4 → 1, 2 or 4 by layer, 2 on average" in str(plan.to_dict())
     return model, plan, package.apply(recipe(step), model, tokenizer=Tokens())
@@ -188,7 +189,7 @@ def test_a_loss_that_is_no_number_is_refused(lost, monkeypatch):
 
 def test_keep_kv_with_one_number_is_keep_layers(numbers):
     models = []
-    for fields in ({"keep_layers": 0.5}, {"keep_kv": 0.75}):
+    for fields in ({"keep_layers": 0.5}, {"keep_kv": 0.75, "kept_by": "loss"}):
         model = copy.deepcopy(base("llama"))
         package.apply(recipe(closed(numbers, 2, **fields)), model, tokenizer=Tokens())
         models.append(model.state_dict())
