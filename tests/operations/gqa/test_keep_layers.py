@@ -21,11 +21,13 @@ from families import (
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.head_scores import HeadScores
 from surgery.config import recipe as recipes
-from surgery.errors import SurgeryError
-from surgery.operations.gqa.heads_by_layer import choose_heads, largest_total, possible_numbers
+from surgery.errors import SurgeryError, UnsupportedModelError
+from surgery.operations.gqa.heads_by_layer import choose_heads, kept_first, largest_total, possible_numbers
 from surgery.operations.gqa.layer import SharedLayer
 from surgery.operations.gqa.lost_alone import LayerLosses, validation_samples
+from surgery.operations.head_scorers.choice import HeadChoice
 from surgery.report.card_sections import provenance
 
 
@@ -152,13 +154,13 @@ def load_step(step: dict):
 
 def with_losses(text, monkeypatch, losses: dict[int, list[float]], **fields):
     """keep_kv=0.5 of 12 heads in 3 layers, with these losses in place of those that are measured."""
-    monkeypatch.setattr(LayerLosses, "measure", lambda work, _: losses[work.targets[0].kv_heads])
+    monkeypatch.setattr(LayerLosses, "measure", lambda work, _: losses[work.targets[0].kv_heads])  # or KeyError
     monkeypatch.setattr(LayerLosses, "fits", {}, raising=False)
     model = build("Llama", **THREE_LAYERS).eval()
     # Fits of trials are not used.
     step = closed(text, None, **({"keep_kv": 0.5, "sequential": True, "kept_by": "loss"} | fields))
     plan = package.plan(recipe(step), model)
-    assert "KV heads 4 → 1, 2 or 4 by layer, 2 on average" in str(plan.to_dict())
+    assert "KV heads 4 → 1" in str(plan.to_dict())
     return model, plan, package.apply(recipe(step), model, tokenizer=Tokens())
 
 
@@ -180,6 +182,60 @@ def test_the_card_names_the_numbers_of_each_layer(lost, monkeypatch):
     assert report.data["tier"] == "surgical"
     assert "gqa: the layers keep 1, 1, 4 KV heads" in provenance(report.data)
     assert "1 KV head in one layer alone costs 0.1000 to 2.5000 nats (KL)" in provenance(report.data)
+
+
+def copying(monkeypatch, scores: list[list[float]], fails: str = ""):
+    """Let the heads have these scores. A scorer of the name `fails` cannot measure the model."""
+
+    def measure(choice, model, context):
+        if choice.scores == fails:
+            raise UnsupportedModelError("it repeats none")
+        return HeadScores(choice.scores, scores)
+
+    monkeypatch.setattr(HeadChoice, "measure", measure)
+
+
+def test_layers_that_copy_keep_their_heads_first(lost, monkeypatch):
+    """Where they take all that is left, no layer is tried alone."""
+    copying(monkeypatch, [[0.05] * 4, [0, 0.3, 0, 0], [0.9, 0.2, 0.1, 0]])
+    model, plan, report = with_losses(lost[0], monkeypatch, {}, kept_by=None)
+    assert "layers whose heads copy from far back keep all their KV heads, the strongest first" in str(plan)
+    assert [layer.kv_heads for layer in Anatomy.of(model).layers] == [1, 1, 4]
+    records = layers_of(report.data).values()
+    assert [each["copying"] for each in records] == [0, 0.3, 1.1]
+    assert not any("lost_alone" in each for each in records)
+    words = "gqa: layers 2 keep their KV heads, since their heads copy from far back (retrieval)"
+    assert words in provenance(report.data)
+
+
+@pytest.mark.parametrize(("first", "heads"), [([2.0, 1.0, 5.0], [4, 1, 4]), ([1.0, 2.0, 5.0], [1, 4, 4])])
+def test_what_copying_leaves_goes_by_loss(lost, monkeypatch, first, heads):
+    """A model that repeats no passkey is scored on random tokens."""
+    copying(monkeypatch, [[0] * 4, [0] * 4, [0.9, 0, 0, 0]], fails="retrieval")
+    losses = {1: first, 2: [0.0, 0.0, 9.0]}
+    model, _, report = with_losses(lost[0], monkeypatch, losses, kept_by="copying", keep_kv=0.75)
+    assert [layer.kv_heads for layer in Anatomy.of(model).layers] == heads
+    assert {each["copying_by"] for each in layers_of(report.data).values()} == {"induction"}
+    assert "gqa: layers 2 keep their KV heads, since their heads copy" in provenance(report.data)
+
+
+def test_the_strongest_that_a_total_allows():
+    assert kept_first([0, 0.5, 0.9], 4, [1, 2, 4], 6) == [2]
+    assert kept_first([0, 0.5, 0.9], 4, [1, 2, 4], 9) == [1, 2]
+    assert kept_first([0, 0.5, 0.9], 4, [1, 2, 4], 12) == [1, 2]
+    assert kept_first([0.1, 0.5, 0.9], 4, [1, 2, 4], 12) == [0, 1, 2]
+    assert kept_first([0.1, 0.5, 0.9], 4, [1, 2, 4], 3) == []
+    assert kept_first([0.1, 0.5], 4, [2, 4], 7) == [], "one layer would be left with 3"
+
+
+def test_where_no_past_is_far_losses_decide(numbers):
+    short = build("Llama", **THREE_LAYERS, max_position_embeddings=128)
+    plan = package.plan(recipe(closed(numbers, None, keep_kv=0.5)), short)
+    assert "each layer is tried alone with each number" in str(plan)
+    with pytest.raises(SurgeryError, match="no far past to measure heads on"):
+        package.plan(recipe(closed(numbers, None, keep_kv=0.5, kept_by="copying")), short)
+    with pytest.raises(SurgeryError, match="kept_by: copying needs keep_kv or keep_layers"):
+        package.plan(recipe(closed(numbers, 2, kept_by="copying")), build("Llama", **THREE_LAYERS))
 
 
 def test_a_loss_that_is_no_number_is_refused(lost, monkeypatch):
