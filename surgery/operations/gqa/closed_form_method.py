@@ -45,7 +45,7 @@ class ClosedForm(GQA):
         ge=0,
         lt=1,
         description="Share of the layers that keep their KV heads, those where sharing costs most on the "
-        f"calibration text (surgical tier). 0: none, or {KEPT} where kv_heads is null.",
+        f"calibration text (surgical tier). 0: none, or {KEPT} where kv_heads and keep_kv are null.",
     )
     keep_kv: float | None = Field(
         None,
@@ -109,17 +109,16 @@ class ClosedForm(GQA):
         return "" if self.kept_share or isinstance(self.kv_heads, list) else f"keep_layers={KEPT}"
 
     def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
-        heads, kv_heads, layers = anatomy.layers[0].heads, anatomy.layers[0].kv_heads, len(anatomy.layers)
+        heads, kv_heads = anatomy.layers[0].heads, anatomy.layers[0].kv_heads
         fewer = [count for count in range(kv_heads - 1, 0, -1) if heads % count == 0]
-        one_number = [
-            [{"kv_heads": count, "keep_layers": kept / layers} for kept in range(layers - 1, -1, -1)]
-            for count in fewer
+        if not fewer:
+            return []
+        rungs = [
+            (share / 100, {"kv_heads": None, "keep_layers": 0, "keep_kv": share / 100})
+            for share in range(99, ceil(100 * fewer[-1] / kv_heads) - 1, -1)
         ]
-        if len(fewer) < 2:
-            return one_number
-        least = ceil(100 * fewer[-1] / kv_heads)
-        shares = [{"kv_heads": None, "keep_layers": 0, "keep_kv": share / 100} for share in range(99, least - 1, -1)]
-        return [*one_number, shares]
+        same = [(count / kv_heads, {"kv_heads": count, "keep_layers": 0}) for count in fewer]  # native
+        return [[rung for _, rung in sorted(rungs + same, key=lambda each: -each[0])]]
 
     @property
     def kept_share(self) -> float:
