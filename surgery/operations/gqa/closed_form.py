@@ -65,15 +65,8 @@ def share_kv_heads(
     try:
         heads.reorder()
         if candidates:
-            first = _copying_first(before, after, candidates, copying)
-            trials = {count: before.with_kv_heads(count) for count in sorted(candidates)}
-            alone = _convert_alone(model, context, sequences, settings, trials, files) if first.open else {}
-            after, losses = _chosen(before, first, {count: loss for count, (loss, _) in alone.items()})
+            after, losses, fits = _choose(model, context, sequences, settings, files, candidates, copying)
             context.after = after
-            if not settings.sequential:
-                counts = [layer.kv_heads for layer in after.layers]
-                fits = {index: alone[count][1][index] for index, count in enumerate(counts) if count in alone}
-            del alone
             heads.restore(after)
         layer_files = files("gqa", after)
         run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, fits.get)
@@ -89,6 +82,24 @@ def share_kv_heads(
     each = zip(before.layers, heads.records, losses, records, strict=True)
     record = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
     return record | {"calibration": source | {"tokens": sequences.numel()}}
+
+
+def _choose(
+    model, context: ApplyContext, sequences, settings: FitSettings, files: Callable, candidates, copying
+) -> tuple[Anatomy, list[dict], dict[int, tuple]]:
+    """The anatomy after the choice, a record of each layer, and the fits of layers that were tried with their number.
+
+    Args: as for `share_kv_heads`, and
+        files: returns the files of a stage's state, by its name and the anatomy that it makes.
+    """
+    before, trials = context.before, {count: context.before.with_kv_heads(count) for count in sorted(candidates)}
+    first = _copying_first(before, context.change.after, candidates, copying)
+    alone = _convert_alone(model, context, sequences, settings, trials, files) if first.open else {}
+    after, records = _chosen(before, first, {count: loss for count, (loss, _) in alone.items()})
+    if settings.sequential:  # layers are then fitted to other inputs
+        return after, records, {}
+    counts = [layer.kv_heads for layer in after.layers]
+    return after, records, {index: alone[n][1][index] for index, n in enumerate(counts) if n in alone}
 
 
 def _convert_alone(
