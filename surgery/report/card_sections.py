@@ -175,7 +175,8 @@ def _kept_layers(op: str, record: dict) -> list[str]:
     by_loss = [index for index in full if index not in copying]
     if not tried or not by_loss or len(full) == len(tried):
         return sentences
-    sides = ([tried[index]["lost_alone"] for index in group] for group in (by_loss, _others(full, len(tried))))
+    others = [index for index in range(len(tried)) if index not in full]
+    sides = ([tried[index]["lost_alone"] for index in group] for group in (by_loss, others))
     cost, rest = (f"{min(side):.4f} to {max(side):.4f}" for side in sides)
     names = _listed(by_loss)
     return [
@@ -186,10 +187,6 @@ def _kept_layers(op: str, record: dict) -> list[str]:
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _others(some: list[int], total: int) -> list[int]:
-    return [index for index in range(total) if index not in some]
 
 
 def limits(report: dict) -> str:

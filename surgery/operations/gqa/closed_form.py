@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -134,13 +134,13 @@ class _First:
         numbers: layer -> the numbers of KV heads that it may have.
         total: KV heads of all layers.
         method: the score by which layers copy; "": none was measured.
-        strengths: of each layer in copying.
+        strengths: of each layer in copying; 0 without a score.
     """
 
     numbers: list[list[int]]
     total: int
-    method: str = ""
-    strengths: list[float] = field(default_factory=list)
+    method: str
+    strengths: list[float]
 
     @property
     def open(self) -> bool:
@@ -155,12 +155,7 @@ def _copying_first(before: Anatomy, planned: Anatomy, candidates: Sequence[int],
     method, strengths = copying() if copying else ("", [0.0] * len(layers))
     kept = kept_first(strengths, own, numbers, total)
     others = possible_numbers(numbers, len(layers) - len(kept), total - own * len(kept))
-    return _First(
-        [[own] if index in kept else others for index in range(len(layers))],
-        total,
-        method,
-        strengths if copying else [],
-    )
+    return _First([[own] if index in kept else others for index in range(len(layers))], total, method, strengths)
 
 
 def _chosen(before: Anatomy, first: _First, losses: dict[int, list[float]]) -> tuple[Anatomy, list[dict]]:
@@ -181,7 +176,7 @@ def _chosen(before: Anatomy, first: _First, losses: dict[int, list[float]]) -> t
             record["lost_alone"] = round(losses[fewest][index], 6)
         if len(losses) > 1:
             record["lost_by_heads"] = {str(heads): round(of_count[index], 6) for heads, of_count in losses.items()}
-        if first.strengths:
+        if first.method:
             record |= {"copying": round(first.strengths[index], 4), "copying_by": first.method}
         records.append(record)
     return before.with_kv_heads_by_layer(chosen), records

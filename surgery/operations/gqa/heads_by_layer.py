@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from math import inf
 
 
-def sums_of(numbers: Collection[int], layers: int) -> set[int]:
+@lru_cache(maxsize=1024)
+def _sums(numbers: frozenset[int], layers: int) -> frozenset[int]:
+    if layers <= 0:
+        return frozenset({0})
+    return frozenset(total + number for total in _sums(numbers, layers - 1) for number in numbers)
+
+
+def sums_of(numbers: Collection[int], layers: int) -> frozenset[int]:
     """The numbers of heads that so many layers can have in all, if each has one of `numbers`."""
-    sums = {0}
-    for _ in range(layers):
-        sums = {total + number for total in sums for number in numbers}
-    return sums
+    return _sums(frozenset(numbers), layers)  # kept, since a plan asks for them often, and `fit` makes many plans
 
 
 def largest_total(numbers: Collection[int], layers: int, most: int) -> int | None:
