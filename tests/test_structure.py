@@ -38,7 +38,7 @@ DECIDED = {
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "calibration_text documents generated haystack name_list packing passage_order passkeys questions "
-    "quotations recall_rows repeats requests text word_list",
+    "quotations recall_rows repeats requests text text_sources word_list",
     "data/needle_kinds": "base",
     "evaluation": "ablation answers base_runs check check_code check_layers conversation evaluate figures footprint "
     "fresh_process lengths paired recall result run",
@@ -69,8 +69,8 @@ DECIDED = {
     "operations/sliding_layers": "ablation operation window_search",
     "operations/sparse_prefill": "base by_head methods operation pattern_search prompt_share",
     "recipes": "",
-    "report": "card card_metadata card_sections card_summary gate head_map lineage page plots report reproduction "
-    "summary timing verdict",
+    "report": "card card_healing card_metadata card_sections card_summary gate head_map lineage page plots report "
+    "reproduction summary timing verdict",
     "search": "budget fit fitted sweep trials",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "

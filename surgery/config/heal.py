@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from surgery.data.text import SHORTEST_RECALL
+from surgery.data.text import BUILTIN, RECALL_ROWS, SELF, SHORTEST_RECALL, source_names
 from surgery.errors import any_of, nearest, shown
 from surgery.healing import losses
 from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
@@ -81,6 +81,25 @@ def _loss_schema() -> dict:
     return {"anyOf": [{"type": "string", "enum": names}, weights]}
 
 
+def _data(value: object) -> object:
+    """A name, or names; each once."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise _fault(
+            f"data should be self, builtin, a file, folder or data set, or a list of these; it is {shown(value)}",
+            fix="[self, builtin]",
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise _fault(f"data names {shown(twice[0])} twice", fix="name each once")
+    return value if len(names) > 1 else names[0]
+
+
+NAME = {"type": "string", "minLength": 1}
+Data = Annotated[
+    str | list[str],
+    BeforeValidator(_data),
+    WithJsonSchema({"anyOf": [NAME, {"type": "array", "items": NAME, "minItems": 1, "uniqueItems": True}]}),
+]
 Loss = Annotated[str | dict[str, float], BeforeValidator(_loss), WithJsonSchema(_loss_schema())]
 Count = Annotated[int, BeforeValidator(_count)]
 Number = Annotated[float, BeforeValidator(_number)]
@@ -99,6 +118,7 @@ class Heal(Variants):
         "full_from",
         "mixing_heads",
         "recall",
+        "self_tokens",
         "sure",
         "warm_start_of",
     )
@@ -165,11 +185,16 @@ class Heal(Variants):
     )
     top_k: Count = Field(64, ge=1, description="Tokens that a stored teacher keeps of each distribution.")
 
-    data: str = Field(
-        "self",
-        min_length=1,
+    data: Data = Field(
+        SELF,
         description="self: text that the base writes; builtin: the calibration part of the built-in text; a text or "
-        "JSONL file, a folder of them, or a data set of the Hub.",
+        "JSONL file, a folder of them, or a data set of the Hub. A list of these is read in equal shares.",
+    )
+    self_tokens: Count | None = Field(
+        None,
+        ge=1,
+        description="About so many tokens the base writes at most with data: self; a longer training reads them "
+        "again. null: as many as the training reads.",
     )
     column: str | None = Field(None, min_length=1, description="Column of the text; default text.")
     chat: bool = Field(False, description="Rows are conversations (with data: self, the base's own).")
@@ -254,6 +279,13 @@ class Heal(Variants):
             )
         if unused := unread(self.model_dump()):
             raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
+        least = self.length * (RECALL_ROWS if self.recall else 1)
+        if self.self_tokens is not None and self.self_tokens < least:
+            rows = f"the {RECALL_ROWS} rows that heal.recall needs" if self.recall else "a row"
+            raise _fault(
+                f"heal.self_tokens {self.self_tokens} is less than {rows}, of heal.length {self.length}",
+                fix=f"heal.self_tokens={least} or more, or a shorter heal.length",
+            )
         for name in self.weights if self.teacher == "stored" else ():
             if lacking := losses.find(name).not_stored:
                 field = "heal.hidden" if self.hidden and name == "hidden" else f"heal.loss: {name}"
@@ -305,7 +337,17 @@ class Heal(Variants):
     @property
     def needs_base(self) -> bool:
         """Whether the training itself reads the base."""
-        return bool(self.loss_needs) or self.warm_start > 0 or self.mixing != "none" or self.data == "self"
+        return bool(self.loss_needs) or self.warm_start > 0 or self.mixing != "none" or self.base_writes
+
+    @property
+    def sources(self) -> list[str]:
+        """The names in `data`."""
+        return source_names(self.data)
+
+    @property
+    def base_writes(self) -> bool:
+        """Whether the base writes text for the training."""
+        return SELF in self.sources
 
 
 def unread(fields: dict) -> dict[str, tuple[str, str]]:
@@ -316,7 +358,8 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
     """
     defaults = {name: field.get_default() for name, field in Heal.model_fields.items()}
     loss, teacher, data, hidden = ((defaults | fields)[x] for x in ("loss", "teacher", "data", "hidden"))
-    needs_columns = f"of data with columns (.jsonl, data sets), not of {data}"
+    sources = source_names(data) if isinstance(data, str | list) else []  # unchecked settings hold anything
+    needs_columns = f"of data with columns (.jsonl, data sets), not of {' and '.join(map(str, sources))}"
     loss_text, weights = losses.written(loss), _all_weights(loss, 0.5, hidden)
     idle = {"mix": f"with loss: both, and this is {loss_text}"} if loss != "both" else {}
     if loss not in list(losses.WORDS):
@@ -332,7 +375,9 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
     if not _needs_of(weights):
         idle |= {"teacher": f"where a teacher is asked, and loss: {loss_text} asks none"}
     idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}
-    idle |= {"column": needs_columns} if data in ("self", "builtin") else {}
+    idle |= {"column": needs_columns} if sources and set(map(str, sources)) <= {SELF, BUILTIN} else {}
+    if SELF not in sources:
+        idle |= {"self_tokens": "with data: self"}
     changed = [name for name in idle if fields.get(name, defaults[name]) != defaults[name]]
     return {name: (idle[name], f"drop it, or write {json.dumps(defaults[name])}") for name in changed}
 

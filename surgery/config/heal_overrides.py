@@ -79,5 +79,5 @@ def published(heal: Heal) -> dict:
     """The settings as they may be published: a path in `data` is cut to its last name; its folders are private."""
     from surgery.io.files import published as short
 
-    data = heal.data
-    return heal.identity() | {"data": short(data) if Path(data).exists() else data}
+    names = [short(name) if Path(name).exists() else name for name in heal.sources]
+    return heal.identity() | {"data": names[0] if isinstance(heal.data, str) else names}

@@ -25,7 +25,7 @@ from surgery.data import haystack, name_list
 from surgery.data.documents import Documents
 from surgery.data.packing import Packed
 from surgery.data.repeats import KINDS, LINE_SHARE, LabelledLine, Marks, RepeatRow
-from surgery.data.text import CLOSERS, STOPS
+from surgery.data.text import CLOSERS, RECALL_ROWS, STOPS, source_names
 from surgery.errors import ModelMismatchError, TextError
 
 SENTENCE = 64  # tokens; a longer sentence is cut
@@ -41,7 +41,6 @@ TURN = 0.6180339887498949  # successive multiples of it are evenly spread in [0,
 FEWEST, MOST = 16, 64  # lines that are drawn for a list, by the length of the row
 PER_LINE = 10  # tokens of a row for each of them
 TRIES = 8  # draws of a line that the tokenizer should be able to write
-ROWS_NEEDED = 3  # text of so many rows is enough for a plain row and a row with repeats, which is made from more
 
 
 class Names(NamedTuple):
@@ -103,7 +102,7 @@ def repeat_rows(
         names: how errors name the settings.
         others: as for `training_rows`; and raises as it does.
     """
-    stretches = _stretches(texts, heal.length)
+    stretches = texts.stretches(heal.length)
     order = list(range(len(stretches)))
     random.Random(f"{heal.seed} recall").shuffle(order)
     maker = _RowMaker(tokenizer, texts, heal, [stretches[index] for index in order[: _enough(stretches)]], names)
@@ -132,20 +131,10 @@ def repeat_rows(
 def _too_short(texts: Documents, heal, names: Names) -> TextError:
     return TextError(
         f"the text is too short for {names.recall}: it has {texts.tokens:,} tokens, and a plain row and a row in "
-        f"which something comes back need about {ROWS_NEEDED * heal.length:,}",
-        where=f"{names.data}: {heal.data}",
+        f"which something comes back need about {RECALL_ROWS * heal.length:,}",
+        where=f"{names.data}: {', '.join(source_names(heal.data))}",
         fix=f"{names.more}, or {names.recall}=0",
     )
-
-
-def _stretches(texts: Documents, length: int) -> list[list[int]]:
-    """The documents, cut so that each piece fits into a row with the tokens with which every text begins."""
-    begin, pieces = list(texts.begin), []
-    for document in texts:
-        body = document[len(begin) :] if begin and document[: len(begin)] == begin else document
-        step = length - len(begin)
-        pieces += [[*begin, *body[first : first + step]] for first in range(0, len(body), step)]
-    return pieces
 
 
 def _enough(stretches: Sequence[Sequence[int]]) -> int:
@@ -306,7 +295,7 @@ class _RowMaker:
         return ModelMismatchError(
             f"{recall} makes lines of words of the text, and this text has {len(self.words)} words that the "
             "tokenizer can write",
-            where=f"{data}: {self.heal.data}",
+            where=f"{data}: {', '.join(source_names(self.heal.data))}",
             fix=f"name other data, or {recall}=0",
         )
 

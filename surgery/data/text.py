@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +19,7 @@ from surgery.errors import SurgeryError, TextError, nearest
 if TYPE_CHECKING:
     import torch
 
-BUILTIN = "builtin"
+BUILTIN, SELF = "builtin", "self"  # the built-in text, and text that a model writes
 SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself (generated.py)
 # Samples at a time. On one core, SmolLM2-135M wrote 66 tokens a second with 8 samples, 146 with 32, and 189 with 64
 # (examples/benchmarks/bench_healing.py write). The cache of 64 samples of 512 tokens takes 1.5 GB for this model.
@@ -28,7 +29,7 @@ PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
 # other samples are of the built-in text. Any other name is a file, and all samples are of it.
 CALIBRATION_TEXTS = {
     BUILTIN: (0.0, 0.0),
-    "self": (1.0, 0.0),
+    SELF: (1.0, 0.0),
     "mixed": (0.5, 0.0),
     "conversations": (0.25, 0.25),
 }
@@ -132,6 +133,8 @@ def fitting_length(model, length: int) -> int:
 
 
 SHORTEST_RECALL = 64  # tokens of a row that holds lines, text, and some of the lines again
+# Text of so many rows is enough for a plain row and a row in which something comes back, which is made from more.
+RECALL_ROWS = 3
 VALIDATION_EVERY = 6  # every sixth sample of a calibration text is a validation sample
 
 
@@ -167,6 +170,11 @@ def written_samples(text: str, samples: int) -> tuple[int, int]:
 def samples_to_begin(samples: int) -> int:
     """How many samples a model begins at a time to fill `samples`. Some end early, and one batch should be enough."""
     return min(BATCH, samples + 2 * samples // 5)
+
+
+def source_names(data: str | Sequence[str]) -> list[str]:
+    """The names in `heal.data`, which is one name or several."""
+    return [data] if isinstance(data, str) else list(data)
 
 
 def begin_of_text(tokenizer) -> list[int]:

@@ -176,7 +176,8 @@ class HealPlan(Printed):
         heal, steps = self.heal, self.heal.planned_steps
         tokens = (steps or 0) * heal.rows * heal.length
         base = self.base_parameters or self.parameters
-        stages = [Measurement("training text", 3 * base * tokens if heal.data == "self" else 0.0)]
+        written = min(tokens // len(heal.sources), heal.self_tokens or tokens) if heal.base_writes else 0
+        stages = [Measurement("training text", 3 * base * written)]
         if heal.loss_needs and heal.teacher == "stored":
             stages.append(Measurement("answers of the base", 2 * base * tokens))
         if heal.warm_start:
@@ -209,7 +210,8 @@ class HealPlan(Printed):
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
             *mixing,
-            f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
+            f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on "
+            f"{', '.join(heal.sources)}, {how_long}, "
             f"learning rate {heal.rate:g}",
             *self.attention,
             *self._further_lines(),
@@ -236,7 +238,7 @@ class HealPlan(Printed):
 
     def headline(self) -> str:
         heal = self.heal
-        return f"{heal.method}: {self.trained.count:,} parameters train, on {heal.data}"
+        return f"{heal.method}: {self.trained.count:,} parameters train, on {', '.join(heal.sources)}"
 
     def blocks(self) -> list[str]:
         return self.lines

@@ -19,9 +19,10 @@ from transformers import PrinterCallback, set_seed
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.latent import vectors_at_scale
 from surgery.calibration.gradients import with_gradients
-from surgery.data.documents import SELF, documents
+from surgery.data.documents import documents
 from surgery.data.packing import Packed, isolates_documents
-from surgery.data.recall_rows import ROWS_NEEDED, training_rows
+from surgery.data.recall_rows import training_rows
+from surgery.data.text import RECALL_ROWS
 from surgery.errors import ModelMismatchError, OtherTrainingError, SettingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -399,29 +400,28 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
                 where=str(job.run),
                 fix="finish that one with its own command, or start again with --overwrite",
             )
-        least = ROWS_NEEDED if heal.recall else 1
-        rows, source = known.get("rows") or max(least, _rows_needed(model, heal, trained)), job.base
+        least, source = RECALL_ROWS if heal.recall else 1, job.base
+        rows = known.get("rows") or max(least, _rows_needed(model, heal, trained))
         run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
         if not known and state.is_main_process:  # the base may now generate text for hours
             write_json(file, run_record)
         texts = documents(
             heal,
             job.tokenizer,
-            job.base_model() if heal.data == SELF else model if source is None else source,
+            job.base_model() if heal.base_writes else model if source is None else source,
             rows_needed=rows,
-            folder=job.run if heal.data == SELF else None,
+            folder=job.run if heal.base_writes else None,
             progress=job.progress,
         )
         packed, recall = training_rows(texts, job.tokenizer, heal, isolates_documents(model))
-        run_record["data"] = packed.sha256
-        if known.get("data", run_record["data"]) != run_record["data"]:
+        if known.get("data", packed.sha256) != packed.sha256:
             raise OtherTrainingError(
                 "the data are not the data that the checkpoints were trained on",
-                where=f"heal.data: {heal.data}",
+                where=f"heal.data: {', '.join(heal.sources)}",
                 fix="put them back as they were, or start again with --overwrite",
             )
         if "data" not in known and state.is_main_process:
-            write_json(file, run_record)
+            write_json(file, run_record | {"data": packed.sha256})
     return texts.record | {"rows": len(packed)} | recall, packed
 
 
@@ -447,4 +447,4 @@ def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
         torch.autograd.grad(loss, wanted, allow_unused=True)
         seconds = time.monotonic() - began
     steps = max(1, int(60 * heal.minutes / seconds * rows / heal.rows))
-    return max(1, steps // (ROUNDS if heal.data == SELF else 1)) * heal.rows
+    return max(1, steps // (ROUNDS if heal.base_writes else 1)) * heal.rows

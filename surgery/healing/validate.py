@@ -79,19 +79,22 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
         SurgeryError: as `refuse_settings` raises it, or for the data that `heal` names. Text that the base will
             generate is not checked.
     """
-    from surgery.data.documents import SELF, documents
-    from surgery.data.recall_rows import ROWS_NEEDED, repeat_rows
+    from surgery.data.documents import documents, refuse_unusable
+    from surgery.data.recall_rows import repeat_rows
     from surgery.data.repeats import KINDS
+    from surgery.data.text import RECALL_ROWS
     from surgery.io.loading import read_config, read_tokenizer
 
     refuse_settings(heal, read_config(base), judged_by)
     tokenizer = tokenizer or read_tokenizer(base)
-    if heal.data != SELF:
-        texts = documents(heal, tokenizer, base, rows_needed=ROWS_NEEDED if heal.recall else 1)
-        if heal.recall:
-            repeat_rows(texts, tokenizer, heal, most=len(KINDS))
-    elif heal.chat:
-        user_turn(tokenizer, heal.length)
+    if heal.base_writes:
+        refuse_unusable(heal, tokenizer, base)
+        if heal.chat:
+            user_turn(tokenizer, heal.length)
+        return
+    texts = documents(heal, tokenizer, base, rows_needed=RECALL_ROWS if heal.recall else 1)
+    if heal.recall:
+        repeat_rows(texts, tokenizer, heal, most=len(KINDS))
 
 
 def _refuse_report_to(name: str) -> None:

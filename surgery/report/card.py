@@ -9,8 +9,9 @@ from surgery.evaluation import probes
 from surgery.evaluation.probes.base import Row
 from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
 from surgery.io.files import split_card
+from surgery.report.card_healing import healing
 from surgery.report.card_metadata import metadata
-from surgery.report.card_sections import FITTED, figures_of, get, healing, licence, limits, loading, provenance
+from surgery.report.card_sections import FITTED, figures_of, get, licence, limits, loading, provenance
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.gate import finite
 from surgery.report.head_map import FILE as HEADS

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from surgery.evaluation import probes
 from surgery.io.printing import Table, as_html_table
 from surgery.report.card import ALTERNATIVES, alternatives, checks_text, costs_text
-from surgery.report.card_sections import CURVE, FITTED, get, healing, limits, loading, provenance
+from surgery.report.card_healing import CURVE, healing
+from surgery.report.card_sections import FITTED, get, limits, loading, provenance
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.head_map import FILE as HEADS
 

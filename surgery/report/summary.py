@@ -7,7 +7,8 @@ from typing import Any
 
 from surgery.evaluation import probes
 from surgery.io.printing import Block, count
-from surgery.report.card_sections import base_name, healed, searched
+from surgery.report.card_healing import healed
+from surgery.report.card_sections import base_name, searched
 from surgery.report.verdict import gate_words, notes, verdict
 
 FAILED, PASSED = "failed", "passed"

@@ -98,6 +98,10 @@ def test_a_recipe_with_heal(tmp_path):
         ("  steps: 0", ["mine.yaml:7: steps should be at least 1; it is 0"]),
         ("  minutes: 3", ["mine.yaml:6: heal names one of tokens, steps, minutes; it has tokens and minutes"]),
         ("  data: /etc/passwd", ["mine.yaml:7: heal.data of a recipe file may not be absolute", "'/etc/passwd'"]),
+        ("  data: [self, /etc/passwd]", ["mine.yaml:7: heal.data of a recipe file may not be absolute", "passwd"]),
+        ("  data: [self, self]", ["mine.yaml:7: data names 'self' twice", "name each once"]),
+        ("  data: []", ["mine.yaml:7: data should be self, builtin, a file", "it is []"]),
+        ("  data: [self, 3]", ["mine.yaml:7: data should be self", "[self, builtin]"]),
         ("  data: ../x.txt", ["mine.yaml:7: heal.data of a recipe file may not be absolute or hold .."]),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,7 +17,8 @@ from transformers import AutoTokenizer
 
 from surgery.data import documents as data
 from surgery.data import generated as self_text
-from surgery.data.documents import Packed, documents
+from surgery.data import text_sources
+from surgery.data.documents import Documents, Packed, documents, even_shares
 from surgery.data.generated import _sample_tokens, sample
 from surgery.data.packing import IGNORED, arguments, isolates_documents
 from surgery.data.text import load_text
@@ -30,7 +33,9 @@ CONVERSATION = (
 
 
 def heal(**fields):
-    return SimpleNamespace(**({"data": "builtin", "column": None, "chat": False, "length": 16, "seed": 0} | fields))
+    return SimpleNamespace(
+        **({"data": "builtin", "column": None, "chat": False, "length": 16, "seed": 0, "self_tokens": None} | fields)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,8 @@ def with_bos(tiny_llama):
 @pytest.fixture
 def read(tiny_llama, tokenizer):
     def run(source, *, rows=10_000, tokenizer=tokenizer, **fields):
-        return documents(heal(data=str(source), **fields), tokenizer, tiny_llama, rows_needed=rows)
+        named = source if isinstance(source, list) else str(source)
+        return documents(heal(data=named, **fields), tokenizer, tiny_llama, rows_needed=rows)
 
     return run
 
@@ -182,6 +188,107 @@ def test_a_real_data_set_on_disk(read, tmp_path):
     folder.mkdir()
     datasets.Dataset.from_dict({"text": ["cat " * 10, "dogs " * 10]}).to_parquet(str(folder / "train.parquet"))
     assert list(read(folder)) == [ids_of("cat " * 10), ids_of("dogs " * 10)]
+
+
+# --- several sources ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("available", [[7, 7, 7], [1, 50, 50], [1, 2, 3], [100, 4, math.inf], [0, 9], [math.inf] * 2])
+@pytest.mark.parametrize("wanted", [0, 1, 2, 20, 31])
+def test_shares_are_even(available, wanted):
+    """By hand: one token after another, to a source that has some left and was given fewest."""
+    given = [0] * len(available)
+    for _ in range(wanted):
+        open_ones = [index for index, most in enumerate(available) if given[index] < most]
+        if open_ones:
+            given[min(open_ones, key=lambda index: given[index])] += 1
+    shares = even_shares(available, wanted)
+    assert sum(shares) == sum(given) == min(wanted, sum(available))
+    assert sorted(shares) == pytest.approx(sorted(given), abs=1)
+    assert all(share <= most for share, most in zip(shares, available, strict=True))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A short text, a long one, and rows that go on."""
+    (tmp_path / "short.txt").write_text("mat " * 20)
+    (tmp_path / "long.txt").write_text(" ".join(WORDS[index % 7] for index in range(700)))
+    lines(tmp_path / "rows.jsonl", [{"text": "cat " * 10}] * 500)
+    return [str(tmp_path / name) for name in ("short.txt", "long.txt", "rows.jsonl")]
+
+
+def test_each_source_gives_as_much_as_the_others(read, three):
+    documents = read(three, rows=20)
+    short, long, rows = documents.record["sources"]
+    assert [each["data"] for each in documents.record["sources"]] == ["short.txt", "long.txt", "rows.jsonl"]
+    assert documents.title == "short.txt + long.txt + rows.jsonl"
+    assert short["tokens"] == 20  # all of it; the others share what is left of the 320
+    assert abs(long["tokens"] - 150) <= 16  # whole pieces of a row
+    assert abs(rows["tokens"] - 150) <= 16
+    assert documents.tokens == short["tokens"] + long["tokens"] + rows["tokens"]
+    assert len(Packed(documents, 16)) in (20, 21)
+    assert documents.sha256 == read(three, rows=20).sha256 != read(three[1:], rows=20).sha256
+
+
+def test_of_a_long_text_pieces_come_from_all_of_it():
+    whole = Documents("numbers", "", [list(range(700))], [])
+    pieces = list(whole.spread(150, 16))
+    starts = [piece[0] for piece in pieces]
+    assert all(piece == list(range(start, start + 16)) for piece, start in zip(pieces, starts, strict=True))
+    assert len(pieces) == 10
+    assert starts[0] < 70
+    assert starts[-1] > 630
+    assert {after - before for before, after in pairwise(starts)} <= {64, 80}
+    begun = Documents("numbers", "", [[1, *range(10, 310)], [1, 2]], [1]).spread(100, 16)
+    assert all(piece[0] == 1 and len(piece) <= 16 for piece in begun)
+    assert whole.spread(690, 16) is whole  # hardly more
+
+
+def test_a_stream_is_read_no_further_than_its_share(read, three, monkeypatch):
+    monkeypatch.setattr(data, "TEXTS_AT_ONCE", 2)
+    seen = []
+    monkeypatch.setattr(text_sources, "_text_of", lambda row, *_: seen.append(row) or row["text"])
+    read(three, rows=20)
+    assert len(seen) <= 16 + 2  # its share and what one batch is more, not the 320 tokens that are wanted in all
+
+
+def test_the_base_writes_beside_files(read, three):
+    documents = read(["self", *three[:2]], rows=20, self_tokens=48)
+    own, short, long = documents.record["sources"]
+    assert own["data"] == "text that the base wrote itself"
+    assert 48 <= own["tokens"] <= 48 + 16
+    assert short["tokens"] == 20
+    assert abs(long["tokens"] - (320 - 48 - 20)) <= 16
+    assert read("self", rows=20, self_tokens=48).tokens < 48 + 64
+
+
+def test_little_text_is_enough_beside_others(read, three, tmp_path):
+    (tmp_path / "word.txt").write_text("mat")
+    assert read([*three, str(tmp_path / "word.txt")], rows=4).record["sources"][3]["tokens"] == 1
+    (tmp_path / "other.txt").write_text("cat")
+    with pytest.raises(SurgeryError, match=r"word.txt, .*other.txt: the text is too short: it has 2 tokens"):
+        read([str(tmp_path / "word.txt"), str(tmp_path / "other.txt")])
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "says"),
+    [
+        ((1, 2), {"chat": True}, "long.txt: heal.chat: true needs rows with columns"),
+        ((0, 1), {"column": "body"}, "short.txt: heal.column: body needs rows with columns"),
+        ((1, 2), {"column": "body"}, "no column 'body'(.|\n)*heal.column=text"),
+    ],
+)
+def test_columns_of_several(read, three, names, fields, says):
+    with pytest.raises(SurgeryError, match=says):
+        read([three[index] for index in names], **fields)
+    assert read([three[1], three[2]], column="text", rows=4).tokens
+
+
+def test_one_bad_source_is_named(read, three, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
+    for name, says in (("nope.txt", "no such text file"), ("empty.jsonl", "there is no text in it")):
+        with pytest.raises(SurgeryError, match=f"{name}: {says}"):
+            read([*three, str(tmp_path / name)])
 
 
 # --- what is wrong ------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from surgery.api import heal as run_heal
 from surgery.config.heal import Heal
+from surgery.data import documents
+from surgery.data.text import load_text
 from surgery.healing import trainer as training
 from surgery.healing.callbacks import HealCallback
 from surgery.io.files import read_json
@@ -107,6 +109,40 @@ def test_text_of_the_base(healing, surgery, model, tmp_path):
     assert data["data"] == "text that the base wrote itself"
 
 
+def test_several_texts(healing, surgery, model, long_text, monkeypatch, tmp_path):
+    """The base's text, the built-in and a file: recorded, on the card without folders, and resumed to the same end."""
+    monkeypatch.setattr(
+        documents, "load_text", lambda name, part=None: load_text(long_text if name == "builtin" else name)
+    )
+    texts = (f"data=[self, builtin, {long_text}]", "self_tokens=192", "steps=12")
+    whole = healing("whole", *texts).data["heal"]
+    own, builtin, file = whole["data"]["sources"]
+    assert 192 <= own["tokens"] < 384
+    assert abs(builtin["tokens"] - (12 * 128 - 192) / 2) <= 64
+    assert abs(file["tokens"] - builtin["tokens"]) <= 64
+    assert whole["data"]["recall"]["rows"] > 0
+    assert whole["settings"]["data"] == ["self", "builtin", "long.txt"], "no folder of this machine"
+    card = (tmp_path / "whole/README.md").read_text()
+    named = [f"{each['data']} (sha256 `{each['sha256'][:12]}`, {each['tokens']:,} tokens)" for each in (own, file)]
+    assert all(words in card for words in named)
+    assert str(tmp_path) not in card
+    begun = HealCallback.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise Killed
+        return begun(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
+    with pytest.raises(Killed):
+        healing("healed", *texts)
+    monkeypatch.setattr(HealCallback, "on_step_begin", begun)
+    assert healing("healed", *texts, resume=True).data["heal"]["resumed"]
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    shown = surgery("plan", "gqa-distill", model, f"heal.data=[self, {long_text}]", "heal.length=64").out
+    assert f"on self, {long_text}, " in " ".join(shown.split())
+
+
 def test_the_plan_names_them(surgery, model, long_text):
     asked = ("heal.length=64", "heal.batch_tokens=128", "heal.tokens=1280", f"heal.data={long_text}")
     shown = " ".join(surgery("plan", "gqa-distill", model, "heal.recall=0.25", *asked).out.split())
@@ -122,6 +158,12 @@ def test_the_plan_names_them(surgery, model, long_text):
     ("asked", "says"),
     [
         (("heal.length=32",), ["heal.length 32 is too short for heal.recall", "heal.length=64"]),
+        (
+            ("heal.self_tokens=100", "heal.data=self"),
+            ["less than the 3 rows that heal.recall needs", "heal.length 1024", "heal.self_tokens=3072"],
+        ),
+        (("heal.self_tokens=640",), ["heal.self_tokens is read with data: self"]),
+        (("heal.data=[self, nope.txt]",), ["no such text file", "nope.txt"]),
         (("heal.chat=true",), ["with chat: true rows are conversations", "heal.recall=0"]),
         (("heal.recall=1",), ["recall", "less than 1"]),
         (("heal.recall=-0.5",), ["recall", "at least 0"]),
