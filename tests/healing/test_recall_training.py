@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from surgery.api import heal as run_heal
 from surgery.config.heal import Heal
-from surgery.data import documents
+from surgery.data import text_sources
 from surgery.data.text import load_text
 from surgery.healing import trainer as training
 from surgery.healing.callbacks import HealCallback
@@ -112,7 +112,7 @@ def test_text_of_the_base(healing, surgery, model, tmp_path):
 def test_several_texts(healing, surgery, model, long_text, monkeypatch, tmp_path):
     """The base's text, the built-in and a file: recorded, on the card without folders, and resumed to the same end."""
     monkeypatch.setattr(
-        documents, "load_text", lambda name, part=None: load_text(long_text if name == "builtin" else name)
+        text_sources, "load_text", lambda name, part=None: load_text(long_text if name == "builtin" else name)
     )
     texts = (f"data=[self, builtin, {long_text}]", "self_tokens=192", "steps=12")
     whole = healing("whole", *texts).data["heal"]
