@@ -156,7 +156,7 @@ def _kept_layers(op: str, record: dict) -> list[str]:
     tried = [layer for layer in layers if "lost_alone" in layer]
     most, sentences = max((layer["kv_heads"] for layer in layers), default=0), []
     full = [index for index, layer in enumerate(layers) if layer["kv_heads"] == most]
-    copying = [index for index in full if layers[index].get("copying")]
+    copying = [index for index in full if layers[index].get("copying") and layers[index] not in tried]
     if copying:
         score = layers[0].get("copying_by")
         sentences.append(
@@ -166,16 +166,16 @@ def _kept_layers(op: str, record: dict) -> list[str]:
         lost = [min(layer["lost_by_heads"].items(), key=lambda each: int(each[0])) for layer in tried]
         heads, losses = count(int(lost[0][0]), "KV head"), [loss for _, loss in lost]
         costs = f"{heads} in one layer alone costs {min(losses):.4f} to {max(losses):.4f} nats (KL)"
-        numbers = _listed([layer["kv_heads"] for layer in tried])
+        numbers = _listed([layer["kv_heads"] for layer in layers])
         return [
             *sentences,
             f"{op}: the layers keep {numbers} KV heads, by what fewer heads cost in each alone. {costs}",
         ]
-    by_loss = [index for index in full if index not in copying]
-    if not tried or not by_loss or len(full) == len(tried):
+    by_loss = [index for index in full if layers[index] in tried]
+    others = [layer["lost_alone"] for layer in tried if layer["kv_heads"] != most]
+    if not by_loss or not others:
         return sentences
-    others = [index for index in range(len(tried)) if index not in full]
-    sides = ([tried[index]["lost_alone"] for index in group] for group in (by_loss, others))
+    sides = [layers[index]["lost_alone"] for index in by_loss], others
     cost, rest = (f"{min(side):.4f} to {max(side):.4f}" for side in sides)
     names = _listed(by_loss)
     return [

@@ -14,6 +14,7 @@ from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import layer_of, write_mlps
 from surgery.data.text import CalibrationText
 from surgery.errors import ModelMismatchError
+from surgery.io.printing import count as counted
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.gqa.heads_by_layer import choose_heads, kept_first, possible_numbers
@@ -92,9 +93,9 @@ def _choose(
     Args: as for `share_kv_heads`, and
         files: returns the files of a stage's state, by its name and the anatomy that it makes.
     """
-    before, trials = context.before, {count: context.before.with_kv_heads(count) for count in sorted(candidates)}
+    before = context.before
     first = _copying_first(before, context.change.after, candidates, copying)
-    alone = _convert_alone(model, context, sequences, settings, trials, files) if first.open else {}
+    alone = _convert_alone(model, context, sequences, settings, first.trials(before), files)
     after, records = _chosen(before, first, {count: loss for count, (loss, _) in alone.items()})
     if settings.sequential:  # layers are then fitted to other inputs
         return after, records, {}
@@ -104,8 +105,10 @@ def _choose(
 
 def _convert_alone(
     model, context: ApplyContext, sequences, settings: FitSettings, trials: dict[int, Anatomy], files: Callable
-) -> dict[int, tuple[list[float], dict[int, tuple]]]:
-    """Convert each layer alone. Number of KV heads -> the loss of each layer with so many, and the fits by layer."""
+) -> dict[int, tuple[list[float | None], dict[int, tuple]]]:
+    """Convert each layer alone. Number of KV heads -> the loss of each layer with so many, or None where it was not
+    tried, and the fits by layer.
+    """
     alone, layers = {}, len(context.before.layers)
     for index, (count, anatomy) in enumerate(trials.items()):
 
@@ -115,10 +118,11 @@ def _convert_alone(
         layer_files = files("gqa-alone" if len(trials) == 1 else f"gqa-alone-{count}", anatomy)
         trial = LayerLosses(model, anatomy.layers, sequences, settings, layer_files.load, layer_files.save)
         losses = trial.measure(context.progress and report)
-        if broken := next((each for each in zip(losses, anatomy.layers, strict=True) if not isfinite(each[0])), None):
+        tried = (each for each in zip(losses, anatomy.layers, strict=True) if each[0] is not None)
+        if broken := next((layer for loss, layer in tried if not isfinite(loss)), None):
             raise ModelMismatchError(
-                f"with {count} KV heads in this layer alone, the model's outputs are not finite numbers",
-                where=broken[1].path,
+                f"with {counted(count, 'KV head')} in this layer alone, the model's outputs are not finite numbers",
+                where=broken.path,
                 fix="look for infinite weights with `surgery inspect`, or use method: mean",
             )
         alone[count] = losses, trial.fits
@@ -142,10 +146,16 @@ class _First:
     method: str
     strengths: list[float]
 
-    @property
-    def open(self) -> bool:
-        """Whether losses decide anything."""
-        return any(len(numbers) > 1 for numbers in self.numbers)
+    def trials(self, before: Anatomy) -> dict[int, Anatomy]:
+        """Each number of KV heads that is to be tried -> the anatomy where layers have it whose number is open."""
+        own = before.layers[0].kv_heads
+        tried = sorted({number for numbers in self.numbers if len(numbers) > 1 for number in numbers if number != own})
+        return {
+            number: before.with_kv_heads_by_layer(
+                [number if number in numbers and len(numbers) > 1 else own for numbers in self.numbers]
+            )
+            for number in tried
+        }
 
 
 def _copying_first(before: Anatomy, planned: Anatomy, candidates: Sequence[int], copying: Callable | None) -> _First:
@@ -158,24 +168,26 @@ def _copying_first(before: Anatomy, planned: Anatomy, candidates: Sequence[int],
     return _First([[own] if index in kept else others for index in range(len(layers))], total, method, strengths)
 
 
-def _chosen(before: Anatomy, first: _First, losses: dict[int, list[float]]) -> tuple[Anatomy, list[dict]]:
+def _chosen(before: Anatomy, first: _First, losses: dict[int, list[float | None]]) -> tuple[Anatomy, list[dict]]:
     """The anatomy with as many KV heads as planned that loses least, and for each layer a record of the choice.
 
     Args:
-        losses: number of KV heads -> the loss of each layer that alone has so many; empty where none decides.
+        losses: number of KV heads -> the loss of each layer that alone has so many, None where it was not tried; empty
+            where no loss decides.
     """
-    fewest = min(losses, default=0)
-    by_layer = [
-        {count: losses[count][index] if count in losses else 0.0 for count in numbers}
-        for index, numbers in enumerate(first.numbers)
+    lost = [
+        {count: loss for count, of_count in losses.items() if (loss := of_count[index]) is not None}
+        for index in range(len(before.layers))
     ]
+    pairs = zip(first.numbers, lost, strict=True)
+    by_layer = [{count: of_layer.get(count, 0.0) for count in numbers} for numbers, of_layer in pairs]
     chosen, records = choose_heads(by_layer, first.total), []
-    for index, count in enumerate(chosen):
+    for index, (count, of_layer) in enumerate(zip(chosen, lost, strict=True)):
         record: dict[str, Any] = {"kv_heads": count}
-        if losses:
-            record["lost_alone"] = round(losses[fewest][index], 6)
-        if len(losses) > 1:
-            record["lost_by_heads"] = {str(heads): round(of_count[index], 6) for heads, of_count in losses.items()}
+        if of_layer:
+            record["lost_alone"] = round(of_layer[min(of_layer)], 6)
+        if len(losses) > 1 and of_layer:
+            record["lost_by_heads"] = {str(heads): round(loss, 6) for heads, loss in of_layer.items()}
         if first.method:
             record |= {"copying": round(first.strengths[index], 4), "copying_by": first.method}
         records.append(record)

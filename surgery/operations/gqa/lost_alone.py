@@ -1,9 +1,9 @@
 """What the model loses when one layer alone has fewer KV heads, by which their number in each layer is chosen.
 
-Every layer is fitted to the base's inputs (`layer.Sharing`). Then a few texts go through the base with only this layer
-converted. They are validation texts, which have also chosen the layer's ridges and are part of the last fit of W_O.
-The losses of single layers add up well enough to compare layers: of all choices with the wanted number of heads, the
-one with the least sum is taken (`heads_by_layer.choose_heads`). MLPs are not refitted here.
+Every layer whose number is open is fitted to the base's inputs (`layer.Sharing`). Then a few texts go through the base
+with only this layer converted. They are validation texts, which have also chosen the layer's ridges and are part of
+the last fit of W_O. The losses of single layers add up well enough to compare layers: of all choices with the wanted
+number of heads, the one with the least sum is taken (`heads_by_layer.choose_heads`). MLPs are not refitted here.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ class LayerLosses(Sharing):
         self.fits: dict[int, tuple[dict, dict]] = {}
         self.exclusive = threading.Lock()  # one layer at a time runs through the whole model
 
-    def measure(self, progress=None) -> list[float]:
-        """KL to the base in nats per token, for each layer, when only this layer has its planned KV heads."""
+    def measure(self, progress=None) -> list[float | None]:
+        """KL to the base in nats per token, for each layer, when only this layer has its planned KV heads; None for a
+        layer that keeps its own.
+        """
         with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
             self.tried_samples = validation_samples(len(self.sequences))
@@ -50,13 +52,18 @@ class LayerLosses(Sharing):
             return self._map_layers(self._layer_loss, "trying layers alone", progress)
 
     def _run_base(self, anatomy, target) -> LayerProgress:
+        if not self.changes(anatomy, target):
+            return super()._run_base(anatomy, target)
         self.base_states[anatomy.index] = {index: self.states.base[index] for index in self.tried_samples}
         return super()._run_base(anatomy, target)
 
-    def _layer_loss(self, anatomy, target) -> float:
-        """The loss of one layer, in nats per token."""
+    def _layer_loss(self, anatomy, target) -> float | None:
+        """The loss of one layer, in nats per token; None if it keeps its KV heads."""
         progress, states, layer_index = self._convert_attention(anatomy, target), self.states, anatomy.index
         new, record = progress.result
+        if progress.conversion is None:
+            with self.converted_order.of(layer_index):  # the next layer waits for it
+                return None
         with self.converted_order.of(layer_index), self.exclusive:
             self.fits[layer_index] = new.tensors(), record
             if not progress.finished:

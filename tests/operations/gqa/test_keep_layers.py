@@ -154,7 +154,12 @@ def load_step(step: dict):
 
 def with_losses(text, monkeypatch, losses: dict[int, list[float]], **fields):
     """keep_kv=0.5 of 12 heads in 3 layers, with these losses in place of those that are measured."""
-    monkeypatch.setattr(LayerLosses, "measure", lambda work, _: losses[work.targets[0].kv_heads])  # or KeyError
+
+    def measure(work, _):
+        counts = [layer.kv_heads for layer in work.targets]
+        return [loss if count < 4 else None for loss, count in zip(losses[min(counts)], counts, strict=True)]
+
+    monkeypatch.setattr(LayerLosses, "measure", measure)
     monkeypatch.setattr(LayerLosses, "fits", {}, raising=False)
     model = build("Llama", **THREE_LAYERS).eval()
     # Fits of trials are not used.
@@ -219,6 +224,30 @@ def test_what_copying_leaves_goes_by_loss(lost, monkeypatch, first, heads):
     assert "gqa: layers 2 keep their KV heads, since their heads copy" in provenance(report.data)
 
 
+def test_a_layer_that_copies_is_not_tried_alone(lost, monkeypatch):
+    """It keeps its heads whatever it would lose. The others lose what they lose where all are tried."""
+    tried, convert = [], SharedLayer.convert
+    monkeypatch.setattr(
+        SharedLayer, "convert", lambda work: (tried.append(work.layer.anatomy.index), convert(work))[1]
+    )
+    records = {}
+    for kept_by in ("loss", "copying"):
+        copying(monkeypatch, [[0] * 4, [0.9, 0, 0, 0], [0] * 4])
+        model = build("Llama", **THREE_LAYERS).eval()
+        step = closed(lost[0], 1, keep_kv=0.75, kept_by=kept_by)
+        report = package.apply(recipe(step), model, tokenizer=Tokens())
+        records[kept_by] = list(layers_of(report.data).values())
+        assert tried == ([0, 1, 2] if kept_by == "loss" else [0, 2])
+        tried.clear()
+    every, others = records.values()
+    assert "lost_alone" not in others[1]
+    assert others[1]["kv_heads"] == 4
+    assert [others[index]["lost_alone"] for index in (0, 2)] == [every[index]["lost_alone"] for index in (0, 2)]
+    words = provenance(report.data)
+    assert "gqa: layers 1 keep their KV heads, since their heads copy from far back (retrieval)" in words
+    assert f"sharing each alone costs {max(others[0]['lost_alone'], others[2]['lost_alone']):.4f}" in words
+
+
 def test_the_strongest_that_a_total_allows():
     assert kept_first([0, 0.5, 0.9], 4, [1, 2, 4], 6) == [2]
     assert kept_first([0, 0.5, 0.9], 4, [1, 2, 4], 9) == [1, 2]
@@ -239,7 +268,7 @@ def test_where_no_past_is_far_losses_decide(numbers):
 
 
 def test_a_loss_that_is_no_number_is_refused(lost, monkeypatch):
-    with pytest.raises(SurgeryError, match=r"model\.layers\.1\.self_attn.*with 1 KV heads in this layer alone"):
+    with pytest.raises(SurgeryError, match=r"model\.layers\.1\.self_attn.*with 1 KV head in this layer alone"):
         with_losses(lost[0], monkeypatch, {1: [0.1, float("nan"), 1.5], 2: [0.05, 1.0, 1.2]})
 
 
