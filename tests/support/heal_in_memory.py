@@ -24,4 +24,5 @@ if __name__ == "__main__":
 
         backend = _get_default_group()._get_backend(processes().device)
         assert backend.options._timeout == PATIENCE, backend.options._timeout
-    print(f"healed {done['processes']} {done['steps']} {done['data']['sha256']} {digest.hexdigest()}", flush=True)
+    line = f"healed {done['processes']} {done['steps']} {done['data']['sha256']} {digest.hexdigest()}\n"
+    print(line, end="", flush=True)  # in one write: both processes print to the same pipe
