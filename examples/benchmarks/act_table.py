@@ -1,6 +1,7 @@
 """ACT's two ways to find sinks, by the map of each prompt and by a fitted probe: what the search keeps, and its cost.
 
-    python examples/benchmarks/act_table.py [MODEL] [--texts builtin FILE ...] [--labelled FILE.jsonl] --out rows.json
+    python examples/benchmarks/act_table.py [MODEL] [--texts builtin FILE ...] --out rows.json \\
+        [--labelled FILE.jsonl | --ask FILE]
 
 Every row applies `sink_calibration`, method act, in memory. The table says whether the search kept its choice, by how
 much it changed what was held back, the perplexity of the second half of held-out windows, and how many short requests
@@ -9,10 +10,12 @@ over the prompt itself would have seen what it predicts. The other rows are judg
 
 Where the search keeps nothing, a row is the base. So each row has another one, "all heads", in which every head of the
 layers has beta: it shows what the rule does where no search chooses. With `--labelled`, every head is tried alone on
-these questions, as in the paper, which takes hours. Finished rows are kept in --out, and the same command resumes.
+these questions, as in the paper; `--ask` makes `--items` questions of a text in their place, which ask how a passage
+goes on. Finished rows are kept in --out, and the same command resumes.
 """
 
 import argparse
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ import torch
 from measured import Measured
 
 import surgery
+from surgery.data.questions import make_choices
 from surgery.data.text import load_text, windows
 from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
@@ -45,6 +49,16 @@ def rows(labelled: str | None) -> dict[str, dict[str, Any] | None]:
         alone = {"trials": "each", "labelled": labelled}
         known |= {"probe, each head": alone, "map, each head": by_map | alone}
     return known
+
+
+def asked(text: str, count: int, tokenizer, file: Path) -> str:
+    """A JSONL file of questions made of a text: which of four endings continues a passage of 48 tokens."""
+    lines = []
+    for question in make_choices(tokenizer, items=count, context=48, ending=12, text=text):
+        prompt, *choices = tokenizer.batch_decode([question.prompt, *question.choices])
+        lines.append(json.dumps({"prompt": prompt, "choices": choices, "answer": question.answer}) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    return str(file)
 
 
 def measure(fields: dict[str, Any] | None, base: Path, tokenizer, args) -> dict[str, Any]:
@@ -116,15 +130,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of each")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window, and of a calibration text")
     parser.add_argument("--samples", type=int, default=16, help="calibration texts; every second one is held back")
-    parser.add_argument("--labelled", help="a JSONL file of questions on which every head is tried alone")
+    questions = parser.add_mutually_exclusive_group()
+    questions.add_argument("--labelled", help="a JSONL file of questions on which every head is tried alone")
+    questions.add_argument("--ask", help="a text of which these questions are made; it should not be among --texts")
+    parser.add_argument("--items", type=int, default=32, help="questions of --ask; every second one is held back")
     parser.add_argument("--rows", nargs="+", help="these rows, and the base")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of finished rows")
     args = parser.parse_args()
+    base = resolve(args.model).path
+    tokenizer = read_tokenizer(base)
+    if args.ask:
+        args.labelled = asked(args.ask, args.items, tokenizer, args.out.with_suffix(".jsonl"))
     known = rows(args.labelled)
     if unknown := set(args.rows or ()) - set(known):
         raise SystemExit(f"no row {', '.join(sorted(unknown))}; there is {', '.join(known)}")
-    base = resolve(args.model).path
-    tokenizer = read_tokenizer(base)
     settings = {key: value for key, value in vars(args).items() if key not in ("rows", "out")}
     measured = Measured(args.out, settings)
     titles = [load_text(text, part="held-out").title for text in args.texts]

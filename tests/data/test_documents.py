@@ -343,6 +343,8 @@ def test_data_that_cannot_be_used_is_refused(read, tmp_path, monkeypatch):
         read("buildin")
     with pytest.raises(SurgeryError, match="no such text file, folder or data set"):
         read("a name with spaces")
+    with pytest.raises(SurgeryError, match=r"several are written as a list: '\[self, builtin\]'"):
+        read("self,builtin")
     with pytest.raises(SurgeryError, match="needs rows with columns"):
         read("builtin", column="body")
 
