@@ -177,7 +177,7 @@ class Heal(Variants):
     freeze: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
         description="Patterns of parameters that do not train although the method would train them, such as "
-        "'*surgery_router*' or '*.mlp.*'.",
+        "'*surgery_router*' or '*.mlp.*'. embeddings: the token embeddings and the output head.",
     )
     teacher: Literal["live", "stored"] = Field(
         "live",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SURGERY = "surgery_"
 FIXED = "surgery_sink_probe"  # recognises sinks by a comparison, and so has no gradient
 EVERY = frozenset("qkvo")
+EMBEDDINGS = "embeddings"  # in `heal.freeze`: the token embeddings and the output head, whatever a family calls them
 Table = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 
@@ -75,7 +76,7 @@ def select_trainable(
 
     Where heads are mixed, `method: parts` does not train the merged K and V themselves, and no method does so where
     the base's heads train (`heal.mixing_heads`). What a pattern of `heal.freeze` names does not train, and gets no
-    low-rank update.
+    low-rank update; "embeddings" is a name for all weights with a row for each token of the vocabulary.
 
     Args:
         anatomy: the converted model's anatomy.
@@ -95,19 +96,34 @@ def select_trainable(
     if not heal.freeze:
         return every
     could = list(dict.fromkeys([*every.parameters, *(f"{path}.weight" for path in every.adapted), *every.started]))
-    frozen = {name for name in could if any(fnmatchcase(name, pattern) for pattern in heal.freeze)}
-    idle = [each for each in heal.freeze if not any(fnmatchcase(name, each) for name in could)]
+    rows = anatomy.config.get_text_config().vocab_size
+    found = {pattern: _named(pattern, could, table, rows) for pattern in heal.freeze}
+    frozen = {name for names in found.values() for name in names}
+    idle = [pattern for pattern, names in found.items() if not names]
     if idle and not more:
         raise SettingError(
             f"freeze names {', '.join(map(repr, idle))}, which matches nothing that would train",
             where="heal.freeze",
             exists=", ".join(summed_up(could)[:12]),
-            fix="a pattern may hold * for any characters; write '*surgery_router*' for all routers",
+            fix="a pattern may hold * for any characters, such as '*surgery_router*'; "
+            f"{EMBEDDINGS} stands for the token embeddings and the output head",
         )
     left = _only(every, heal, table, more, lambda name: name not in frozen)
     if not left.parameters and not left.adapted and not more:
         raise SettingError("freeze leaves nothing to train", where="heal.freeze", fix="freeze less")
     return left
+
+
+def _named(pattern: str, names: Iterable[str], table: Table, vocabulary: int) -> list[str]:
+    """Those of the names that a pattern of `heal.freeze` means.
+
+    Args:
+        vocabulary: rows of the token embeddings.
+    """
+    if pattern == EMBEDDINGS:
+        outside = [name for name in names if not any(step.isdigit() for step in name.split("."))]  # of the layers
+        return [name for name in outside if table[name][1][0] == vocabulary]
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _only(

@@ -17,8 +17,11 @@ from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
+from surgery.architecture.anatomy import Anatomy
+from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
 from surgery.healing.callbacks import read
+from surgery.healing.parameters import select_trainable
 from surgery.healing.teacher import store
 from surgery.healing.trainer import Rows, rate_at
 from surgery.io.card_text import NO_NOTES, notes_of
@@ -148,6 +151,18 @@ def test_what_freeze_names_does_not_train(converted, heal, method):
     assert record["settings"]["freeze"] == ["*surgery_router*", "*.mlp.up*"]
     assert "freeze" not in other["settings"], "a field that nobody set is not recorded"
     assert record["parameters"] < other["parameters"]
+
+
+def test_embeddings_are_a_name_in_every_family():
+    """The token embeddings and the output head, and nothing else, by the modules that Transformers names so."""
+    for family in sorted(TINY):
+        model = TINY[family]()
+        anatomy, table = Anatomy.of(model), {name: ("F32", tuple(p.shape)) for name, p in model.named_parameters()}
+        heal = Heal(method="full", steps=1, freeze=["embeddings"])
+        left = select_trainable(heal, anatomy, table, frozenset()).parameters
+        modules = (model.get_input_embeddings(), model.get_output_embeddings())
+        held = {id(parameter) for module in modules for parameter in module.parameters()}
+        assert {name for name, p in model.named_parameters() if id(p) in held} == set(table) - set(left), family
 
 
 def test_wrong_freezes(surgery, refused, converted, model, text):
