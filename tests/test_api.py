@@ -135,11 +135,18 @@ def test_settings_of_folders_are_refused_for_a_model(loaded, given):
 
 
 def test_no_folder_is_published(model, text, tmp_path):
-    from surgery.io.files import published
+    from surgery.io.files import published, published_list, published_override
 
     assert published("../secret/words.txt") == published("/home/me/words.txt") == "words.txt"
     assert published("~/words.txt") == published("C:\\Users\\me\\words.txt") == "words.txt"
     assert published("builtin") == "builtin"
+    assert published_list(["self", "/home/me/a.txt", "./b.txt"]) == ["self", "a.txt", "b.txt"]
+    assert published_list(["/me/one/x.txt", "/me/two/x.txt", "y.txt"]) == ["one/x.txt", "two/x.txt", "y.txt"]
+    assert published_list(["/me/p/one/x.txt", "/me/q/one/x.txt"]) == ["p/one/x.txt", "q/one/x.txt"]
+    assert published_override("data=[self, /home/me/a.txt, b.txt]") == "data=[self, a.txt, b.txt]"
+    assert published_override("heal.freeze=['*.mlp.*']") == "heal.freeze=['*.mlp.*']"
+    assert published_override("kv_heads=[1, 3]") == "kv_heads=[1, 3]"
+    assert published_override("data=[/home/me/a.txt") == "data=a.txt"
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/scores.tsv").write_text("0\t0\t1\n0\t1\t1\n")
     settings = {"scores": str(tmp_path / "secret/scores.tsv"), "window": 6, "sinks": 2}

@@ -26,7 +26,7 @@ from measured import Measured
 
 import surgery
 from surgery.data.questions import make_choices
-from surgery.data.text import load_text, windows
+from surgery.data.text import begin_of_text, load_text, windows
 from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
 from surgery.operations.sink_calibration.zero_tuning import continued
@@ -51,14 +51,14 @@ def rows(labelled: str | None) -> dict[str, dict[str, Any] | None]:
     return known
 
 
-def asked(text: str, count: int, tokenizer, file: Path) -> str:
-    """A JSONL file of questions made of a text: which of four endings continues a passage of 48 tokens."""
+def ask(text: str, count: int, tokenizer, file: Path) -> None:
+    """Write a JSONL file of questions made of a text: which of four endings continues a passage of 48 tokens."""
     lines = []
     for question in make_choices(tokenizer, items=count, context=48, ending=12, text=text):
-        prompt, *choices = tokenizer.batch_decode([question.prompt, *question.choices])
+        prompt = question.prompt[len(begin_of_text(tokenizer)) :]  # whoever reads the file puts BOS before it
+        prompt, *choices = tokenizer.batch_decode([prompt, *question.choices])
         lines.append(json.dumps({"prompt": prompt, "choices": choices, "answer": question.answer}) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
-    return str(file)
 
 
 def measure(fields: dict[str, Any] | None, base: Path, tokenizer, args) -> dict[str, Any]:
@@ -139,13 +139,15 @@ def main() -> None:
     args = parser.parse_args()
     base = resolve(args.model).path
     tokenizer = read_tokenizer(base)
-    if args.ask:
-        args.labelled = asked(args.ask, args.items, tokenizer, args.out.with_suffix(".jsonl"))
-    known = rows(args.labelled)
+    questions_file = args.out.with_name(f"{args.out.stem}.questions.jsonl")
+    known = rows(str(questions_file) if args.ask else args.labelled)
     if unknown := set(args.rows or ()) - set(known):
         raise SystemExit(f"no row {', '.join(sorted(unknown))}; there is {', '.join(known)}")
-    settings = {key: value for key, value in vars(args).items() if key not in ("rows", "out")}
+    left_out = {"rows", "out"} if args.ask else {"rows", "out", "ask", "items"}
+    settings = {key: value for key, value in vars(args).items() if key not in left_out}
     measured = Measured(args.out, settings)
+    if args.ask:
+        ask(args.ask, args.items, tokenizer, questions_file)
     titles = [load_text(text, part="held-out").title for text in args.texts]
     print(
         f"{args.model}: perplexity of the second half of {args.windows} windows of {args.length:,} tokens, nats + base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from os.path import normpath
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -87,11 +88,13 @@ def _data(value: object) -> object:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise _fault(
             f"data should be self, builtin, a file, folder or data set, or a list of these; it is {shown(value)}",
-            fix="[self, builtin]",
+            fix="data: self, or data: [self, builtin]",
         )
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise _fault(f"data names {shown(twice[0])} twice", fix="name each once")
-    return value if len(names) > 1 else names[0]
+    names = [name.strip() for name in names]
+    files = [normpath(name) for name in names]
+    if twice := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
+        raise _fault(f"data names {shown(twice[-1])} twice", fix="name each once")
+    return names if len(names) > 1 else names[0]
 
 
 NAME = {"type": "string", "minLength": 1}
@@ -193,8 +196,8 @@ class Heal(Variants):
     self_tokens: Count | None = Field(
         None,
         ge=1,
-        description="About so many tokens the base writes at most with data: self; a longer training reads them "
-        "again. null: as many as the training reads.",
+        description="With data: self, about how many tokens the base writes. The training reads them again where the "
+        "other data end too. null: as many as the training reads; with minutes, a quarter.",
     )
     column: str | None = Field(None, min_length=1, description="Column of the text; default text.")
     chat: bool = Field(False, description="Rows are conversations (with data: self, the base's own).")
@@ -280,10 +283,10 @@ class Heal(Variants):
         if unused := unread(self.model_dump()):
             raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
         least = self.length * (RECALL_ROWS if self.recall else 1)
-        if self.self_tokens is not None and self.self_tokens < least:
+        if self.sources == [SELF] and (self.self_tokens or least) < least:
             rows = f"the {RECALL_ROWS} rows that heal.recall needs" if self.recall else "a row"
             raise _fault(
-                f"heal.self_tokens {self.self_tokens} is less than {rows}, of heal.length {self.length}",
+                f"heal.self_tokens {self.self_tokens} is fewer than {least:,}, {rows} (heal.length {self.length})",
                 fix=f"heal.self_tokens={least} or more, or a shorter heal.length",
             )
         for name in self.weights if self.teacher == "stored" else ():

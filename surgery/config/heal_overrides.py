@@ -77,7 +77,9 @@ def settings(
 
 def published(heal: Heal) -> dict:
     """The settings as they may be published: a path in `data` is cut to its last name; its folders are private."""
-    from surgery.io.files import published as short
+    from surgery.io.files import published_list
 
-    names = [short(name) if Path(name).exists() else name for name in heal.sources]
+    files = [name for name in heal.sources if Path(name).exists()]  # a data set's name is no path
+    short = dict(zip(files, published_list(files), strict=True))
+    names = [short.get(name, name) for name in heal.sources]
     return heal.identity() | {"data": names[0] if isinstance(heal.data, str) else names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any, get_args
 
 import yaml
@@ -22,6 +23,9 @@ class _WrittenOut(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+
+_WrittenOut.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def copy_of(data: dict, where: str) -> dict:

@@ -1,10 +1,10 @@
 """The text that healing trains on, as documents of token ids.
 
-    self       text that the base writes (data/generated.py)
-    other      texts by name (data/text_sources.py)
+    self             text that the base writes (data/generated.py)
+    any other name   texts of that name (data/text_sources.py)
 
 A list of names is read in equal shares of tokens. A source that has less gives all of its text, and the others give
-more. Of a source that has more, pieces are taken from its whole length.
+more. Of a text file that has more, pieces are taken from its whole length; of rows and data sets, the first ones.
 
 The tokenizer encodes each document as a separate text, and places BOS and EOS. Only as much text is read as the rows
 need.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from surgery.data.generated import sample
 from surgery.data.packing import Packed
-from surgery.data.text import SELF, begin_of_text, samples_to_begin, source_names
+from surgery.data.text import BUILTIN, SELF, begin_of_text, load_text, samples_to_begin, source_names
 from surgery.data.text_sources import TextSource, text_sources
 from surgery.errors import ModelMismatchError, TextError
 from surgery.io.loading import loaded, read_config
@@ -32,8 +32,10 @@ from surgery.machine.progress import renamed
 
 __all__ = ["Documents", "Packed", "documents"]
 
+BYTES = 4  # of a token, about
 TEXTS_AT_ONCE = 64  # number of texts that are tokenised at a time
 TRAINING_TEXT = "training text"  # the name of the stage
+TURN = 0.6180339887498949  # its multiples are evenly spread in [0, 1), and have no period
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Documents:
 
     Attributes:
         title: the source's name.
-        sha256: hash of the texts that were read, or of the tokens that the base wrote.
+        sha256: hash of the texts that were read, or of the tokens that the base wrote. Texts are hashed as a whole,
+            also where `ids` are pieces of them.
         ids: token ids of each document.
         begin: the tokens with which the tokenizer begins a text: [BOS] or [].
         sources: the records of the sources, where there are several.
@@ -77,23 +80,34 @@ class Documents:
         """The documents, cut so that each piece fits into a row of `length` tokens, with the tokens that begin a text
         before it.
         """
-        begin, pieces = list(self.begin), []
-        for document in self:
-            body = document[len(begin) :] if begin and document[: len(begin)] == begin else document
-            step = length - len(begin)
-            pieces += [[*begin, *body[first : first + step]] for first in range(0, len(body), step)]
-        return pieces
+        return [list(self._piece(place, length)) for place in self._places(length)]
 
     def spread(self, tokens: int, length: int) -> Documents:
-        """About so many tokens of these documents: pieces of at most `length` at equal distances. All, if they have
-        hardly more.
+        """So many tokens of these documents, and less than `length` more: pieces of a row at most, from all places, in
+        their order. All documents, if they have hardly more.
         """
         if self.tokens < tokens + length:
             return self
-        pieces = self.stretches(length)
-        count = math.ceil(len(pieces) * tokens / self.tokens)
-        chosen = [pieces[(2 * number + 1) * len(pieces) // (2 * count)] for number in range(count)]
-        return Documents(self.title, self.sha256, chosen, self.begin)
+        places = self._places(length)
+        chosen, taken = {}, 0
+        for number in sorted(range(len(places)), key=lambda number: number * TURN % 1):
+            if taken >= tokens:
+                break
+            chosen[number] = self._piece(places[number], length)
+            taken += len(chosen[number])
+        return Documents(self.title, self.sha256, [chosen[number] for number in sorted(chosen)], self.begin)
+
+    def _places(self, length: int) -> list[tuple[int, int]]:
+        """Where the pieces of `stretches` begin: document, and token in it."""
+        begin, places = list(self.begin), []
+        for index, document in enumerate(self.ids):
+            first = len(begin) if begin and list(document[: len(begin)]) == begin else 0
+            places += [(index, start) for start in range(first, len(document), length - len(begin))]
+        return places
+
+    def _piece(self, place: tuple[int, int], length: int) -> array:
+        index, start = place
+        return array("i", [*self.begin, *self.ids[index][start : start + length - len(self.begin)]])
 
 
 def documents(
@@ -113,33 +127,70 @@ def documents(
             gives ids that the model lacks.
     """
     wanted, names = rows_needed * heal.length, source_names(heal.data)
-    begin_stage(progress, TRAINING_TEXT, wanted)
-    said = None if SELF in names else progress  # writing takes long, reading does not
-    texts = {
-        name: TokenReader(source, tokenizer, heal, wanted, said) for name, source in text_sources(heal, tokenizer)
-    }
-    sources = [texts[name] if name in texts else BaseWriter(base, tokenizer, heal, folder, progress) for name in names]
+    read = None if SELF in names else _counted(progress, wanted)  # writing takes long, reading does not
+    readers = _readers(heal, tokenizer, read)
+    sources = [readers.get(name) or BaseWriter(base, tokenizer, heal, folder, progress) for name in names]
     shares = _read(sources, wanted)
-    vocabulary = read_config(base).get_text_config().vocab_size
-    for text in texts.values():
-        text.refuse_unusable(vocabulary)
-    parts = [source.documents(share) for source, share in zip(sources, shares, strict=True)]
-    if SELF not in names and (tokens := sum(part.tokens for part in parts)) < heal.length:
-        raise TextError(
-            f"the text is too short: it has {tokens} tokens, one row has {heal.length}",
-            where=", ".join(names),
-            fix=f"name longer data, or heal.length={tokens}" if tokens >= 8 else "name longer data",
-        )
-    return parts[0] if len(parts) == 1 else _joined(parts, shares, heal.length)
+    _refuse_unusable(readers.values(), base)
+    several = len(sources) > 1
+    parts = [source.documents(share, several) for source, share in zip(sources, shares, strict=True)]
+    return _whole(parts, names, heal.length)
 
 
-def refuse_unusable(heal, tokenizer, base: str | Path | Any) -> None:
-    """Read the beginning of each text that `heal.data` names; raises as `documents` does. Nothing is written."""
+def first_documents(heal, tokenizer, base: str | Path | Any, rows: int) -> Documents | None:
+    """The beginning of the texts that `heal.data` names, all that is read for so many rows; None if it names none.
+
+    The base writes nothing. Raises as `documents` does; where the base would write, the texts may be short.
+    """
+    readers = _readers(heal, tokenizer)
+    _read(list(readers.values()), rows * heal.length)
+    _refuse_unusable(readers.values(), base)
+    parts = [reader.documents(0, False) for reader in readers.values()]
+    names = source_names(heal.data)
+    if SELF in names:
+        return _joined(parts) if parts else None
+    return _whole(parts, names, heal.length)
+
+
+def share_of_base(heal, tokens: int) -> int:
+    """About how many of so many tokens the base will write; the tokens of files are estimated by their sizes."""
+    names = source_names(heal.data)
+    available = [_size(name) / BYTES if name != SELF else heal.self_tokens or math.inf for name in names]
+    return even_shares(available, tokens)[names.index(SELF)] if SELF in names else 0
+
+
+def _size(name: str) -> float:
+    """Bytes of a named text; infinite where they are not known without reading it."""
+    if name == BUILTIN:
+        return len(load_text(BUILTIN, "calibration").text)
+    file = Path(name).expanduser()
+    return file.stat().st_size if file.is_file() else math.inf
+
+
+def _counted(progress, wanted: int) -> Callable[[int], None] | None:
+    """A callback for the tokens that any source has read, which reports their sum; begins the stage."""
+    if progress is None:
+        return None
+    begin_stage(progress, TRAINING_TEXT, wanted)
+    done = 0
+
+    def read(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(min(done, wanted), wanted, TRAINING_TEXT)
+
+    return read
+
+
+def _readers(heal, tokenizer, read: Callable[[int], None] | None = None) -> dict[str, TokenReader]:
+    """A reader of each text that `heal.data` names."""
+    return {name: TokenReader(source, tokenizer, heal, read) for name, source in text_sources(heal, tokenizer)}
+
+
+def _refuse_unusable(readers: Iterable[TokenReader], base: str | Path | Any) -> None:
     vocabulary = read_config(base).get_text_config().vocab_size
-    for _, source in text_sources(heal, tokenizer):
-        text = TokenReader(source, tokenizer, heal, heal.length)
-        text.read(heal.length)
-        text.refuse_unusable(vocabulary)
+    for reader in readers:
+        reader.refuse_unusable(vocabulary)
 
 
 def even_shares(available: Sequence[float], wanted: int) -> list[int]:
@@ -168,17 +219,30 @@ def _read(sources: Sequence[TokenReader | BaseWriter], wanted: int) -> list[int]
             return shares
 
 
-def _joined(parts: Sequence[Documents], shares: Sequence[int], length: int) -> Documents:
-    """The documents of several sources, in their order, each cut to its share."""
-    cut = [part.spread(share, length) for part, share in zip(parts, shares, strict=True)]
+def _whole(parts: Sequence[Documents], names: Sequence[str], length: int) -> Documents:
+    """The documents of all sources; raises where they fill no row."""
+    joined = _joined(parts)
+    if joined.tokens < length:
+        raise TextError(
+            f"the text is too short: it has {joined.tokens} tokens, one row has {length}",
+            where=", ".join(names),
+            fix=f"name longer data, or heal.length={joined.tokens}" if joined.tokens >= 8 else "name longer data",
+        )
+    return joined
+
+
+def _joined(parts: Sequence[Documents]) -> Documents:
+    """The documents of several sources, in their order."""
+    if len(parts) == 1:
+        return parts[0]
     digest = hashlib.sha256()
-    _update(digest, [part.sha256 for part in cut])
+    _update(digest, [part.sha256 for part in parts])
     return Documents(
-        " + ".join(part.title for part in cut),
+        " + ".join(part.title for part in parts),
         digest.hexdigest(),
-        [ids for part in cut for ids in part.ids],
-        cut[0].begin,
-        tuple(part.record for part in cut),
+        [ids for part in parts for ids in part.ids],
+        parts[0].begin,
+        tuple(part.record for part in parts),
     )
 
 
@@ -188,15 +252,15 @@ class TokenReader:
     Args:
         source: the texts.
         heal: its column, chat and length are read.
-        wanted: tokens that the training needs in all, for `progress`.
+        read: called with the tokens of each batch.
 
     Attributes:
         ids: token ids of each document that was read.
         tokens: their number.
     """
 
-    def __init__(self, source: TextSource, tokenizer, heal, wanted: int, progress=None):
-        self.source, self.tokenizer, self.heal, self.wanted, self.progress = source, tokenizer, heal, wanted, progress
+    def __init__(self, source: TextSource, tokenizer, heal, read: Callable[[int], None] | None = None):
+        self.source, self.tokenizer, self.heal, self._said = source, tokenizer, heal, read
         self._texts = (text for text in source.texts if text.strip())
         self._digest, self._ended = hashlib.sha256(), False
         self.ids: list[Sequence[int]] = []
@@ -218,13 +282,14 @@ class TokenReader:
             # Chat templates add BOS themselves.
             new = self.tokenizer(batch, add_special_tokens=not self.heal.chat, verbose=False)["input_ids"]
             self.ids += [array("i", document) for document in new]  # a list would take eight times as much
-            self.tokens += sum(map(len, new))
-            if self.progress:
-                self.progress(min(self.tokens, self.wanted), self.wanted, TRAINING_TEXT)
+            self.tokens += (tokens_read := sum(map(len, new)))
+            if self._said:
+                self._said(tokens_read)
 
-    def documents(self, _: int) -> Documents:
-        """What was read."""
-        return Documents(self.source.title, self._digest.hexdigest(), self.ids, begin_of_text(self.tokenizer))
+    def documents(self, tokens: int, several: bool) -> Documents:
+        """What was read; as one of several sources, so many tokens of it."""
+        whole = Documents(self.source.title, self._digest.hexdigest(), self.ids, begin_of_text(self.tokenizer))
+        return whole.spread(tokens, self.heal.length) if several else whole
 
     def refuse_unusable(self, vocabulary: int) -> None:
         """Raise where no text was read, or the model has no such tokens."""
@@ -254,8 +319,8 @@ class BaseWriter:
     def read(self, tokens: int) -> None:
         """Nothing is there to be read."""
 
-    def documents(self, tokens: int) -> Documents:
-        """Text of at least so many tokens, which the base writes."""
+    def documents(self, tokens: int, several: bool) -> Documents:
+        """Text of at least so many tokens, which the base writes. All of it is used, since it takes long to write."""
         rows = math.ceil(tokens / self.heal.length) * (1 + self.heal.chat)  # conversations are shorter than a row
         given = {"folder": self.folder, "batch": samples_to_begin(rows), "progress": self.progress}
         with loaded(self.base) as model:

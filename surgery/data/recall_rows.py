@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from surgery.data import haystack, name_list
-from surgery.data.documents import Documents
+from surgery.data.documents import TURN, Documents
 from surgery.data.packing import Packed
 from surgery.data.repeats import KINDS, LINE_SHARE, LabelledLine, Marks, RepeatRow
 from surgery.data.text import CLOSERS, RECALL_ROWS, STOPS, source_names
@@ -37,7 +37,6 @@ WORD_TOKENS = 400_000  # of so many tokens the words are taken
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = 3, 4, 6, 7, 8  # of a code; the judging needles' have five
 FORMS = ("\n{label}: {value}", "\n{label} {value}", " {label} {value}")  # the first that a tokenizer can write
-TURN = 0.6180339887498949  # successive multiples of it are evenly spread in [0, 1)
 FEWEST, MOST = 16, 64  # lines that are drawn for a list, by the length of the row
 PER_LINE = 10  # tokens of a row for each of them
 TRIES = 8  # draws of a line that the tokenizer should be able to write

@@ -74,12 +74,16 @@ def _source(name: str, heal, tokenizer) -> TextSource:
     looks_like_file = path.suffix.lower() in endings or name.startswith((".", "/", "~"))
     if looks_like_file or not HUB_NAME.fullmatch(name):
         close = nearest(path.name, [sibling.name for sibling in _siblings(path)])
-        several = f"several are written as a list: '[{', '.join(map(str.strip, name.split(',')))}]'"
+        parts = [part.strip() for part in name.split(",")]
+        meant = any(part in (SELF, BUILTIN) or Path(part).expanduser().exists() for part in parts)
+        several = f"a list is written heal.data='[{', '.join(parts)}]'"
         raise TextError(
             "no such text file, folder or data set",
             where=f"heal.data: {name}",
             exists=close,
-            fix=several if "," in name else "check the path, or use self (text that the base writes) or builtin",
+            fix=several
+            if meant and len(parts) > 1
+            else "check the path, or use self (text that the base writes) or builtin",
         )
     if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is that near
         raise TextError(

@@ -173,11 +173,12 @@ class HealPlan(Printed):
 
     def measurements(self) -> tuple[Measurement, ...]:
         """The stages of the training, for the time estimate of `plan`. Reading data from files is not counted."""
+        from surgery.data.documents import share_of_base
+
         heal, steps = self.heal, self.heal.planned_steps
         tokens = (steps or 0) * heal.rows * heal.length
         base = self.base_parameters or self.parameters
-        written = min(tokens // len(heal.sources), heal.self_tokens or tokens) if heal.base_writes else 0
-        stages = [Measurement("training text", 3 * base * written)]
+        stages = [Measurement("training text", 3 * base * share_of_base(heal, tokens))]
         if heal.loss_needs and heal.teacher == "stored":
             stages.append(Measurement("answers of the base", 2 * base * tokens))
         if heal.warm_start:

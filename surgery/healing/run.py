@@ -22,7 +22,7 @@ from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import documents
 from surgery.data.packing import Packed, isolates_documents
 from surgery.data.recall_rows import training_rows
-from surgery.data.text import RECALL_ROWS
+from surgery.data.text import RECALL_ROWS, SELF
 from surgery.errors import ModelMismatchError, OtherTrainingError, SettingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -400,25 +400,21 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
                 where=str(job.run),
                 fix="finish that one with its own command, or start again with --overwrite",
             )
-        least, source = RECALL_ROWS if heal.recall else 1, job.base
+        writes, least = heal.base_writes, RECALL_ROWS if heal.recall else 1
         rows = known.get("rows") or max(least, _rows_needed(model, heal, trained))
         run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
         if not known and state.is_main_process:  # the base may now generate text for hours
             write_json(file, run_record)
-        texts = documents(
-            heal,
-            job.tokenizer,
-            job.base_model() if heal.base_writes else model if source is None else source,
-            rows_needed=rows,
-            folder=job.run if heal.base_writes else None,
-            progress=job.progress,
-        )
+        base = job.base_model() if writes else model if job.base is None else job.base
+        folder = job.run if writes else None
+        texts = documents(heal, job.tokenizer, base, rows_needed=rows, folder=folder, progress=job.progress)
         packed, recall = training_rows(texts, job.tokenizer, heal, isolates_documents(model))
         if known.get("data", packed.sha256) != packed.sha256:
+            fix = "start again with --overwrite"  # the base's own text is another version's
             raise OtherTrainingError(
                 "the data are not the data that the checkpoints were trained on",
                 where=f"heal.data: {', '.join(heal.sources)}",
-                fix="put them back as they were, or start again with --overwrite",
+                fix=fix if heal.data == SELF else f"put them back as they were, or {fix}",
             )
         if "data" not in known and state.is_main_process:
             write_json(file, run_record | {"data": packed.sha256})

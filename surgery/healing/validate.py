@@ -79,7 +79,7 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
         SurgeryError: as `refuse_settings` raises it, or for the data that `heal` names. Text that the base will
             generate is not checked.
     """
-    from surgery.data.documents import documents, refuse_unusable
+    from surgery.data.documents import first_documents
     from surgery.data.recall_rows import repeat_rows
     from surgery.data.repeats import KINDS
     from surgery.data.text import RECALL_ROWS
@@ -87,13 +87,10 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
 
     refuse_settings(heal, read_config(base), judged_by)
     tokenizer = tokenizer or read_tokenizer(base)
-    if heal.base_writes:
-        refuse_unusable(heal, tokenizer, base)
-        if heal.chat:
-            user_turn(tokenizer, heal.length)
-        return
-    texts = documents(heal, tokenizer, base, rows_needed=RECALL_ROWS if heal.recall else 1)
-    if heal.recall:
+    texts = first_documents(heal, tokenizer, base, RECALL_ROWS if heal.recall else 1)
+    if heal.base_writes and heal.chat:
+        user_turn(tokenizer, heal.length)
+    if heal.recall and texts is not None and not heal.base_writes:
         repeat_rows(texts, tokenizer, heal, most=len(KINDS))
 
 

@@ -150,6 +150,17 @@ def published(value: str) -> str:
     return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
 
 
+def published_list(values: list[str]) -> list[str]:
+    """Settings of a list as they may be published. Paths with the same last name keep as much more as differs."""
+    paths = [PureWindowsPath(value).parts for value in values]
+    names = [published(value) for value in values]
+    for tail in range(2, max(map(len, paths), default=0)):
+        same = {name for name in names if names.count(name) > 1}
+        pairs = zip(names, paths, strict=True)
+        names = ["/".join(path[-tail:]) if name in same else name for name, path in pairs]
+    return names
+
+
 def published_recipe(recipe: dict) -> dict:
     """A recipe with every path in its settings cut to its last name; its name and description are prose and stay."""
 
@@ -157,7 +168,11 @@ def published_recipe(recipe: dict) -> dict:
         if isinstance(value, dict):
             return {key: without_folders(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [without_folders(item) for item in value]
+            return (
+                published_list(value)
+                if all(isinstance(item, str) for item in value)
+                else list(map(without_folders, value))
+            )
         return published(value) if isinstance(value, str) else value
 
     prose = {key: recipe[key] for key in ("name", "description")}
@@ -167,7 +182,15 @@ def published_recipe(recipe: dict) -> dict:
 def published_override(text: str) -> str:
     """An override `key=value` as it may be published; a name and a description are prose and stay unchanged."""
     key, _, value = text.partition("=")
-    return text if key in ("name", "description") else f"{key}={published(value)}"
+    if key in ("name", "description"):
+        return text
+    if value.lstrip().startswith("[") and {"/", "\\"} & set(value):
+        with suppress(yaml.YAMLError):
+            items = yaml.safe_load(value)
+            if isinstance(items, list) and all(isinstance(item, str) for item in items):
+                form = {"default_flow_style": True, "allow_unicode": True, "width": float("inf")}
+                return f"{key}={yaml.safe_dump(published_list(items), **form).strip()}"
+    return f"{key}={published(value)}"
 
 
 def split_card(card: str) -> tuple[dict, str]:

@@ -48,6 +48,9 @@ OTHER_METHOD = "other_method"  # type of the error for a field that belongs to a
 KNOWN = get_args(core_schema.ErrorType)  # types of errors for which pydantic has messages
 
 
+LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
 class Variants(BaseModel):
     """Base of a class whose methods are its subclasses (see the module's docstring).
 
@@ -247,9 +250,16 @@ def describe_method(cls: type[Variants]) -> dict[str, Any]:
 
 def method_schema(cls: type[Variants]) -> dict[str, Any]:
     """JSON Schema of one method."""
-    schema = cls.model_json_schema()
+    schema = _with_standard_limits(cls.model_json_schema())
     schema["description"] = schema["properties"]["method"]["description"] = first_words(cls)
     return schema
+
+
+def _with_standard_limits(schema: Any) -> Any:
+    """A schema in which the limits of optional numbers have JSON Schema's names, where pydantic leaves its own."""
+    if isinstance(schema, dict):
+        return {LIMITS.get(key, key): _with_standard_limits(value) for key, value in schema.items()}
+    return [_with_standard_limits(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def first_words(cls: type[BaseModel]) -> str:

@@ -99,7 +99,7 @@ def _how(record: dict) -> list[str]:
     if recall := data.get("recall"):
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in recall.items() if kind != "rows")
         lines.append(
-            f"In {recall['rows']:,} of its {data['rows']:,} rows something said earlier in the row comes back "
+            f"In {recall['rows']:,} of the {data['rows']:,} rows something said earlier in the row comes back "
             f"({kinds})"
         )
     if data.get("rows") and (rounds := record["tokens"] / (data["rows"] * settings["length"])) > 1.5:

@@ -70,7 +70,7 @@ def test_rows_are_recorded_and_trained_on(healing, monkeypatch, tmp_path):
     assert "recall" not in plain.data["heal"]["data"]
     card = (tmp_path / "healed/README.md").read_text()
     assert (
-        f"In {repeating:,} of its {data['rows']:,} rows something said earlier in the row comes back (passage" in card
+        f"In {repeating:,} of the {data['rows']:,} rows something said earlier in the row comes back (passage" in card
     )
     assert "comes back" not in (tmp_path / "plain/README.md").read_text()
     assert not same(tmp_path / "healed", tmp_path / "plain")
@@ -110,21 +110,24 @@ def test_text_of_the_base(healing, surgery, model, tmp_path):
 
 
 def test_several_texts(healing, surgery, model, long_text, monkeypatch, tmp_path):
-    """The base's text, the built-in and a file: recorded, on the card without folders, and resumed to the same end."""
+    """The base's text, the built-in and two files: recorded, on the card, resumed to the same end, healed again."""
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/long.txt").write_text("mat " * 2000)
     monkeypatch.setattr(
         text_sources, "load_text", lambda name, part=None: load_text(long_text if name == "builtin" else name)
     )
-    texts = (f"data=[self, builtin, {long_text}]", "self_tokens=192", "steps=12")
+    texts = (f"data=[self, builtin, {long_text}, {tmp_path / 'two/long.txt'}]", "self_tokens=192", "steps=12")
     whole = healing("whole", *texts).data["heal"]
-    own, builtin, file = whole["data"]["sources"]
+    own, *files = whole["data"]["sources"]
     assert 192 <= own["tokens"] < 384
-    assert abs(builtin["tokens"] - (12 * 128 - 192) / 2) <= 64
-    assert abs(file["tokens"] - builtin["tokens"]) <= 64
+    assert all(0 <= each["tokens"] - (12 * 128 - 192) // 3 < 64 for each in files)
     assert whole["data"]["recall"]["rows"] > 0
-    assert whole["settings"]["data"] == ["self", "builtin", "long.txt"], "no folder of this machine"
+    names = ["self", "builtin", f"{tmp_path.name}/long.txt", "two/long.txt"]
+    assert whole["settings"]["data"] == names, "no more of this machine's folders than tells two files apart"
     card = (tmp_path / "whole/README.md").read_text()
-    named = [f"{each['data']} (sha256 `{each['sha256'][:12]}`, {each['tokens']:,} tokens)" for each in (own, file)]
+    named = [f"{each['data']} (sha256 `{each['sha256'][:12]}`, {each['tokens']:,} tokens)" for each in (own, *files)]
     assert all(words in card for words in named)
+    assert f"'data=[{', '.join(names)}]'" in card
     assert str(tmp_path) not in card
     begun = HealCallback.on_step_begin
 
@@ -139,6 +142,8 @@ def test_several_texts(healing, surgery, model, long_text, monkeypatch, tmp_path
     monkeypatch.setattr(HealCallback, "on_step_begin", begun)
     assert healing("healed", *texts, resume=True).data["heal"]["resumed"]
     assert same(tmp_path / "healed", tmp_path / "whole")
+    again = run_heal(tmp_path / "whole", output=tmp_path / "again", overrides=["steps=1", "data=self"], base=model)
+    assert again.data["heal"]["earlier"][0]["settings"]["data"] == names
     shown = surgery("plan", "gqa-distill", model, f"heal.data=[self, {long_text}]", "heal.length=64").out
     assert f"on self, {long_text}, " in " ".join(shown.split())
 
@@ -160,7 +165,7 @@ def test_the_plan_names_them(surgery, model, long_text):
         (("heal.length=32",), ["heal.length 32 is too short for heal.recall", "heal.length=64"]),
         (
             ("heal.self_tokens=100", "heal.data=self"),
-            ["less than the 3 rows that heal.recall needs", "heal.length 1024", "heal.self_tokens=3072"],
+            ["fewer than 3,072, the 3 rows that heal.recall needs (heal.length 1024)", "heal.self_tokens=3072"],
         ),
         (("heal.self_tokens=640",), ["heal.self_tokens is read with data: self"]),
         (("heal.data=[self, nope.txt]",), ["no such text file", "nope.txt"]),

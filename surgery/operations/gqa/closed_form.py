@@ -41,9 +41,9 @@ def share_kv_heads(
         text: the calibration text.
         orders: for each layer a function that gives the new order of its KV heads; None: the order stays. The heads
             are reordered before they are shared.
-        candidates: numbers of KV heads among which each layer's is chosen, beside its own. Each layer is converted
-            alone with each of them. The sum over layers stays as planned, and `context.after` is set to the resulting
-            anatomy. Empty: the plan's number holds for each layer.
+        candidates: numbers of KV heads among which each layer's is chosen, beside its own. Each layer whose number is
+            open is converted alone with each of them. The sum over layers stays as planned, and `context.after` is set
+            to the resulting anatomy. Empty: the plan's number holds for each layer.
         copying: returns the name of a score and each layer's strength in copying from far back. With it, the strongest
             layers keep all their heads, as far as the sum allows, and only the others are chosen by loss.
 
@@ -179,8 +179,11 @@ def _chosen(before: Anatomy, first: _First, losses: dict[int, list[float | None]
         {count: loss for count, of_count in losses.items() if (loss := of_count[index]) is not None}
         for index in range(len(before.layers))
     ]
-    pairs = zip(first.numbers, lost, strict=True)
-    by_layer = [{count: of_layer.get(count, 0.0) for count in numbers} for numbers, of_layer in pairs]
+    own, pairs = before.layers[0].kv_heads, zip(first.numbers, lost, strict=True)
+    by_layer = [
+        {count: 0.0 if count == own or len(numbers) == 1 else of_layer[count] for count in numbers}
+        for numbers, of_layer in pairs
+    ]
     chosen, records = choose_heads(by_layer, first.total), []
     for index, (count, of_layer) in enumerate(zip(chosen, lost, strict=True)):
         record: dict[str, Any] = {"kv_heads": count}
