@@ -58,9 +58,7 @@ def settings(
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # replaces the recipe's
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
     typed = {path[1] for path in lines if path[0] == "heal"} | (set(block) if block is not None else set())
-    method = Heal.variant(data["heal"].get("method"))
-    idle = {*unread(data["heal"]), *method.strangers(data["heal"])}
-    for name in idle - typed:  # values of the recipe that the new method or loss does not read
+    for name in idle(data["heal"]) - typed:  # values of the recipe that the new method, loss or data do not read
         del data["heal"][name]
     models: dict = {"evaluate": None}
     for section, kind in SECTIONS.items():
@@ -73,6 +71,13 @@ def settings(
             first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest), code=first.code
         )
     return models["heal"], models["evaluate"]
+
+
+def idle(fields: object) -> set[str]:
+    """Names of the values in a `heal:` block, unchecked, that its method, loss and data do not read."""
+    if not isinstance(fields, dict):
+        return set()
+    return {*unread(fields), *Heal.variant(fields.get("method")).strangers(fields)} & set(fields)
 
 
 def published(heal: Heal) -> dict:

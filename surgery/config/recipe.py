@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from surgery import operations
 from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import Heal
+from surgery.config.heal_overrides import idle
 from surgery.config.overrides import as_text, copy_of, set_field
 from surgery.config.validation import BLOCK, PROBES, checked, faults_of
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
@@ -212,6 +213,7 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
     data = copy_of(data, where)
     changes = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     faults: list[SurgeryError] = []
+    idle_before, typed = idle(data.get("heal")), set()
     for override in changes:
         try:
             field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
@@ -223,8 +225,11 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
             continue
         lines = {path: line for path, line in lines.items() if path[: len(field_path)] != field_path}
         lines[field_path] = f"override {override.strip()!r}"
+        typed |= {field_path[-1]} if field_path[0] == "heal" else set()
         if field_path[: len(PROBES)] == PROBES:  # settings that disagree are reported at their block
             lines[field_path[: BLOCK - 1]] = lines[field_path]
+    for name in idle(data.get("heal")) - idle_before - typed if typed else ():  # what an override left without use
+        del data["heal"][name]
     try:
         loaded = _validate(data, lines, where)
     except SurgeryError as error:

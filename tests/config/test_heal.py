@@ -90,6 +90,19 @@ def test_a_recipe_with_heal(tmp_path):
     assert recipes.load(tmp_path / "mine.yaml", ["heal=null"]).heal is None
 
 
+def test_an_override_takes_along_what_it_leaves_without_use(tmp_path):
+    """Of the recipe's values alone: what was typed, or was idle before, is refused."""
+    assert recipes.load("gqa-distill").heal.self_tokens
+    assert recipes.load("gqa-distill", ["heal.data=builtin"]).heal.self_tokens is None
+    plain = recipes.load("gqa-distill", ["heal.loss=ce"]).heal
+    assert (plain.loss, plain.sure, plain.recall) == ("ce", 0.0, 0.5)
+    with pytest.raises(SurgeryError, match="self_tokens is read with data: self"):
+        recipes.load("gqa-distill", ["heal.data=builtin", "heal.self_tokens=100000"])
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("  method: full", "  method: full\n  rank: 4"))
+    with pytest.raises(SurgeryError, match="rank is read by method: lora"):
+        recipes.load(tmp_path / "mine.yaml", ["heal.data=builtin"])
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

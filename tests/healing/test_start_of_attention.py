@@ -206,7 +206,7 @@ def test_with_parts_k_and_v_change_by_their_mixture_alone(tiny_llama, text):
 
 
 def test_the_plan_counts_it(surgery, model):
-    asked = ("heal.method=lora", "heal.warm_start=64")
+    asked = ("heal.method=lora", "heal.warm_start=64", "heal.length=64")
     shown = " ".join(surgery("plan", "gqa-distill", model, *asked, "heal.warm_start_of=attention").out.split())
     assert "heal: the layer-wise start changes 20,736 further parameters of attention" in shown
     assert "further parameters" not in surgery("plan", "gqa-distill", model, *asked).out
