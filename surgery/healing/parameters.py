@@ -99,7 +99,9 @@ def select_trainable(
     rows = anatomy.config.get_text_config().vocab_size
     found = {pattern: _named(pattern, could, table, rows) for pattern in heal.freeze}
     frozen = {name for names in found.values() for name in names}
-    idle = [pattern for pattern, names in found.items() if not names]
+    idle = [
+        pattern for pattern, names in found.items() if not names and pattern != EMBEDDINGS
+    ]  # which every model has
     if idle and not more:
         raise SettingError(
             f"freeze names {', '.join(map(repr, idle))}, which matches nothing that would train",

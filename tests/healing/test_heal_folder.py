@@ -163,6 +163,8 @@ def test_embeddings_are_a_name_in_every_family():
         modules = (model.get_input_embeddings(), model.get_output_embeddings())
         held = {id(parameter) for module in modules for parameter in module.parameters()}
         assert {name for name, p in model.named_parameters() if id(p) in held} == set(table) - set(left), family
+    low_rank = Heal(method="lora", steps=1, freeze=["embeddings"])  # where they would not train anyway
+    assert select_trainable(low_rank, anatomy, table, frozenset("k")).adapted
 
 
 def test_wrong_freezes(surgery, refused, converted, model, text):

@@ -164,11 +164,11 @@ def test_the_plan_names_them(surgery, model, long_text):
     [
         (("heal.length=32",), ["heal.length 32 is too short for heal.recall", "heal.length=64"]),
         (
-            ("heal.self_tokens=100", "heal.data=self"),
-            ["fewer than 3,072, the 3 rows that heal.recall needs (heal.length 1024)", "heal.self_tokens=3072"],
+            ("heal.self_tokens=100", "heal.data=self", "heal.length=64"),
+            ["fewer than 192, the 3 rows that heal.recall needs (heal.length 64)", "heal.self_tokens=192"],
         ),
         (("heal.self_tokens=640",), ["heal.self_tokens is read with data: self"]),
-        (("heal.data=[self, nope.txt]",), ["no such text file", "nope.txt"]),
+        (("heal.data=[self, nope.txt]", "heal.length=64"), ["no such text file", "nope.txt"]),
         (("heal.chat=true",), ["with chat: true rows are conversations", "heal.recall=0"]),
         (("heal.recall=1",), ["recall", "less than 1"]),
         (("heal.recall=-0.5",), ["recall", "at least 0"]),
