@@ -212,6 +212,25 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
         )
     data = copy_of(data, where)
     changes = [*overrides, *(as_text(key, value) for key, value in fields.items())]
+    lines, faults = _override(data, changes, lines)
+    try:
+        loaded = _validate(data, lines, where)
+    except SurgeryError as error:
+        faults += [_together([error]), *error.others]
+    if faults:
+        raise _together(faults)
+    loaded._source, loaded._overrides = source, (*earlier, *map(str.strip, changes))
+    return loaded
+
+
+def _override(data: dict, changes: Sequence[str], lines: dict) -> tuple[dict, list[SurgeryError]]:
+    """Set the fields that overrides name in a recipe's data, in place.
+
+    Values of its `heal:` block that an override leaves without use are removed, unless they were typed.
+
+    Returns:
+        The lines of the fields, for messages, and the faults of the overrides.
+    """
     faults: list[SurgeryError] = []
     idle_before, typed = idle(data.get("heal")), set()
     for override in changes:
@@ -228,16 +247,9 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
         typed |= {field_path[-1]} if field_path[0] == "heal" else set()
         if field_path[: len(PROBES)] == PROBES:  # settings that disagree are reported at their block
             lines[field_path[: BLOCK - 1]] = lines[field_path]
-    for name in idle(data.get("heal")) - idle_before - typed if typed else ():  # what an override left without use
+    for name in idle(data.get("heal")) - idle_before - typed if typed else ():
         del data["heal"][name]
-    try:
-        loaded = _validate(data, lines, where)
-    except SurgeryError as error:
-        faults += [_together([error]), *error.others]
-    if faults:
-        raise _together(faults)
-    loaded._source, loaded._overrides = source, (*earlier, *map(str.strip, changes))
-    return loaded
+    return lines, faults
 
 
 def recorded(data: dict) -> Recipe | None:
