@@ -227,9 +227,9 @@ def test_act_table(tmp_path):
     assert rows["map, all heads"][5] != rows["map"][5]
     words = "The cat sat on the mat. It was late, and rain fell on the long street behind the house. "
     (tmp_path / "text.txt").write_text(" ".join(f"{number}. {words}" for number in range(60)))
-    asked = ("--ask", "text.txt", "--items", "4", "--rows", "map, each head", "--windows", "1", "--length", "64")
+    asked = ("--ask", "text.txt", "--items", "4", "--rows", "the base", "--windows", "1", "--length", "64")
     printed = run("benchmarks/act_table.py", *asked, "--out", "each.json", cwd=tmp_path)
-    assert "| map, each head |" in printed
+    assert "| the base |" in printed
     questions = [json.loads(line) for line in (tmp_path / "each.questions.jsonl").read_text().splitlines()]
     assert [len(question["choices"]) for question in questions] == [4] * 4
 
