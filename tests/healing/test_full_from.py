@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from families import TINY, one_thread  # noqa: F401 (a fixture)
+from killed import killed_at
 from safetensors.torch import load_file
 from tokenizers_of_bytes import byte_tokenizer
 
@@ -21,10 +22,6 @@ from surgery.runtime.modeling_surgery import attention_modules
 STEP = {"op": "sparse_prefill", "method": "block_topk", "exact": True, "block": 16, "top": 1, "dense_below": 0}
 ROWS = ("length=64", "batch_tokens=128", "learning_rate=0.01", "method=full", "precision=float32")
 QUICK = {"check": False, "evaluate": False}
-
-
-class Killed(BaseException):
-    """What stops a run in its process, as a signal would: nothing of ours catches it."""
 
 
 def recipe(**fields) -> dict:
@@ -91,20 +88,11 @@ def test_up_to_the_switch_it_is_the_sparse_training(healing, tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [3, 5, 7])
-def test_a_resumed_run_switches_where_the_whole_one_did(healing, monkeypatch, tmp_path, stopped):
+def test_a_resumed_run_switches_where_the_whole_one_did(healing, tmp_path, stopped):
     asked = ("full_from=0.6", "checkpoint_every=2")  # full from the sixth step on
     healing("whole", *asked)
-    begun = HealCallback.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == stopped:
-            raise Killed
-        return begun(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
-    with pytest.raises(Killed):
+    with killed_at(stopped):
         healing("healed", *asked)
-    monkeypatch.undo()
     report = healing("healed", *asked, resume=True)
     assert report.data["heal"]["resumed"]
     assert same(tmp_path / "healed", tmp_path / "whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import TEXT
 from families import one_thread  # noqa: F401 (a fixture)
+from killed import killed_at
 from safetensors.torch import load_file
 
 from surgery.api import heal as run_heal
@@ -12,15 +13,10 @@ from surgery.config.heal import Heal
 from surgery.data import text_sources
 from surgery.data.text import load_text
 from surgery.healing import trainer as training
-from surgery.healing.callbacks import HealCallback
 from surgery.io.files import read_json
 
 SMALL = ("length=64", "batch_tokens=128", "steps=4", "checkpoint_every=2", "learning_rate=0.01", "method=parts")
 QUICK = ("--no-check", "--no-eval", "-q")
-
-
-class Killed(BaseException):
-    """What stops a run in its process, as a signal would."""
 
 
 @pytest.fixture
@@ -76,20 +72,10 @@ def test_rows_are_recorded_and_trained_on(healing, monkeypatch, tmp_path):
     assert not same(tmp_path / "healed", tmp_path / "plain")
 
 
-def test_it_goes_on_to_the_same_weights(healing, monkeypatch, tmp_path):
+def test_it_goes_on_to_the_same_weights(healing, tmp_path):
     healing("whole")
-    begun = HealCallback.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Killed
-        return begun(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
-    with pytest.raises(Killed):
+    with killed_at(3):
         healing()
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     run = read_json(tmp_path / "healed.partial/healing/run.json")
     assert healing(resume=True).data["heal"]["resumed"]
     assert same(tmp_path / "healed", tmp_path / "whole")
@@ -129,17 +115,8 @@ def test_several_texts(healing, surgery, model, long_text, monkeypatch, tmp_path
     assert all(words in card for words in named)
     assert f"'data=[{', '.join(names)}]'" in card
     assert str(tmp_path) not in card
-    begun = HealCallback.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise Killed
-        return begun(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
-    with pytest.raises(Killed):
+    with killed_at(5):
         healing("healed", *texts)
-    monkeypatch.setattr(HealCallback, "on_step_begin", begun)
     assert healing("healed", *texts, resume=True).data["heal"]["resumed"]
     assert same(tmp_path / "healed", tmp_path / "whole")
     again = run_heal(tmp_path / "whole", output=tmp_path / "again", overrides=["steps=1", "data=self"], base=model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import TINY, one_thread  # noqa: F401 (a fixture)
+from killed import killed_at
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,6 @@ from surgery.errors import SurgeryError
 from surgery.healing import layerwise_distillation as fitting
 from surgery.healing import run as running
 from surgery.healing import trainer as training
-from surgery.healing.callbacks import HealCallback
 from surgery.healing.parameters import select_trainable
 from surgery.healing.plan import HealPlan
 from surgery.io.model_folder import model_table
@@ -25,10 +25,6 @@ SMALL = ("length=16", "batch_tokens=32", "steps=4", "checkpoint_every=2", "learn
 START = ("warm_start=640", "warm_start_of=attention")
 QUICK = ("--no-check", "--no-eval", "-q")
 ATTENTION = {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qkvo"}
-
-
-class Killed(BaseException):
-    """What stops a run in its process, as a signal would."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,18 +123,8 @@ def test_with_lora_it_fits_what_later_trains_by_updates(healing, out, tmp_path):
 def test_it_goes_on_to_the_same_weights(healing, monkeypatch, tmp_path, method, step):
     """A checkpoint lacks what only the start changed; it is read, and not fitted again."""
     healing("whole", f"method={method}")
-    begun = HealCallback.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            raise Killed
-        return begun(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
-    with pytest.raises(Killed):
+    with killed_at(step):
         healing("healed", f"method={method}")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     calls, fit = [], running.warm_start
     monkeypatch.setattr(running, "warm_start", lambda *args, **kwargs: calls.append(1) or fit(*args, **kwargs))
     record = healing("healed", f"method={method}", resume=True).data["heal"]
