@@ -143,6 +143,7 @@ def test_no_folder_is_published(model, text, tmp_path):
     assert published_list(["self", "/home/me/a.txt", "./b.txt"]) == ["self", "a.txt", "b.txt"]
     assert published_list(["/me/one/x.txt", "/me/two/x.txt", "y.txt"]) == ["one/x.txt", "two/x.txt", "y.txt"]
     assert published_list(["/me/p/one/x.txt", "/me/q/one/x.txt"]) == ["p/one/x.txt", "q/one/x.txt"]
+    assert published_list(["/home/me/a.txt", "/home/me/a.txt"]) == ["a.txt", "a.txt"]
     assert published_override("data=[self, /home/me/a.txt, b.txt]") == "data=[self, a.txt, b.txt]"
     assert published_override("heal.freeze=['*.mlp.*']") == "heal.freeze=['*.mlp.*']"
     assert published_override("kv_heads=[1, 3]") == "kv_heads=[1, 3]"

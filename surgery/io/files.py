@@ -155,7 +155,8 @@ def published_list(values: list[str]) -> list[str]:
     paths = [PureWindowsPath(value).parts for value in values]
     names = [published(value) for value in values]
     for tail in range(2, max(map(len, paths), default=0)):
-        same = {name for name in names if names.count(name) > 1}
+        shown = [name for name, _ in dict.fromkeys(zip(names, values, strict=True))]  # a value that comes twice is one
+        same = {name for name in shown if shown.count(name) > 1}
         pairs = zip(names, paths, strict=True)
         names = ["/".join(path[-tail:]) if name in same else name for name, path in pairs]
     return names
