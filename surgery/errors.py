@@ -262,6 +262,11 @@ def any_of(words: Sequence[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def all_of(words: Sequence[str]) -> str:
+    """The words joined as in "a, b and c"; "" for none."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def shown(value: object) -> str:
     """A user's value for a message, at most 80 characters."""
     try:

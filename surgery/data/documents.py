@@ -132,8 +132,10 @@ def documents(
     sources = [readers.get(name) or BaseWriter(base, tokenizer, heal, folder, progress) for name in names]
     shares = _read(sources, wanted)
     _refuse_unusable(readers.values(), base)
-    several = len(sources) > 1
-    parts = [source.documents(share, several) for source, share in zip(sources, shares, strict=True)]
+    parts = [source.documents() for source in sources]
+    if len(parts) > 1:  # all that the base wrote is used, since it takes long to write
+        each = zip(names, parts, shares, strict=True)
+        parts = [part if name == SELF else part.spread(share, heal.length) for name, part, share in each]
     return _whole(parts, names, heal.length)
 
 
@@ -145,7 +147,7 @@ def first_documents(heal, tokenizer, base: str | Path | Any, rows: int) -> Docum
     readers = _readers(heal, tokenizer)
     _read(list(readers.values()), rows * heal.length)
     _refuse_unusable(readers.values(), base)
-    parts = [reader.documents(0, False) for reader in readers.values()]
+    parts = [reader.documents() for reader in readers.values()]
     names = source_names(heal.data)
     if SELF in names:
         return _joined(parts) if parts else None
@@ -286,10 +288,9 @@ class TokenReader:
             if self._said:
                 self._said(tokens_read)
 
-    def documents(self, tokens: int, several: bool) -> Documents:
-        """What was read; as one of several sources, so many tokens of it."""
-        whole = Documents(self.source.title, self._digest.hexdigest(), self.ids, begin_of_text(self.tokenizer))
-        return whole.spread(tokens, self.heal.length) if several else whole
+    def documents(self) -> Documents:
+        """What was read."""
+        return Documents(self.source.title, self._digest.hexdigest(), self.ids, begin_of_text(self.tokenizer))
 
     def refuse_unusable(self, vocabulary: int) -> None:
         """Raise where no text was read, or the model has no such tokens."""
@@ -310,6 +311,7 @@ class BaseWriter:
     def __init__(self, base: str | Path | Any, tokenizer, heal, folder: Path | None, progress):
         self.base, self.tokenizer, self.heal = base, tokenizer, heal
         self.folder, self.progress = folder, renamed(progress, TRAINING_TEXT)
+        self.tokens = 0  # that it is to write
 
     @property
     def available(self) -> float:
@@ -317,14 +319,15 @@ class BaseWriter:
         return self.heal.self_tokens or math.inf
 
     def read(self, tokens: int) -> None:
-        """Nothing is there to be read."""
+        """Ask for so many tokens."""
+        self.tokens = tokens
 
-    def documents(self, tokens: int, several: bool) -> Documents:
-        """Text of at least so many tokens, which the base writes. All of it is used, since it takes long to write."""
-        rows = math.ceil(tokens / self.heal.length) * (1 + self.heal.chat)  # conversations are shorter than a row
+    def documents(self) -> Documents:
+        """Text of at least as many tokens as were asked for, which the base writes."""
+        rows = math.ceil(self.tokens / self.heal.length) * (1 + self.heal.chat)  # conversations are shorter than a row
         given = {"folder": self.folder, "batch": samples_to_begin(rows), "progress": self.progress}
         with loaded(self.base) as model:
-            written = sample(model, self.tokenizer, self.heal, tokens, **given)
+            written = sample(model, self.tokenizer, self.heal, self.tokens, **given)
         digest = hashlib.sha256(repr(written).encode()).hexdigest()
         return Documents("text that the base wrote itself", digest, written, begin_of_text(self.tokenizer))
 

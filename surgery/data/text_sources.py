@@ -1,11 +1,13 @@
 """Texts by name: the built-in text, files, folders and data sets.
 
-builtin    the calibration part of the built-in text, as one text; the held-out part is for scores
-FILE       a text file is one text (long ones are cut into rows anyway); each line of a .jsonl file is one
-FOLDER     its .txt, .md and .jsonl files, also in folders below it, in the order of their paths, without READMEs,
-           licences, changelogs and names that begin with a dot
-OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its
-           configurations. A folder of other files (parquet, ...) is read in the same way.
+    builtin    the calibration part of the built-in text, as one text; the held-out part is for scores
+    FILE       a text file is one text (long ones are cut into rows anyway); each line of a .jsonl file is one
+    FOLDER     its .txt, .md and .jsonl files, also in folders below it, in the order of their paths, without READMEs,
+               licences, changelogs and names that begin with a dot
+    OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its
+               configurations. A folder of other files (parquet, ...) is read in the same way.
+
+Texts are read when they are asked for.
 """
 
 from __future__ import annotations

@@ -46,8 +46,6 @@ from surgery.errors import any_of
 
 OTHER_METHOD = "other_method"  # type of the error for a field that belongs to another method
 KNOWN = get_args(core_schema.ErrorType)  # types of errors for which pydantic has messages
-
-
 LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 

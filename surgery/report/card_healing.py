@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from surgery.errors import all_of
 from surgery.healing import losses
 
 CURVE = "healing/loss.png"  # the picture that `surgery heal` draws
@@ -130,7 +131,7 @@ def _texts(data: dict) -> str:
         f"{text.get('data')} (sha256 `{str(text.get('sha256'))[:12]}`, {text.get('tokens', 0):,} tokens)"
         for text in data.get("sources") or [data]
     ]
-    return " and ".join([*([", ".join(each[:-1])] if each[1:] else []), each[-1]])
+    return all_of(each)
 
 
 def _attention(record: dict) -> list[str]:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from surgery.errors import SettingError, nearest
+from surgery.errors import SettingError, all_of, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,4 +97,4 @@ def goals(loss: str | dict) -> str:
     if len(known) == 1 and known[0]:
         return f"{known[0].goal} ({known[0].method})"
     words = [each.goal if each else name for name, each in zip(names, known, strict=True)]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return all_of(words)

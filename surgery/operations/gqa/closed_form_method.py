@@ -15,7 +15,7 @@ from pydantic import Field
 
 from surgery.calibration.closed_form.cost import TRIED, Calibration
 from surgery.data.text import CalibrationText, written_samples
-from surgery.errors import UnsupportedModelError
+from surgery.errors import UnsupportedModelError, all_of
 from surgery.io.printing import count
 from surgery.operations.base import SURGICAL, ApplyContext, CalibrationRecall, Measurement, recall_problems
 from surgery.operations.gqa.base import GQA, MergeSeed
@@ -255,7 +255,7 @@ class ClosedForm(GQA):
     def notes_of_method(self, anatomy: Anatomy) -> Iterator[str]:
         norm = anatomy.layers[0].qk_norm
         projections = [projection for projection in self.refit if not (norm and projection in "qk")]
-        fitted = " and ".join(filter(None, [", ".join(projections[:-1]), *projections[-1:]])) or "nothing"
+        fitted = all_of(projections) or "nothing"
         if "mlp" in projections:
             fitted += " (the MLP's output projection; not refitted in layers with experts or a norm after the MLP)"
         calibration = self._calibration(anatomy)

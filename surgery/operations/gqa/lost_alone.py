@@ -52,9 +52,8 @@ class LayerLosses(Sharing):
             return self._map_layers(self._layer_loss, "trying layers alone", progress)
 
     def _run_base(self, anatomy, target) -> LayerProgress:
-        if not self.changes(anatomy, target):
-            return super()._run_base(anatomy, target)
-        self.base_states[anatomy.index] = {index: self.states.base[index] for index in self.tried_samples}
+        if self.changes(anatomy, target):
+            self.base_states[anatomy.index] = {index: self.states.base[index] for index in self.tried_samples}
         return super()._run_base(anatomy, target)
 
     def _layer_loss(self, anatomy, target) -> float | None:
