@@ -437,7 +437,7 @@ ARGUMENTS = {
     "engine a number": {"engine": 5},
     "an unknown field": {"kv_head": 2},
     "a field of another kind": {"kv_heads": object()},
-    "a Path as a field": {"method": Path("mean")},
+    "a Path of no method": {"method": Path("mean/of")},
     "an array as a field": {"kv_heads": numpy.int64(2)},
 }
 
@@ -448,6 +448,10 @@ def test_arguments_of_another_kind(base, tmp_path, name):
     with pytest.raises(SurgeryError):
         surgery.apply(recipe(MERGE), base, **options)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_a_path_counts_as_its_text(base):
+    assert surgery.plan(recipe(MERGE), base, method=Path("mean")).recipe.operations[0].method == "mean"
 
 
 OF_HEAL = {
