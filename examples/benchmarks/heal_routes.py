@@ -9,8 +9,9 @@ is scored every `--every` steps. The columns "at N min" have this loss after so 
 columns for an eighth, a quarter and half of the steps. They have the last loss that was measured up to then. The
 curves, nats against minutes and against tokens, are drawn next to `--out`. With `--data self`, the base writes
 `--write` tokens of text with each of `--text-seeds`, once for all routes; `--beside` names text files to train on
-beside them, which must not be held-out texts, or builtin (the calibration part of the built-in text). `--out` holds
-the finished routes. The same command resumes, a route from its last checkpoint.
+beside them, which must not be held-out texts, or builtin (the calibration part of the built-in text). With
+`--conversations`, each route also trains on so many tokens of conversations that the base writes. `--out` holds the
+finished routes. The same command resumes, a route from its last checkpoint.
 
 In "layers first", each layer's attention is first fitted to the base's on `--first` tokens (K and V, among the
 parameters that train); then `lora` follows. In "layers first, all", the fit is of all of attention. In "layers first,
@@ -81,6 +82,7 @@ parser.add_argument("--steps", type=int, help="of each route, in place of --minu
 parser.add_argument("--write", type=int, default=131072, help="tokens of text that the base writes for --data self")
 parser.add_argument("--text-seeds", nargs="+", type=int, default=[0], help="so many tokens are written with each")
 parser.add_argument("--beside", nargs="+", default=[], help="builtin or text files that --data self also trains on")
+parser.add_argument("--conversations", type=int, help="so many tokens of the base's conversations beside the data")
 parser.add_argument("--batch-tokens", type=int, default=2048)
 parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
 parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
@@ -141,6 +143,8 @@ def run(route: str, seed: int, data: str, options) -> dict:
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
     asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens, "seed": seed}
     asked |= {"recall": options.recall, "length": options.row}
+    if options.conversations:
+        asked |= {"data": [data, "conversations"], "self_tokens": options.conversations}
     asked |= {"sure": options.sure} if ROUTES[route]["loss"] != "ce" else {}
     asked |= {"learning_rate": options.rate, "eval_every": options.every}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}

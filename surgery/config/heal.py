@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from surgery.data.text import BUILTIN, RECALL_ROWS, SELF, SHORTEST_RECALL, source_names
+from surgery.data.text import BUILTIN, CONVERSATIONS, RECALL_ROWS, SELF, SHORTEST_RECALL, WRITTEN, source_names
 from surgery.errors import any_of, nearest, shown
 from surgery.healing import losses
 from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
@@ -87,7 +87,8 @@ def _data(value: object) -> object:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise _fault(
-            f"data should be self, builtin, a file, folder or data set, or a list of these; it is {shown(value)}",
+            f"data should be {', '.join(WRITTEN)}, {BUILTIN}, a file, folder or data set, or a list of these; "
+            f"it is {shown(value)}",
             fix="data: self, or data: [self, builtin]",
         )
     names = [name.strip() for name in names]
@@ -190,14 +191,15 @@ class Heal(Variants):
 
     data: Data = Field(
         SELF,
-        description="self: text that the base writes; builtin: the calibration part of the built-in text; a text or "
-        "JSONL file, a folder of them, or a data set of the Hub. A list of these is read in equal shares.",
+        description="self: text that the base writes; conversations: conversations that it writes; builtin: the "
+        "calibration part of the built-in text; a text or JSONL file, a folder of them, or a data set of the Hub. A "
+        "list of these is read in equal shares.",
     )
     self_tokens: Count | None = Field(
         None,
         ge=1,
-        description="With data: self, about how many tokens the base writes. The training reads them again where the "
-        "other data end too. null: as many as the training reads; with minutes, a quarter.",
+        description="With data: self and conversations, about how many tokens the base writes of each. The training "
+        "reads them again where the other data end too. null: as many as the training reads; with minutes, a quarter.",
     )
     column: str | None = Field(None, min_length=1, description="Column of the text; default text.")
     chat: bool = Field(False, description="Rows are conversations (with data: self, the base's own).")
@@ -206,7 +208,7 @@ class Heal(Variants):
         ge=0,
         lt=1,
         description="Share of the rows in which something said earlier comes back: passages, codes, lists and "
-        "quotations, made from the same text at all distances of a row.",
+        "quotations, made from the same text at all distances of a row; not of conversations that the base writes.",
     )
     length: Count = Field(512, ge=8, description="Tokens of a row; documents are packed into rows.")
     batch_tokens: Count = Field(4096, ge=8, description="Tokens of one step, over all processes.")
@@ -274,6 +276,16 @@ class Heal(Variants):
                 "heal.recall makes rows of running text, and with chat: true rows are conversations",
                 fix="heal.chat=false with a text, or heal.recall=0",
             )
+        if self.recall and self.sources == [CONVERSATIONS]:
+            raise _fault(
+                "heal.recall makes rows of running text, and data: conversations has none",
+                fix="heal.data='[self, conversations]', or heal.recall=0",
+            )
+        if self.chat and set(WRITTEN) <= set(self.sources):
+            raise _fault(
+                "with heal.chat: true, self is conversations too",
+                fix="leave out one of the two, or heal.chat=false",
+            )
         if self.recall and self.length < SHORTEST_RECALL:
             raise _fault(
                 f"heal.length {self.length} is too short for heal.recall: a row should hold lines, text and some of "
@@ -283,7 +295,7 @@ class Heal(Variants):
         if unused := unread(self.model_dump()):
             raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
         least = self.length * (RECALL_ROWS if self.recall else 1)
-        if self.sources == [SELF] and (self.self_tokens or least) < least:
+        if set(self.sources) <= set(WRITTEN) and (self.self_tokens or least) < least:
             rows = f"the {RECALL_ROWS} rows that heal.recall needs" if self.recall else "a row"
             raise _fault(
                 f"heal.self_tokens {self.self_tokens} is fewer than {least:,}, {rows} (heal.length {self.length})",
@@ -350,7 +362,12 @@ class Heal(Variants):
     @property
     def base_writes(self) -> bool:
         """Whether the base writes text for the training."""
-        return SELF in self.sources
+        return not set(WRITTEN).isdisjoint(self.sources)
+
+    @property
+    def base_converses(self) -> bool:
+        """Whether some of that text is conversations."""
+        return CONVERSATIONS in self.sources or (self.chat and SELF in self.sources)
 
 
 def unread(fields: dict) -> dict[str, tuple[str, str]]:
@@ -378,9 +395,9 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
     if not _needs_of(weights):
         idle |= {"teacher": f"where a teacher is asked, and loss: {loss_text} asks none"}
     idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}
-    idle |= {"column": needs_columns} if sources and set(map(str, sources)) <= {SELF, BUILTIN} else {}
-    if SELF not in sources:
-        idle |= {"self_tokens": "with data: self"}
+    idle |= {"column": needs_columns} if sources and set(map(str, sources)) <= {*WRITTEN, BUILTIN} else {}
+    if set(WRITTEN).isdisjoint(map(str, sources)):
+        idle |= {"self_tokens": "with data: self or conversations"}
     changed = [name for name in idle if fields.get(name, defaults[name]) != defaults[name]]
     return {name: (idle[name], f"drop it, or write {json.dumps(defaults[name])}") for name in changed}
 

@@ -1,6 +1,7 @@
 """The text that healing trains on, as documents of token ids.
 
     self             text that the base writes (data/generated.py)
+    conversations    conversations that the base writes, in its chat template
     any other name   texts of that name (data/text_sources.py)
 
 A list of names is read in equal shares of tokens. A source that has less gives all of its text, and the others give
@@ -16,14 +17,22 @@ import hashlib
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from surgery.data.generated import sample
 from surgery.data.packing import Packed
-from surgery.data.text import BUILTIN, SELF, begin_of_text, load_text, samples_to_begin, source_names
+from surgery.data.text import (
+    BUILTIN,
+    CONVERSATIONS,
+    WRITTEN,
+    begin_of_text,
+    load_text,
+    samples_to_begin,
+    source_names,
+)
 from surgery.data.text_sources import TextSource, text_sources
 from surgery.errors import ModelMismatchError, TextError
 from surgery.io.loading import loaded, read_config
@@ -49,6 +58,7 @@ class Documents:
         ids: token ids of each document.
         begin: the tokens with which the tokenizer begins a text: [BOS] or [].
         sources: the records of the sources, where there are several.
+        conversations: token ids of each document that is used as it is: nothing is made of its sentences.
     """
 
     title: str
@@ -56,17 +66,18 @@ class Documents:
     ids: list[Sequence[int]]
     begin: list[int]
     sources: tuple[dict, ...] = ()
+    conversations: list[Sequence[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.ids) + len(self.conversations)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(list, self.ids)
+        return map(list, chain(self.ids, self.conversations))
 
     @property
     def tokens(self) -> int:
         """Total number of tokens."""
-        return sum(map(len, self.ids))
+        return sum(map(len, chain(self.ids, self.conversations)))
 
     @property
     def record(self) -> dict:
@@ -77,8 +88,8 @@ class Documents:
         return record | ({"sources": list(self.sources)} if self.sources else {})
 
     def stretches(self, length: int) -> list[list[int]]:
-        """The documents, cut so that each piece fits into a row of `length` tokens, with the tokens that begin a text
-        before it.
+        """The documents without the conversations, cut so that each piece fits into a row of `length` tokens, with the
+        tokens that begin a text before it.
         """
         return [list(self._piece(place, length)) for place in self._places(length)]
 
@@ -127,15 +138,15 @@ def documents(
             gives ids that the model lacks.
     """
     wanted, names = rows_needed * heal.length, source_names(heal.data)
-    read = None if SELF in names else _counted(progress, wanted)  # writing takes long, reading does not
+    read = None if heal.base_writes else _counted(progress, wanted)  # writing takes long, reading does not
     readers = _readers(heal, tokenizer, read)
-    sources = [readers.get(name) or BaseWriter(base, tokenizer, heal, folder, progress) for name in names]
+    sources = [readers.get(name) or BaseWriter(name, base, tokenizer, heal, folder, progress) for name in names]
     shares = _read(sources, wanted)
     _refuse_unusable(readers.values(), base)
     parts = [source.documents() for source in sources]
     if len(parts) > 1:  # all that the base wrote is used, since it takes long to write
         each = zip(names, parts, shares, strict=True)
-        parts = [part if name == SELF else part.spread(share, heal.length) for name, part, share in each]
+        parts = [part if name in WRITTEN else part.spread(share, heal.length) for name, part, share in each]
     return _whole(parts, names, heal.length)
 
 
@@ -149,7 +160,7 @@ def first_documents(heal, tokenizer, base: str | Path | Any, rows: int) -> Docum
     _refuse_unusable(readers.values(), base)
     parts = [reader.documents() for reader in readers.values()]
     names = source_names(heal.data)
-    if SELF in names:
+    if heal.base_writes:
         return _joined(parts) if parts else None
     return _whole(parts, names, heal.length)
 
@@ -157,8 +168,9 @@ def first_documents(heal, tokenizer, base: str | Path | Any, rows: int) -> Docum
 def share_of_base(heal, tokens: int) -> int:
     """About how many of so many tokens the base will write; the tokens of files are estimated by their sizes."""
     names = source_names(heal.data)
-    available = [_size(name) / BYTES if name != SELF else heal.self_tokens or math.inf for name in names]
-    return even_shares(available, tokens)[names.index(SELF)] if SELF in names else 0
+    available = [_size(name) / BYTES if name not in WRITTEN else heal.self_tokens or math.inf for name in names]
+    shares = dict(zip(names, even_shares(available, tokens), strict=True))
+    return sum(shares.get(name, 0) for name in WRITTEN)
 
 
 def _size(name: str) -> float:
@@ -245,6 +257,7 @@ def _joined(parts: Sequence[Documents]) -> Documents:
         [ids for part in parts for ids in part.ids],
         parts[0].begin,
         tuple(part.record for part in parts),
+        [ids for part in parts for ids in part.conversations],
     )
 
 
@@ -306,11 +319,20 @@ class TokenReader:
 
 
 class BaseWriter:
-    """The base as a source: it writes when its documents are asked for."""
+    """The base as a source: it writes when its documents are asked for.
 
-    def __init__(self, base: str | Path | Any, tokenizer, heal, folder: Path | None, progress):
+    Args:
+        name: self or conversations.
+    """
+
+    def __init__(self, name: str, base: str | Path | Any, tokenizer, heal, folder: Path | None, progress):
+        self.apart = name == CONVERSATIONS
         self.base, self.tokenizer, self.heal = base, tokenizer, heal
-        self.folder, self.progress = folder, renamed(progress, TRAINING_TEXT)
+        stage = TRAINING_TEXT
+        if self.apart:
+            self.heal = heal.model_copy(update={"chat": True})
+            folder, stage = folder and folder / CONVERSATIONS, f"{stage}: {CONVERSATIONS}"
+        self.folder, self.progress = folder, renamed(progress, stage)
         self.tokens = 0  # that it is to write
 
     @property
@@ -329,7 +351,10 @@ class BaseWriter:
         with loaded(self.base) as model:
             written = sample(model, self.tokenizer, self.heal, self.tokens, **given)
         digest = hashlib.sha256(repr(written).encode()).hexdigest()
-        return Documents("text that the base wrote itself", digest, written, begin_of_text(self.tokenizer))
+        begin = begin_of_text(self.tokenizer)
+        if self.apart:
+            return Documents("conversations that the base wrote itself", digest, [], begin, (), written)
+        return Documents("text that the base wrote itself", digest, written, begin)
 
 
 def _update(digest, texts: Iterable[str]) -> None:

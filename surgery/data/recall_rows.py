@@ -6,9 +6,9 @@ the documents as labels, random codes, and punctuation. Nothing is in a language
 An operation's calibration text may have such rows too (`calibration_recall`).
 
 Documents are cut into stretches of a row at most. Stretches are used for these rows in a random order, until the rows
-have their share (`heal.recall`). All other stretches are packed into plain rows, so no text is in both. Within the
-rows with repeats a sentence is left out if it has a key or a secret word of a recall test (`haystack.KEYS`, `WORDS`,
-`name_list.NAMES`).
+have their share (`heal.recall`). All other stretches are packed into plain rows, so no text is in both. Conversations
+that the base writes are in plain rows alone. Within the rows with repeats a sentence is left out if it has a key or a
+secret word of a recall test (`haystack.KEYS`, `WORDS`, `name_list.NAMES`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def training_rows(texts: Documents, tokenizer, heal, isolated: bool = True) -> t
     if not heal.recall:
         return Packed(texts, heal.length, isolated), {}
     rows, left = repeat_rows(texts, tokenizer, heal)
-    plain = Packed(Documents(texts.title, texts.sha256, left, texts.begin), heal.length, isolated)
+    plain = Packed(replace(texts, ids=left), heal.length, isolated)
     whole = Packed([[*texts.begin, *row.ids] for row in rows], heal.length, isolated)
     counts = Counter(row.kind for row in rows)
     record = {"rows": len(rows)} | {kind: counts[kind] for kind in KINDS if counts[kind]}
@@ -105,7 +105,7 @@ def repeat_rows(
     order = list(range(len(stretches)))
     random.Random(f"{heal.seed} recall").shuffle(order)
     maker = _RowMaker(tokenizer, texts, heal, [stretches[index] for index in order[: _enough(stretches)]], names)
-    left_tokens, taken = sum(map(len, stretches)), set()
+    left_tokens, taken = sum(map(len, [*stretches, *texts.conversations])), set()
 
     def more() -> Iterator[list[int]]:
         nonlocal left_tokens

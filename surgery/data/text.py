@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 BUILTIN, SELF = "builtin", "self"  # the built-in text, and text that a model writes
+CONVERSATIONS = "conversations"  # that a model writes
+WRITTEN = (SELF, CONVERSATIONS)  # the names of `heal.data` that the base writes
 SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself (generated.py)
 # Samples at a time. On one core, SmolLM2-135M wrote 66 tokens a second with 8 samples, 146 with 32, and 189 with 64
 # (examples/benchmarks/bench_healing.py write). The cache of 64 samples of 512 tokens takes 1.5 GB for this model.
@@ -31,7 +33,7 @@ CALIBRATION_TEXTS = {
     BUILTIN: (0.0, 0.0),
     SELF: (1.0, 0.0),
     "mixed": (0.5, 0.0),
-    "conversations": (0.25, 0.25),
+    CONVERSATIONS: (0.25, 0.25),
 }
 STOPS = tuple(".!?…。！？؟।\n")  # a sentence ends after a token that ends with one of them
 CLOSERS = "\"'”’»)]」』"  # may follow the stop

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.data.text import BUILTIN, SELF, load_text, source_names
+from surgery.data.text import BUILTIN, WRITTEN, load_text, source_names
 from surgery.errors import ModelMismatchError, SurgeryError, TextError, nearest
 
 TEXT, MESSAGES = "text", "messages"
@@ -45,7 +45,7 @@ def text_sources(heal, tokenizer) -> list[tuple[str, TextSource]]:
     Raises:
         SurgeryError: there is no such text, conversations are asked of a plain text, or a column where none has any.
     """
-    found = [(name, _source(name, heal, tokenizer)) for name in source_names(heal.data) if name != SELF]
+    found = [(name, _source(name, heal, tokenizer)) for name in source_names(heal.data) if name not in WRITTEN]
     plain = [source.where for _, source in found if not source.columns]
     if plain and (heal.chat or (heal.column and len(plain) == len(found))):
         raise _without_columns(heal, plain[0])
@@ -77,7 +77,7 @@ def _source(name: str, heal, tokenizer) -> TextSource:
     if looks_like_file or not HUB_NAME.fullmatch(name):
         close = nearest(path.name, [sibling.name for sibling in _siblings(path)])
         parts = [part.strip() for part in name.split(",")]
-        meant = any(part in (SELF, BUILTIN) or Path(part).expanduser().exists() for part in parts)
+        meant = any(part in (*WRITTEN, BUILTIN) or Path(part).expanduser().exists() for part in parts)
         several = f"a list is written heal.data='[{', '.join(parts)}]'"
         raise TextError(
             "no such text file, folder or data set",
@@ -87,7 +87,7 @@ def _source(name: str, heal, tokenizer) -> TextSource:
             if meant and len(parts) > 1
             else "check the path, or use self (text that the base writes) or builtin",
         )
-    if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is that near
+    if close := nearest(name, [*WRITTEN, BUILTIN], cutoff=0.75):  # no OWNER/NAME is that near
         raise TextError(
             "there is no file or folder of this name",
             where=f"heal.data: {name}",

@@ -22,7 +22,7 @@ from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import documents
 from surgery.data.packing import Packed, isolates_documents
 from surgery.data.recall_rows import training_rows
-from surgery.data.text import RECALL_ROWS, SELF
+from surgery.data.text import RECALL_ROWS, WRITTEN
 from surgery.errors import ModelMismatchError, OtherTrainingError, SettingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -414,7 +414,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             raise OtherTrainingError(
                 "the data are not the data that the checkpoints were trained on",
                 where=f"heal.data: {', '.join(heal.sources)}",
-                fix=fix if heal.data == SELF else f"put them back as they were, or {fix}",
+                fix=fix if set(heal.sources) <= set(WRITTEN) else f"put them back as they were, or {fix}",
             )
         if "data" not in known and state.is_main_process:
             write_json(file, run_record | {"data": packed.sha256})

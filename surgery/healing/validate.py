@@ -88,7 +88,7 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
     refuse_settings(heal, read_config(base), judged_by)
     tokenizer = tokenizer or read_tokenizer(base)
     texts = first_documents(heal, tokenizer, base, RECALL_ROWS if heal.recall else 1)
-    if heal.base_writes and heal.chat:
+    if heal.base_converses:
         user_turn(tokenizer, heal.length)
     if heal.recall and texts is not None and not heal.base_writes:
         repeat_rows(texts, tokenizer, heal, most=len(KINDS))

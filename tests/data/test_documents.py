@@ -8,7 +8,7 @@ import math
 import random
 import sys
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from conftest import TEXT, WORDS
 from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AutoTokenizer
 
+from surgery.config.heal import Heal
 from surgery.data import documents as data
 from surgery.data import generated as self_text
 from surgery.data import text_sources
@@ -34,9 +35,7 @@ CONVERSATION = (
 
 
 def heal(**fields):
-    return SimpleNamespace(
-        **({"data": "builtin", "column": None, "chat": False, "length": 16, "seed": 0, "self_tokens": None} | fields)
-    )
+    return Heal.model_construct(**{"data": "builtin", "length": 16} | fields)  # unchecked: one has no budget
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +280,7 @@ def test_how_much_the_base_will_write(three):
     assert share_of_base(heal(data=three), 1000) == 0
     assert share_of_base(heal(data=["self", three[0]]), 1000) == 1000 - 20  # 80 bytes
     assert share_of_base(heal(data=["self", "owner/name", three[0]]), 1000) == 490
+    assert share_of_base(heal(data=["self", "conversations", three[0]], self_tokens=300), 1000) == 600
 
 
 def test_a_stream_is_read_no_further_than_its_share(read, three, monkeypatch):
@@ -686,6 +686,35 @@ def test_a_conversation_has_a_message_and_an_answer(writer, tiny_llama):
         whole += len(ends) == 2 and document[-1] == eos
         assert len(document) == 64 or len(ends) == 2
     assert whole > 3
+
+
+def test_conversations_beside_running_text(tiny_llama, three, tmp_path):
+    """They are documents of their own, written with the same settings as `chat: true` writes them."""
+    tokenizer, seen = AutoTokenizer.from_pretrained(tiny_llama), []
+    asked = heal(data=["self", "conversations", three[0]], self_tokens=64)
+
+    def read(data, folder=None):
+        return documents(
+            data, tokenizer, tiny_llama, rows_needed=20, folder=folder, progress=lambda *each: seen.append(each)
+        )
+
+    with pytest.raises(SurgeryError, match=r"no chat template(.|\n)*no conversations in heal.data"):
+        read(asked)
+    tokenizer.chat_template = CONVERSATION
+    seen.clear()
+    found = read(asked, tmp_path)
+    own, conversations, short = found.record["sources"]
+    assert conversations["data"] == "conversations that the base wrote itself"
+    assert {tuple(each[:2]) for each in found.conversations} == {(1, *ids_of("cat"))}
+    assert sum(map(len, found.conversations)) == conversations["tokens"] >= 64
+    assert sum(map(len, found.ids)) == own["tokens"] + short["tokens"]
+    assert len(found) == sum(source["documents"] for source in found.record["sources"])
+    assert list(found)[-len(found.conversations) :] == list(map(list, found.conversations))
+    assert [label for count, _, label in seen if not count] == ["training text", "training text: conversations"]
+    assert read(asked, tmp_path).sha256 == found.sha256
+    alone = read(heal(data="conversations", self_tokens=64))
+    assert alone.conversations == found.conversations
+    assert read(heal(data="self", chat=True, self_tokens=64)).ids == found.conversations
 
 
 def test_a_template_that_ends_messages_with_words_leaves_them_to_the_model(writer, tiny_llama):

@@ -300,6 +300,22 @@ def test_special_tokens_stay_in_plain_rows(builtin):
     assert all(stretch[0] == 0 for stretch in left)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4])
+def test_conversations_stay_in_plain_rows(builtin, share):
+    """Each is there whole, and counts in the share of the rows with repeats."""
+    tokenizer = byte_tokenizer()
+    texts, talk = documents_of(builtin, tokenizer, pieces=60), [[60, 59, 60, 59]] * 6000
+    given = Documents(texts.title, texts.sha256, texts.ids, texts.begin, (), talk)
+    rows, record = training_rows(given, tokenizer, settings(recall=share))
+    both = {tuple(row[at : at + 2]) for row in rows.ids[rows.repeating].tolist() for at in range(LENGTH - 1)}
+    assert (60, 59) not in both
+    assert (59, 60) not in both
+    plain = rows.ids[~rows.repeating]
+    starts = (rows.positions[~rows.repeating] == 0).logical_and(plain == 60)
+    assert 6000 - 24 <= starts.sum() <= 6000 + len(plain)  # the last row may be left out, and rows cut some
+    assert record["recall"]["rows"] / len(rows) == pytest.approx(share, abs=0.01)
+
+
 def test_what_cannot_be_done_is_refused(tokenizer, builtin):
     short = documents_of(builtin[: LENGTH + 10], tokenizer)
     with pytest.raises(TextError, match=f"too short for heal.recall: it has .* need about {3 * LENGTH}"):

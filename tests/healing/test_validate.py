@@ -196,12 +196,18 @@ def test_in_memory_it_is_refused_before_the_model_is_edited(tiny_llama, tokenize
         ("heal.data=nope.txt", ["nope.txt", "no such text file"]),
         ("heal.report_to=paper", ["cannot report to 'paper'"]),
         ("heal.chat=true", ["no chat template"]),
+        ("heal.data=[builtin, conversations]", ["no chat template", "no conversations in heal.data"]),
+        (
+            ("heal.data=[self, conversations]", "heal.chat=true"),
+            ["with heal.chat: true, self is conversations too", "heal.chat=false"],
+        ),
         ("heal.length=2000", ["rows of 2000 tokens are longer than the model"]),
     ],
 )
 def test_a_recipe_is_refused_before_it_converts(refused, model, setting, says):
     """`refused` sees that no file was written."""
-    refused("apply", "mqa", model, "heal.steps=1", setting, "-o", "out", "--no-check", "--no-eval", says=says)
+    settings = [setting] if isinstance(setting, str) else setting
+    refused("apply", "mqa", model, "heal.steps=1", *settings, "-o", "out", "--no-check", "--no-eval", says=says)
 
 
 def test_who_is_reported_to_must_be_there(monkeypatch):
