@@ -4,109 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from os.path import normpath
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, model_validator
 
+from surgery.config.heal_values import Count, Data, Loss, Number, fault
 from surgery.data.text import BUILTIN, CONVERSATIONS, RECALL_ROWS, SELF, SHORTEST_RECALL, WRITTEN, source_names
-from surgery.errors import any_of, nearest, shown
+from surgery.errors import any_of
 from surgery.healing import losses
 from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
 from surgery.operations.variants import Variants
 
 BUDGETS = ("tokens", "steps", "minutes")
-LARGEST_WEIGHT = 1_000_000  # above it, a float32 sum would lose the other losses
-
-
-def _number(value: object) -> object:
-    """YAML 1.1 reads 1e6 and 5e-4 as text; people mean numbers."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _count(value: object) -> object:
-    """1e6 is a whole number here; 1.5 and true are not."""
-    value = _number(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _loss(value: object) -> object:
-    """A word, the name of a loss, or weights of losses; any other value is refused, and the losses are listed."""
-    if isinstance(value, dict):
-        return _weights(value)
-    if isinstance(value, str) and value in {**losses.WORDS, **losses.LOSSES}:
-        return value
-    words = " or ".join([", ".join(map(repr, list(losses.WORDS)[:-1])), repr(list(losses.WORDS)[-1])])
-    close = nearest(value, {**losses.WORDS, **losses.LOSSES}) if isinstance(value, str) else ""
-    raise _fault(
-        f"loss should be {words}, the name of a loss, or weights of losses; it is {shown(value)}",
-        exists=", ".join(losses.LOSSES),
-        fix=f"did you mean {close!r}?" if close else "{kl: 1, ce: 0.5}",
-    )
-
-
-def _weights(value: dict) -> dict[str, float]:
-    """Weights of losses by name, in the registry's order."""
-    if unknown := [name for name in value if name not in losses.LOSSES]:
-        close = nearest(unknown[0], losses.LOSSES)
-        raise _fault(
-            f"heal.loss names an unknown loss {shown(unknown[0])}",
-            exists=", ".join(losses.LOSSES),
-            fix=f"did you mean {close!r}?" if close else "",
-        )
-    weights = {name: _number(value[name]) for name in losses.LOSSES if name in value}
-    for name, weight in weights.items():
-        if type(weight) not in (int, float) or not 0 <= weight <= LARGEST_WEIGHT:  # false for NaN
-            wanted = f"a number from 0 to {LARGEST_WEIGHT:,}"
-            raise _fault(f"heal.loss: the weight of {name} should be {wanted}; it is {shown(weight)}")
-    if not any(weights.values()):
-        what = "all weights are 0" if weights else "it names no loss"
-        raise _fault(f"heal.loss: {what}", exists=", ".join(losses.LOSSES), fix="{kl: 1, ce: 0.5}")
-    return {name: float(weight) for name, weight in weights.items()}
-
-
-def _loss_schema() -> dict:
-    """JSON Schema of `loss`, from the registry."""
-    each_weight = {
-        name: {"type": "number", "minimum": 0, "maximum": LARGEST_WEIGHT, "description": losses.find(name).summary}
-        for name in losses.LOSSES
-    }
-    names = list(dict.fromkeys([*losses.WORDS, *losses.LOSSES]))
-    weights = {"type": "object", "properties": each_weight, "additionalProperties": False, "minProperties": 1}
-    return {"anyOf": [{"type": "string", "enum": names}, weights]}
-
-
-def _data(value: object) -> object:
-    """A name, or names; each once."""
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise _fault(
-            f"data should be {', '.join(WRITTEN)}, {BUILTIN}, a file, folder or data set, or a list of these; "
-            f"it is {shown(value)}",
-            fix="data: self, or data: [self, builtin]",
-        )
-    names = [name.strip() for name in names]
-    files = [normpath(name) for name in names]
-    if twice := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
-        raise _fault(f"data names {shown(twice[-1])} twice", fix="name each once")
-    return names if len(names) > 1 else names[0]
-
-
-NAME = {"type": "string", "minLength": 1}
-Data = Annotated[
-    str | list[str],
-    BeforeValidator(_data),
-    WithJsonSchema({"anyOf": [NAME, {"type": "array", "items": NAME, "minItems": 1, "uniqueItems": True}]}),
-]
-Loss = Annotated[str | dict[str, float], BeforeValidator(_loss), WithJsonSchema(_loss_schema())]
-Count = Annotated[int, BeforeValidator(_count)]
-Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Heal(Variants):
@@ -266,45 +175,45 @@ class Heal(Variants):
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) != 1:
             named = f"it has {' and '.join(budgets)}" if budgets else "it has none of them"
-            raise _fault(f"heal names one of tokens, steps, minutes; {named}")
+            raise fault(f"heal names one of tokens, steps, minutes; {named}")
         if self.batch_tokens < self.length:
-            raise _fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
+            raise fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
         if self.stop_at_gate and not self.eval_every:
-            raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
+            raise fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
         if self.recall and self.chat:
-            raise _fault(
+            raise fault(
                 "heal.recall makes rows of running text, and with chat: true rows are conversations",
                 fix="heal.chat=false with a text, or heal.recall=0",
             )
         if self.recall and self.sources == [CONVERSATIONS]:
-            raise _fault(
+            raise fault(
                 "heal.recall makes rows of running text, and data: conversations has none",
                 fix="heal.data='[self, conversations]', or heal.recall=0",
             )
         if self.chat and set(WRITTEN) <= set(self.sources):
-            raise _fault(
+            raise fault(
                 "with heal.chat: true, self is conversations too",
                 fix="leave out one of the two, or heal.chat=false",
             )
         if self.recall and self.length < SHORTEST_RECALL:
-            raise _fault(
+            raise fault(
                 f"heal.length {self.length} is too short for heal.recall: a row should hold lines, text and some of "
                 "the lines again",
                 fix=f"heal.length={SHORTEST_RECALL}, or heal.recall=0",
             )
         if unused := unread(self.model_dump()):
-            raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
+            raise fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
         least = self.length * (RECALL_ROWS if self.recall else 1)
         if set(self.sources) <= set(WRITTEN) and (self.self_tokens or least) < least:
             rows = f"the {RECALL_ROWS} rows that heal.recall needs" if self.recall else "a row"
-            raise _fault(
+            raise fault(
                 f"heal.self_tokens {self.self_tokens} is fewer than {least:,}, {rows} (heal.length {self.length})",
                 fix=f"heal.self_tokens={least} or more, or a shorter heal.length",
             )
         for name in self.weights if self.teacher == "stored" else ():
             if lacking := losses.find(name).not_stored:
                 field = "heal.hidden" if self.hidden and name == "hidden" else f"heal.loss: {name}"
-                raise _fault(f"{field} needs the base's {lacking}, which teacher: stored does not keep")
+                raise fault(f"{field} needs the base's {lacking}, which teacher: stored does not keep")
         return self
 
     @property
@@ -414,11 +323,6 @@ def _needs_of(weights: dict[str, float]) -> frozenset[str]:
     return frozenset().union(*(losses.find(name).needs for name in weights))
 
 
-def _fault(text: str, exists: str = "", fix: str = "") -> PydanticCustomError:
-    """A fault with its own message; the command's message adds what exists and how to fix it."""
-    return PydanticCustomError("heal", "{text}", {"text": text, "exists": exists, "fix": fix})
-
-
 class Lora(Heal):
     """Low-rank updates of attention and MLP, and in full what the surgery added or rebuilt."""
 
@@ -434,9 +338,9 @@ class Lora(Heal):
     @model_validator(mode="after")
     def _no_adapter_with_mixing(self) -> Lora:
         if self.keep_adapter and self.mixing != "none":
-            raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
+            raise fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
         if self.keep_adapter and self.warm_start_of == "attention":
-            raise _fault("heal.keep_adapter: an adapter file would not hold what heal.warm_start makes of attention")
+            raise fault("heal.keep_adapter: an adapter file would not hold what heal.warm_start makes of attention")
         return self
 
     @property

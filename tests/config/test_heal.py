@@ -114,7 +114,7 @@ def test_an_override_takes_along_what_it_leaves_without_use(tmp_path):
         ("  data: [self, /etc/passwd]", ["mine.yaml:7: heal.data of a recipe file may not be absolute", "passwd"]),
         ("  data: [self, self]", ["mine.yaml:7: data names 'self' twice", "name each once"]),
         ("  data: [a.txt, ./a.txt]", ["mine.yaml:7: data names './a.txt' twice"]),
-        ("  data: []", ["mine.yaml:7: data should be self, builtin, a file", "it is []"]),
+        ("  data: []", ["mine.yaml:7: data should be self, conversations, builtin, a file", "it is []"]),
         ("  data: [self, 3]", ["mine.yaml:7: data should be self", "[self, builtin]"]),
         ("  data: ../x.txt", ["mine.yaml:7: heal.data of a recipe file may not be absolute or hold .."]),
     ],
