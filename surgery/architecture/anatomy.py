@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.detect import read_anatomy
-from surgery.architecture.families import FAMILIES
+from surgery.architecture.families import FAMILIES, with_query_vector
 from surgery.architecture.layer import BYTES, Latent, LayerAnatomy, groups_of
 from surgery.errors import ModelError, RecipeMismatchError
 from surgery.io.safetensors import TORCH_NAMES
@@ -219,12 +219,15 @@ class Anatomy:
             config: the fields of its config that differ from the base's, with its `model_type`.
         """
         layout = FAMILIES[config["model_type"]]
-        layers = tuple(
-            replace(
-                layer, kv_heads=1, head_dim=latent.nope + latent.rope, rotary=latent.rope, layout=layout, latent=latent
-            )
-            for layer in self.layers
-        )
+        made = {
+            "kv_heads": 1,
+            "head_dim": latent.nope + latent.rope,
+            "rotary": latent.rope,
+            "layout": with_query_vector(layout) if latent.queries else layout,
+            "latent": latent,
+            "biases": "qko" if config["attention_bias"] else "",
+        }
+        layers = tuple(replace(layer, **made) for layer in self.layers)
         return replace(self, model_type=config["model_type"], layers=layers, edits=self.edits | config)
 
     def with_windows(self, sliding: Collection[int], window: int, config: dict[str, Any]) -> Anatomy:

@@ -6,7 +6,14 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
+from surgery.architecture.families import (
+    ATTENTION_WORDS,
+    COMMON_FORM,
+    FAMILIES,
+    LAYER_PATHS,
+    Family,
+    with_query_vector,
+)
 from surgery.architecture.layer import BYTES, Latent, LayerAnatomy
 from surgery.architecture.sliding import SLIDING
 from surgery.architecture.weights import packed_shapes
@@ -44,6 +51,7 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     latent = _latent(text, family, where)
     if latent:
         kv_heads, head_dim = 1, latent.nope + latent.rope
+        family = with_query_vector(family) if latent.queries else family
     else:
         head_dim = getattr(text, "head_dim", None) or _positive_integer(text, "hidden_size", where) // heads
     if heads % kv_heads:
@@ -86,14 +94,9 @@ def _latent(text, family: Family, where: str) -> Latent | None:
     """The latent attention that a config describes; None for a family without."""
     if not family.latent_norm:
         return None
-    if getattr(text, "q_lora_rank", None):
-        raise UnsupportedModelError(
-            f"this {text.model_type} makes its queries of a vector of rank {text.q_lora_rank}",
-            where=where,
-            fix="latent attention is understood where queries are one projection (q_lora_rank: null)",
-        )
     sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    return Latent(*(_positive_integer(text, name, where) for name in sizes))
+    queries = _positive_integer(text, "q_lora_rank", where) if getattr(text, "q_lora_rank", None) is not None else 0
+    return Latent(*(_positive_integer(text, name, where) for name in sizes), queries)
 
 
 def _layer(
@@ -283,7 +286,8 @@ def _biases(family: Family, tensors: dict, path: str) -> str:
     if family.qkv:
         fused = "qkv" if f"{path}.{family.qkv}.bias" in tensors else ""
     else:
-        fused = "".join(letter for letter in "qkv" if f"{path}.{getattr(family, letter)}.bias" in tensors)
+        names = {"q": family.q_down or family.q, "k": family.k, "v": family.v}
+        fused = "".join(letter for letter, name in names.items() if f"{path}.{name}.bias" in tensors)
     return fused + ("o" if f"{path}.{family.o}.bias" in tensors else "")
 
 

@@ -8,7 +8,7 @@ the config and the stored tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 
@@ -22,6 +22,8 @@ class Family:
         q, k, v, o: names of the projections. In latent attention `k` makes the latent vector and the rotated key, and
             `v` makes keys and values of the vector.
         latent_norm: name of the norm of the vector in latent attention; None: attention has no such vector.
+        q_down, q_down_norm: names of a projection and a norm whose output `q` reads in place of the layer's input
+            (`with_query_vector`), or None.
         qkv: name of the fused module that replaces q, k and v, or None.
         layout: how the rows of `qkv` are ordered: "rows" (all q, all k, all v), "grouped" (per KV head: its
             query heads, one k, one v; with one query head per KV head this is the per-head interleave) or
@@ -47,6 +49,8 @@ class Family:
     v: str = "v_proj"
     o: str = "o_proj"
     latent_norm: str | None = None
+    q_down: str | None = None
+    q_down_norm: str | None = None
     qkv: str | None = None
     layout: str = "separate"
     conv1d: bool = False
@@ -79,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(),
     "glm4": Family(positions="interleaved"),
     "gpt_oss": Family(sinks="sinks"),
-    # latent attention: dense layers, queries that are not of low rank
+    # latent attention; where a config has q_lora_rank, see `with_query_vector`
     "deepseek_v3": Family(k="kv_a_proj_with_mqa", v="kv_b_proj", latent_norm="kv_a_layernorm", kv_field=None),
     # the same, with a norm between projection and RoPE
     "qwen3": Family(qk_norm="shared"),
@@ -118,6 +122,12 @@ FAMILIES: dict[str, Family] = {
         interface=False,
     ),
 }
+
+
+def with_query_vector(family: Family) -> Family:
+    """A family with latent attention whose queries are made of a vector of their own (`q_lora_rank`)."""
+    return replace(family, q="q_b_proj", q_down="q_a_proj", q_down_norm="q_a_layernorm")
+
 
 # Where the layer list of a causal model may be found in a file or in a loaded model: checkpoints are saved
 # with and without the base model's prefix (gpt2 and bloom on the Hub lack "transformer."), and a composite

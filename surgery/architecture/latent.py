@@ -3,6 +3,10 @@
 DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434. Stock Transformers keeps the latent vector and the rotated key in
 its cache, so that the bytes are saved without code of ours.
 
+Biases of keys and values become one of the projection that makes the vector and the rotated key. The stock module has
+no bias of queries. It can make them of a vector of their own, though, and here this vector is the layer's input with a
+1 behind it: the bias is a column of the matrix that makes queries of it.
+
 The stock module divides the vector by its root mean square, with a fixed epsilon (`NORM_EPSILON`). A vector that is
 scaled far below this epsilon is divided by the epsilon alone, so that the norm's weight undoes the scale and the norm
 does nothing. `scaled_norm` gives both.
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.layer import Latent
 from surgery.architecture.stock_class import BASES, empty_model, stock_config, take_class
+from surgery.errors import all_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +30,12 @@ if TYPE_CHECKING:
 
 STOCK = "deepseek_v3"
 ROPE_TYPES = ("default", "linear", "llama3")  # their frequencies follow from theta one by one
+VECTORS = (("kv_a_proj_with_mqa", "kv_a_layernorm"), ("q_a_proj", "q_a_layernorm"))  # what makes a vector, its norm
 NORM_EPSILON = 1e-6
 HARMLESS = 1e-6  # largest share of the epsilon that a vector's mean square may have; half of it is the relative error
 LARGE = 100.0  # a norm's weight beyond this undoes a factor; trained ones are of the order of 1
+BIASES = ("", "qkv", "qkvo")  # letters of the projections with a bias that it can hold
+ALIGNED = 8  # a matrix whose sides are multiples of it is multiplied fast
 NARROW = ("F16",)  # dtypes that cannot hold rows scaled so far down
 
 
@@ -35,12 +43,14 @@ def latent_problem(anatomy: Anatomy) -> str:
     """Why a stock model with latent attention cannot stand for this model; "" if it can."""
     config, layer = anatomy.config, anatomy.layers[0]
     if anatomy.composite or anatomy.guess or anatomy.model_type not in BASES[STOCK]:
-        families = " and ".join(BASES[STOCK])
+        families = all_of(BASES[STOCK])
         return f"stock {STOCK} has the layers of {families}, and this is {anatomy.composite or anatomy.model_type}"
     if anatomy.surgical or not anatomy.alike:
         return "the layers of this model were changed before; start from its base"
-    if any(layer.biases for layer in anatomy.layers) or getattr(config, "mlp_bias", False):
-        return f"stock {STOCK} has no biases, and this {anatomy.model_type} has"
+    if odd := [each.biases for each in anatomy.layers if each.biases not in BIASES]:
+        return f"stock {STOCK} has biases in all projections or none, and this {anatomy.model_type} has: {odd[0]}"
+    if getattr(config, "mlp_bias", False):
+        return f"stock {STOCK} has no biases in its MLP, and this {anatomy.model_type} has"
     if any(each.window is not None for each in anatomy.layers):
         return f"stock {STOCK} has no sliding window, and layers of this {anatomy.model_type} slide"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -62,8 +72,9 @@ def latent_fields(anatomy: Anatomy, latent: Latent) -> dict[str, Any]:
     return {
         "model_type": STOCK,
         "architectures": ["DeepseekV3ForCausalLM"],
+        "attention_bias": latent.queries > 0,
         "kv_lora_rank": latent.rank,
-        "q_lora_rank": None,
+        "q_lora_rank": latent.queries or None,
         "qk_rope_head_dim": latent.rope,
         "qk_nope_head_dim": latent.nope,
         "v_head_dim": latent.value,
@@ -82,6 +93,14 @@ def interleaved(rows: Tensor) -> Tensor:
 
     half = rows.shape[-2] // 2
     return rows[..., torch.arange(2 * half).view(2, half).T.flatten(), :]
+
+
+def queries_of(anatomy: Anatomy) -> int:
+    """Numbers in the vector that queries are made of, where they have a bias: the layer's input, a 1, and zeros up to
+    a multiple of `ALIGNED`; 0 where no projection of queries, keys and values has one.
+    """
+    size = anatomy.config.hidden_size
+    return (size // ALIGNED + 1) * ALIGNED if set("qkv") & set(anatomy.layers[0].biases) else 0
 
 
 def scaled_norm(largest: float) -> tuple[float, float]:
@@ -119,10 +138,16 @@ def write_latent(model, after: Anatomy, tensors_of_layers: list[dict[str, Tensor
 
 
 def _filled(made, old, tensors: dict[str, Tensor]):
-    """An attention module that was made without memory, with these parameters, in the place of another one."""
+    """An attention module that was made without memory, with these parameters, in the place of another one.
+
+    Its output projection keeps its bias. Where the old one has none and the stock class does, it is zero.
+    """
     from torch import nn
 
     weight = old.o_proj.weight
+    if made.o_proj.bias is not None:
+        bias = old.o_proj.bias
+        tensors = tensors | {"o_proj.bias": weight.new_zeros(len(weight)) if bias is None else bias.detach()}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         parameter = nn.Parameter(tensor.to(weight.device), requires_grad=weight.requires_grad)
@@ -138,27 +163,33 @@ def vectors_at_scale(model) -> Iterator[None]:
     far down. A norm that does something, as that of a trained model, is left alone. All factors are powers of two, so
     that nothing is rounded.
     """
-    factors = {path: _factor(module) for path, module in model.named_modules() if hasattr(module, "kv_a_layernorm")}
-    _scale(model, factors)
+    pairs = [
+        (attention.get_submodule(projection), attention.get_submodule(norm))
+        for attention in model.modules()
+        for projection, norm in VECTORS
+        if getattr(attention, norm, None) is not None
+    ]
+    factors = [_factor(norm) for _, norm in pairs]
+    _scale(pairs, factors)
     try:
         yield
     finally:
-        _scale(model, {path: 1 / factor for path, factor in factors.items()})
+        _scale(pairs, [1 / factor for factor in factors])
 
 
-def _factor(attention) -> float:
+def _factor(norm) -> float:
     """The power of two that undoes the factor of `scaled_norm` on the rows of a vector; 1 where a norm has none."""
-    norm = attention.kv_a_layernorm
     weight = float(norm.weight.detach().double().mean())
     return 2.0 ** round(math.log2(weight / NORM_EPSILON**0.5)) if weight > LARGE else 1.0
 
 
-def _scale(model, factors: dict[str, float]) -> None:
-    """Multiply the rows of latent vectors, and leave the function of the model as it is."""
+def _scale(pairs: list[tuple], factors: list[float]) -> None:
+    """Multiply the rows that make vectors, the first ones of their projections, and leave the model's function."""
     import torch
 
-    for path, factor in factors.items():
-        attention = model.get_submodule(path)
+    for (projection, norm), factor in zip(pairs, factors, strict=True):
         with torch.no_grad():
-            attention.kv_a_proj_with_mqa.weight[: attention.kv_lora_rank] *= factor
-        attention.kv_a_layernorm.variance_epsilon *= factor**2
+            projection.weight[: len(norm.weight)] *= factor
+            if projection.bias is not None:
+                projection.bias[: len(norm.weight)] *= factor
+        norm.variance_epsilon *= factor**2

@@ -24,12 +24,14 @@ class Latent:
         rope: channels of the key that all heads share, which RoPE rotates.
         nope: channels of a head's query and key that RoPE does not rotate.
         value: channels of a head's value.
+        queries: numbers in the vector that queries are made of; 0: they are made of the layer's input.
     """
 
     rank: int
     rope: int
     nope: int
     value: int
+    queries: int = 0
 
     @property
     def width(self) -> int:
@@ -160,7 +162,10 @@ class LayerAnatomy:
         """Names of this layer's stored tensors whose shape depends on its heads, relative to the attention module."""
         layout = self.layout
         if layout.latent_norm:
-            return [f"{name}.weight" for name in (layout.q, layout.k, layout.latent_norm, layout.v, layout.o)]
+            down = [layout.q_down, layout.q_down_norm] if layout.q_down else []
+            biased = {"q": layout.q_down or layout.q, "k": layout.k, "o": layout.o}
+            names = [*down, layout.q, layout.k, layout.latent_norm, layout.v, layout.o]
+            return [f"{name}.weight" for name in names] + [f"{biased[letter]}.bias" for letter in self.biases]
         projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
         names = [f"{name}.weight" for name in [*projections, layout.o]]
         names += [f"{name}.bias" for name, letters in projections.items() if letters[0] in self.biases]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # A family that a surgery makes -> the families that it is made of.
-BASES = {"deepseek_v3": ("llama", "mistral"), "ministral": ("llama", "mistral")}
+BASES = {"deepseek_v3": ("llama", "mistral", "qwen2"), "ministral": ("llama", "mistral")}
 OF_CLASS = ("_tp_plan", "_ep_plan", "_pp_plan", "_no_split_modules")  # what a model copies from its class
 NOT_CARRIED = (
     "model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version", "auto_map",

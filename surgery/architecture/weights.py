@@ -204,15 +204,20 @@ def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tup
 
 def _latent_shapes(anatomy: LayerAnatomy, latent: Latent, hidden: int, out: int) -> dict[str, tuple[int, ...]]:
     """The result of `packed_shapes` for latent attention."""
-    heads = anatomy.heads
-    sizes = (
-        (heads * anatomy.head_dim, hidden),
-        (latent.width, hidden),
-        (latent.rank,),
-        (heads * (latent.nope + latent.value), latent.rank),
-        (out, heads * latent.value),
-    )
-    return dict(zip(anatomy.tensor_names, sizes, strict=True))
+    layout, heads = anatomy.layout, anatomy.heads
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{layout.q_down}.weight": (latent.queries, hidden),
+        f"{layout.q_down}.bias": (latent.queries,),
+        f"{layout.q_down_norm}.weight": (latent.queries,),
+        f"{layout.q}.weight": (heads * anatomy.head_dim, latent.queries or hidden),
+        f"{layout.k}.weight": (latent.width, hidden),
+        f"{layout.k}.bias": (latent.width,),
+        f"{layout.latent_norm}.weight": (latent.rank,),
+        f"{layout.v}.weight": (heads * (latent.nope + latent.value), latent.rank),
+        f"{layout.o}.weight": (out, heads * latent.value),
+        f"{layout.o}.bias": (out,),
+    }
+    return {name: shapes[name] for name in anatomy.tensor_names}
 
 
 def unread_weights(anatomy: LayerAnatomy, rewritten: Collection[str]) -> set[str]:

@@ -224,8 +224,11 @@ def obstacles_of_latent(anatomy: Anatomy, scaled: str, activation: str) -> list[
         found.append(Obstacle(f"latent attention with {kind} RoPE: {scaled}", NO_LATENT))
     if not getattr(config, "rope_interleave", True):
         found.append(Obstacle("latent attention whose rotated channels lie in halves: it takes pairs", NO_LATENT))
-    if getattr(config, "attention_bias", False):
+    if getattr(config, "attention_bias", False) or any(layer.biases for layer in anatomy.layers):
         found.append(Obstacle("latent attention with biases: it has no place for them", NO_LATENT))
+    elif anatomy.latent and anatomy.latent.queries:
+        what = "latent attention whose queries are made of a vector of their own: only those of one projection are"
+        found.append(Obstacle(f"{what} written", NO_LATENT))
     if getattr(config, "first_k_dense_replace", len(anatomy.layers)) < len(anatomy.layers):
         found.append(Obstacle("latent attention beside experts: only dense layers are written", NO_LATENT))
     if (act := config.hidden_act) != "silu":

@@ -91,7 +91,7 @@ CASES: dict[str, Case] = {
         {},  # of several KV heads the stock model keeps one rotated key: tests/operations/mla has the identity
         ("rope", 3),
         native=True,
-        refused_always=("qwen3", "gemma2", "gpt_oss", "mistral", "gpt2", "qwen2", "granite", "phi"),
+        refused_always=("qwen3", "gemma2", "gpt_oss", "mistral", "gpt2", "granite", "phi"),
     ),
     "absorb": Case(
         {},

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of, pair_channels
-from surgery.architecture.weights import AttentionLayer
+from surgery.architecture.weights import AttentionLayer, with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.layer import FittedLayer
@@ -57,7 +57,10 @@ class CompressedLayer(FittedLayer):
 
     def packed(self, new: LatentLayer) -> dict[str, torch.Tensor]:
         vector = new.vector.to(self.inputs.x[0])
-        largest = max(float((x @ vector.T).square().mean(-1).max()) for x in self.inputs.x)
+        largest = tuple(
+            max(float(rows.square().mean(-1).max()) for rows in each)
+            for each in ((x @ vector.T for x in self.inputs.x), self.inputs.x)
+        )
         return new.stored(scale_of(self.inputs.base[0]), largest, self.layer.o.dtype)
 
     def convert(self) -> tuple[LatentLayer, dict]:
@@ -80,7 +83,7 @@ class CompressedLayer(FittedLayer):
         layer, anatomy, latent = self.layer, self.layer.anatomy, self.target.latent
         moments = self._input_moments()
         second, mean = moments.second, moments.mean
-        q, k, v, o = (tensor.double().to(second) for tensor in (layer.q, layer.k, layer.v, layer.o))
+        q, k, v, o = (tensor.to(second) for tensor in (*(with_bias(layer, letter) for letter in "qkv"), layer.o))
         readers, scale = groups_of(anatomy), scale_of(self.inputs.base[0])
         energy = torch.stack([head @ second @ head.T for head in q])  # E[q qᵀ]
         power = torch.stack([energy[heads].sum(0) for heads in readers])
@@ -93,7 +96,10 @@ class CompressedLayer(FittedLayer):
             varied = v[group] @ covariance @ v[group].T
             spread = torch.einsum("dha,ab,dhb->h", o[:, heads], varied, o[:, heads])
             free = energy[heads][:, self.free][..., self.free]
-            blocks.append(rest[group, self.free])
+            keys = rest[group, self.free]
+            if layer.k_bias is not None:  # what all keys of a head have in common moves no weight where nothing turns
+                keys[:, -1] -= keys @ mean
+            blocks.append(keys)
             weights.append(scale**2 * (spread[:, None, None] * free).sum(0))
         for group, heads in enumerate(readers):
             blocks.append(v[group])

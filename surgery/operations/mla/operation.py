@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_problem
+from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_problem, queries_of
 from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.text import CalibrationText, written_samples
@@ -97,7 +97,7 @@ class MLA(Operation):
         longest = FAR * anatomy.positions if anatomy.positions else inf
         rope = self.rope or 2 * max(1, sum(wave <= longest for wave in waves))
         rank = self.rank or round(self.keep_kv * layer.kv_heads * layer.kv_width) - rope
-        return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim)
+        return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim, queries_of(anatomy))
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := latent_problem(anatomy) or anatomy.runtime_problem():
@@ -151,7 +151,8 @@ class MLA(Operation):
         queries = layer.heads * (latent.nope + latent.rope)
         before = hidden * layer.head_dim * 2 * (layer.heads + layer.kv_heads)
         maps = layer.heads * (latent.nope + latent.value) * latent.rank
-        after = hidden * (queries + latent.width + layer.heads * latent.value) + maps
+        made = latent.queries * (hidden + queries) if latent.queries else hidden * queries
+        after = hidden * (latent.width + layer.heads * latent.value) + made + maps
         return Calibration(
             self.calibration_samples,
             self.calibration_length,
@@ -166,6 +167,8 @@ class MLA(Operation):
 
     def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
         yield f"the layers are those of a stock {STOCK}"
+        if latent.queries:
+            yield f"queries, which have a bias, are made of a vector of {latent.queries}: the layer's input and a 1"
         of = anatomy.layers[0].rotary // 2
         dropped = of - latent.rope // 2
         if dropped:

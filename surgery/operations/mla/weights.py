@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.architecture.latent import interleaved, scaled_norm
+from surgery.architecture.latent import NORM_EPSILON, interleaved, scaled_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,8 @@ class LatentLayer:
     """The attention weights of one layer with latent attention, before they are stored.
 
     H query heads in G groups with the same keys and values; p channels of a key without RoPE and e with it; r numbers
-    in the latent vector; d channels of a value; n channels of the layer's input, D of its output.
+    in the latent vector; d channels of a value; D channels of the layer's input and output; n of them, and where
+    projections have biases a last one that is always 1.
 
     Attributes:
         anatomy: of the layer.
@@ -66,25 +68,56 @@ class LatentLayer:
         keys = self.key_maps.to(like) @ vector
         return torch.cat([keys, self.shared.to(like).expand(len(keys), -1, -1)], 1)
 
-    def stored(self, scale: float, largest: float, dtype) -> dict[str, Tensor]:
-        """The tensors of the stock module (architecture/latent.py), by name.
+    def stored(self, scale: float, largest: tuple[float, float], dtype) -> dict[str, Tensor]:
+        """The tensors of the stock module (architecture/latent.py), by name, without the bias of the output.
 
         Args:
             scale: the base's factor on q·k. The stock module has its own, (p + e)^-½, so that queries take the ratio.
-            largest: the largest mean square of a latent vector over a text.
+            largest: the largest mean square over a text of a latent vector, and of the layer's input.
             dtype: of the tensors.
         """
         import torch
 
         layout, heads, free = self.anatomy.layout, len(self.q), self.key_maps.shape[1]
-        factor, weight = scaled_norm(largest)
+        factor, weight = scaled_norm(largest[0])
         queries = torch.cat([self.q[:, :free].double(), interleaved(self.q[:, free:].double())], 1)
+        queries = (queries * (scale * self.q.shape[1] ** 0.5)).flatten(0, 1)
+        made = torch.cat([self.vector.double() * factor, interleaved(self.shared[0].double())])
         maps = torch.cat([self.key_maps, self.value_maps], 1).repeat_interleave(heads // len(self.key_maps), 0)
-        tensors = {
-            layout.q: (queries * (scale * self.q.shape[1] ** 0.5)).flatten(0, 1),
-            layout.k: torch.cat([self.vector.double() * factor, interleaved(self.shared[0].double())]),
-            layout.latent_norm: torch.full((len(self.vector),), weight, dtype=torch.float64),
-            layout.v: maps.flatten(0, 1),
-            layout.o: self.o.flatten(1),
+        size = self.anatomy.latent.queries if self.anatomy.latent else 0
+        tensors = self._with_query_vector(queries, size, largest[1]) if size else {f"{layout.q}.weight": queries}
+        tensors |= {
+            f"{layout.k}.weight": made[:, : len(self.o)],
+            f"{layout.latent_norm}.weight": torch.full((len(self.vector),), weight, dtype=torch.float64),
+            f"{layout.v}.weight": maps.flatten(0, 1),
+            f"{layout.o}.weight": self.o.flatten(1),
         }
-        return {f"{name}.weight": tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+        if size:
+            tensors[f"{layout.k}.bias"] = made[:, -1]
+        return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+    def _with_query_vector(self, queries: Tensor, size: int, largest: float) -> dict[str, Tensor]:
+        """The tensors of queries [H (p + e), D + 1], whose last column is their bias, by way of a vector.
+
+        The vector is the layer's input and a 1, scaled by a power of two, so that no product is rounded.
+
+        Args:
+            size: numbers in this vector; those behind the 1 are zero.
+            largest: the largest mean square of the layer's input over a text.
+        """
+        import torch
+
+        layout, width = self.anatomy.layout, queries.shape[1]
+        inputs = width - 1
+        factor, weight = scaled_norm(largest)
+        factor = 2.0 ** math.floor(math.log2(factor))
+        down, bias = queries.new_zeros(size, inputs), queries.new_zeros(size)
+        down[:inputs], bias[inputs] = factor * torch.eye(inputs, dtype=down.dtype), factor
+        up = queries.new_zeros(len(queries), size)
+        up[:, :width] = queries / (factor * weight / NORM_EPSILON**0.5)
+        return {
+            f"{layout.q_down}.weight": down,
+            f"{layout.q_down}.bias": bias,
+            f"{layout.q_down_norm}.weight": queries.new_full((size,), weight),
+            f"{layout.q}.weight": up,
+        }

@@ -220,6 +220,23 @@ def test_a_check_reads_the_last_tokens_one_by_one(stock, tmp_path):
     assert "failed" not in items.values()
 
 
+def test_queries_of_a_vector_of_their_own_and_experts():
+    """As in DeepSeek-V3 itself, whose queries have a rank and whose later layers are experts."""
+    sizes = {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    experts |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config |= {"vocab_size": 128}
+    model = build("DeepseekV3", intermediate_size=96, **config, **sizes, **experts).eval()
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        want = model(ids).logits
+        surgery.apply(recipe({"op": "absorb"}), model)
+        cache = model(ids[:, :29], use_cache=True)[CACHE]
+        got = model(ids[:, 29:], **{CACHE: cache}).logits
+    assert (got[:, 0] - want[:, 29]).abs().max() <= 1e-5 * want.abs().max()  # experts have no float64
+
+
 def test_it_is_undone_after_a_block(stock):
     model = copy.deepcopy(stock)
     want = logits_of(model)

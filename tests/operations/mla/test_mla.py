@@ -12,7 +12,7 @@ from closed_form import Stopped, Tokens, recipe, stop
 from closed_form import numbers as numbers  # a fixture
 from families import TINY, TOKENS, build, difference, load_without_package, logits_of
 from families import one_thread as one_thread  # a fixture
-from tokenizers_of_bytes import Letters
+from tokenizers_of_bytes import Letters, byte_tokenizer
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
@@ -30,11 +30,21 @@ LLAMA = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
     "intermediate_size": 96, "max_position_embeddings": 256,
 }  # fmt: skip
+QWEN2 = {name: value for name, value in LLAMA.items() if name != "head_dim"}
 TEXT = {"calibration_text": "builtin", "calibration_samples": 6, "calibration_length": 64}
 
 
 def llama(kv_heads: int, **fields):
     return build("Llama", num_key_value_heads=kv_heads, **(LLAMA | fields))
+
+
+def biased(family: str, kv_heads: int, **fields):
+    """A base with biases, that of the keys large, as Qwen2's are."""
+    wanted = QWEN2 if family == "Qwen2" else LLAMA | {"attention_bias": True}
+    model = build(family, num_key_value_heads=kv_heads, **(wanted | fields))
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data *= 20
+    return model
 
 
 def convert(model, **fields):
@@ -128,6 +138,55 @@ def test_of_one_kv_head_nothing_is_lost_at_full_rank(refit, tolerance):
         assert (got - want).abs().max() <= 5e-6 * want.std()
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_biases_of_one_kv_head_are_kept(family):
+    base = biased(family, 1)
+    with torch.no_grad():
+        want = base.double()(TOKENS).logits
+        for name, bias in base.named_parameters():
+            if name.endswith("k_proj.bias"):
+                bias.mul_(-1)
+        assert (base(TOKENS).logits - want).abs().max() > 0.1 * want.std(), "the biases matter"
+    for refit, tolerance in (([], 5e-6), (["q", "k", "o", "mlp"], 1e-4)):
+        model = biased(family, 1)
+        convert(model, rank=16, rope=16, refit=refit)
+        assert (model.config.model_type, model.config.q_lora_rank) == ("deepseek_v3", 72)
+        with torch.no_grad():
+            got = model.double()(TOKENS).logits
+        assert (got - want).abs().max() <= tolerance * want.std()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_a_result_with_biases_saved_read_and_healed(family, tmp_path):
+    """From folder to folder: the plan's shapes, `check`, stock Transformers, one step of `heal`, `absorb`."""
+    base = biased(family, 2, max_position_embeddings=1024, vocab_size=260)
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    step = {"op": "mla", "rank": 20, "rope": 12} | TEXT
+    plan = surgery.plan(recipe(step), tmp_path / "base")
+    said = "queries, which have a bias, are made of a vector of 72: the layer's input and a 1"
+    assert said in plan.notes
+    surgery.apply(recipe(step), tmp_path / "base", output=tmp_path / "out", evaluate=False)  # checks it too
+    model = surgery.load(tmp_path / "out")
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert all(stored[name] == shape for name, shape in plan.shapes.items() if shape)
+    answer = load_without_package([tmp_path / "out"], tmp_path)[tmp_path / "out"]
+    assert (answer["logits"].double() - logits_of(model)).abs().max() <= 1e-4
+    if family == "Qwen2":
+        assert not any(layer.self_attn.o_proj.bias.any() for layer in model.model.layers)
+    faster = copy.deepcopy(model)
+    surgery.apply(recipe({"op": "absorb"}), faster)
+    with torch.no_grad():
+        cache = faster(TOKENS[:, :-1], use_cache=True)[CACHE]
+        step_alone = faster(TOKENS[:, -1:], **{CACHE: cache}).logits[:, -1]
+    assert (step_alone.double() - logits_of(model)[:, -1]).abs().max() <= 1e-4
+    heal = {"method": "full", "steps": 1, "length": 64, "batch_tokens": 64, "data": "builtin", "learning_rate": 1e-4}
+    surgery.heal(tmp_path / "out", tmp_path / "base", output=tmp_path / "healed", settings=heal, evaluate=False)
+    healed = load_without_package([tmp_path / "healed"], tmp_path)[tmp_path / "healed"]
+    moved = (healed["logits"].double() - logits_of(model)).abs().max() / logits_of(model).std()
+    assert 1e-5 < moved < 0.3
+
+
 def test_fewer_frequencies_are_the_bases_first():
     """A base whose slow channels say nothing keeps its logits where these channels lose RoPE."""
     base = llama(1)
@@ -148,7 +207,12 @@ def attention_by_hand(module, config, x):
         config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim,
     )  # fmt: skip
     length, rank = len(x), config.kv_lora_rank
-    made = x @ weights["kv_a_proj_with_mqa.weight"].T
+    made = x @ weights["kv_a_proj_with_mqa.weight"].T + weights.get("kv_a_proj_with_mqa.bias", 0.0)
+    read = x
+    if "q_a_proj.weight" in weights:
+        read = x @ weights["q_a_proj.weight"].T + weights["q_a_proj.bias"]
+        read = read / (read.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["q_a_layernorm.weight"]
+    queries = weights["q_b_proj.weight" if "q_b_proj.weight" in weights else "q_proj.weight"]
     vector, shared = made[:, :rank], made[:, rank:]
     vector = vector / (vector.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["kv_a_layernorm.weight"]
     frequencies = config.rope_parameters["rope_theta"] ** -(torch.arange(0, rope, 2, dtype=torch.float64) / rope)
@@ -160,18 +224,19 @@ def attention_by_hand(module, config, x):
 
     out = []
     for head in range(heads):
-        q = x @ weights["q_proj.weight"].view(heads, nope + rope, -1)[head].T
+        q = read @ queries.view(heads, nope + rope, -1)[head].T
         maps = weights["kv_b_proj.weight"].view(heads, nope + size, rank)[head]
         keys, values = vector @ maps[:nope].T, vector @ maps[nope:].T
         scores = (q[:, :nope] @ keys.T + turn(q[:, nope:]) @ turn(shared).T) / (nope + rope) ** 0.5
         scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
         out.append(scores.softmax(-1) @ values)
-    return torch.cat(out, -1) @ weights["o_proj.weight"].T
+    return torch.cat(out, -1) @ weights["o_proj.weight"].T + weights.get("o_proj.bias", 0.0)
 
 
 @torch.no_grad()
-def test_the_stock_module_computes_what_its_weights_say():
-    model = llama(2)
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_stock_module_computes_what_its_weights_say(biases):
+    model = biased("Llama", 2) if biases else llama(2)
     convert(model, rank=20, rope=12)
     seen = []
     handle = model.model.layers[1].self_attn.register_forward_hook(
@@ -184,8 +249,9 @@ def test_the_stock_module_computes_what_its_weights_say():
     assert (out[1] - want).abs().max() <= 1e-5 * want.std()
 
 
-def test_more_rank_loses_less_and_refits_help():
-    base, lost = llama(4, num_hidden_layers=3), {}
+@pytest.mark.parametrize(("family", "fields"), [("Llama", LLAMA), ("Qwen2", QWEN2)])
+def test_more_rank_loses_less_and_refits_help(family, fields):
+    base, lost = build(family, num_key_value_heads=4, **(fields | {"num_hidden_layers": 3})), {}
     tokens = torch.tensor(
         [Letters()("They had slept in the valley, where no one asked for their names. " * 2)["input_ids"]]
     )
@@ -219,8 +285,9 @@ def test_its_cache_holds_the_vector_and_the_rotated_key(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_bfloat16_base_keeps_the_vector(tmp_path):
-    base = llama(2).bfloat16()
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_bfloat16_base_keeps_the_vector(biases):
+    base = (build("Qwen2", num_key_value_heads=2, **QWEN2) if biases else llama(2)).bfloat16()
     model = copy.deepcopy(base)
     convert(model, rank=44, rope=16, refit=[])
     wide = copy.deepcopy(base).float()
@@ -230,13 +297,17 @@ def test_a_bfloat16_base_keeps_the_vector(tmp_path):
     assert (logits_of(model) - want).abs().max() <= 0.15 * want.std()
 
 
-def test_the_scale_of_the_vectors_can_be_changed_and_back():
-    model = llama(2)
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_scale_of_the_vectors_can_be_changed_and_back(biases):
+    model = biased("Llama", 2) if biases else llama(2)
     convert(model, rank=20, rope=12)
     want, before = logits_of(model), copy.deepcopy(model.state_dict())
     with vectors_at_scale(model):
-        rows = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight[:20]
+        attention = model.model.layers[0].self_attn
+        rows = attention.kv_a_proj_with_mqa.weight[:20]
         assert rows.square().mean().sqrt().item() > 1e-3
+        if biases:
+            assert 0.25 <= attention.q_a_proj.weight[0, 0] == attention.q_a_proj.bias[64] <= 4
         assert difference(logits_of(model), want) <= 1e-5
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name])
@@ -273,9 +344,9 @@ def test_settings_that_do_not_fit(fields, says):
 def test_bases_that_do_not_fit():
     cases = {
         "float16": llama(2).half(),
-        "has no biases": llama(2, attention_bias=True),
+        "has no biases in its MLP": llama(2, mlp_bias=True),
         "has no sliding window": build("Mistral", num_key_value_heads=2, sliding_window=8, **LLAMA),
-        "the layers of llama and mistral": TINY["qwen3"](),
+        "the layers of llama, mistral and qwen2": TINY["qwen3"](),
         "its RoPE is yarn": llama(2, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}),
     }
     for says, model in cases.items():
@@ -293,13 +364,15 @@ def test_nothing_follows_it():
 
 
 def test_a_stock_model_of_the_family_is_read_or_refused():
-    """Its layers and cache are read from a config; queries of low rank, as in DeepSeek-V3 itself, are refused."""
+    """Its layers and cache are read from a config, also with queries of low rank, as in DeepSeek-V3 itself."""
     config = transformers.DeepseekV3Config(q_lora_rank=None, num_attention_heads=4, num_hidden_layers=2)
     layer = Anatomy.of(config).layers[0]
     assert (layer.heads, layer.kv_heads, layer.kv_width, layer.rotary) == (4, 1, 576, 64)
     assert layer.positions == "interleaved"
-    with pytest.raises(SurgeryError, match="a vector of rank 1536"):
-        Anatomy.of(transformers.DeepseekV3Config())
+    layer = Anatomy.of(transformers.DeepseekV3Config()).layers[0]
+    assert (layer.latent.queries, layer.layout.q, layer.kv_width) == (1536, "q_b_proj", 576)
+    with pytest.raises(SurgeryError, match="q_lora_rank"):
+        Anatomy.of(transformers.DeepseekV3Config(q_lora_rank=0))
 
 
 SCALED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -312,6 +385,7 @@ SCALED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
         ({}, "llama.cpp", []),
         ({"rope_parameters": SCALED}, "llama.cpp", ["latent attention with linear RoPE"]),
         ({"rope_parameters": SCALED}, "vllm", ["512 and 64 alone", "it takes every scaling for YaRN"]),
+        ({"attention_bias": True}, "llama.cpp", ["latent attention with biases"]),
         ({"hidden_act": "gelu"}, "llama.cpp", ["gelu as the MLP's activation"]),
         ({"hidden_act": "gelu"}, "vllm", ["512 and 64 alone", "gelu as the MLP's activation"]),
     ],
@@ -334,6 +408,8 @@ def test_stock_models_that_engines_would_compute_otherwise(engine):
     assert "in halves" in said
     assert "biases" in said
     assert "experts" in said
+    low_rank = transformers.DeepseekV3Config(**fields | {"q_lora_rank": 64, "first_k_dense_replace": 2})
+    assert "a vector of their own" in find(engine).obstacles(Anatomy.of(low_rank))[-1].what
     plain = transformers.DeepseekV3Config(**fields | {"first_k_dense_replace": 2, "rope_interleave": True})
     assert find(engine).obstacles(Anatomy.of(plain)) == []
 
