@@ -35,6 +35,7 @@ from surgery.healing.losses.base import predicts
 from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
 from surgery.healing.sparse_attention import full_attention, sparse_modules, text_losses
+from surgery.healing.weighted_gqa import HEADS
 from surgery.io.files import write_json
 from surgery.io.output_folder import disk_full
 from surgery.runtime.surgery_gates import ROUTERS, gated_modules, load_balance_loss
@@ -46,7 +47,11 @@ if TYPE_CHECKING:
 
 # Logits and log-weights need a higher rate: for the same effect, a weight of a projection changes by far less.
 SCALAR_RATE = 10.0
-MATRICES = tuple(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance"))
+# The surgery's own parameters that are weights of projections: routers, and the base's heads of a mixture (WGQA).
+WEIGHTS_OF_PROJECTIONS = (
+    *(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance")),
+    HEADS,
+)
 
 
 class HealTrainer(Trainer):
@@ -237,8 +242,9 @@ def parameter_groups(model, heal: Heal) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             leaf = name.rpartition(".")[2]
-            scalar = leaf.startswith(SURGERY) and leaf not in MATRICES
-            groups["scalars" if scalar else "matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
+            scalar = leaf.startswith(SURGERY) and leaf not in WEIGHTS_OF_PROJECTIONS
+            matrix = parameter.ndim > 1 and ".parametrizations.bias." not in name  # of several heads a bias has more
+            groups["scalars" if scalar else "matrices" if matrix else "vectors"].append(parameter)
     settings = {
         "matrices": {"lr": heal.rate, "weight_decay": heal.weight_decay},
         "vectors": {"lr": heal.rate, "weight_decay": 0.0},

@@ -9,7 +9,9 @@ import torch
 from families import TINY, TOKENS, attention_modules, difference, get_head, logits_of, one_thread  # noqa: F401
 
 import surgery
+from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
+from surgery.healing.trainer import SCALAR_RATE, parameter_groups
 from surgery.healing.weighted_gqa import add_mixing, fold
 
 
@@ -94,6 +96,27 @@ def test_heads_that_train_begin_at_their_mean(family, method, per):
                     weight = spread(weights[head, member], per, want)
                     want = want + weight * heads[head, member]
                 assert (get_head(student, module, part, head) - want).abs().max() < 1e-5
+
+
+def test_heads_that_train_have_the_rate_of_other_projections():
+    """They are the base's K and V. The mixing weights have a higher rate, as all logits and scalars have."""
+    base, student = converted("qwen2")
+    student.requires_grad_(False)
+    names = add_mixing(student, base, "head", train_heads=True)
+    for name in (*names, "model.layers.0.self_attn.q_proj.weight"):
+        student.get_parameter(name).requires_grad_(True)
+    heal = Heal(steps=1, method="full", learning_rate=0.001, weight_decay=0.1)
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(student, heal)
+        for p in group["params"]
+    }
+    rates = {name: found[id(student.get_parameter(name))] for name in names}
+    assert {rate for name, rate in rates.items() if name.endswith("weight.0.surgery_heads")} == {(0.001, 0.1)}
+    assert {rate for name, rate in rates.items() if name.endswith("bias.0.surgery_heads")} == {(0.001, 0.0)}
+    assert {rate for name, rate in rates.items() if name.endswith("mixing")} == {(SCALAR_RATE * 0.001, 0.0)}
+    assert len(rates) == 3 * 2 * 2
+    assert found[id(student.get_parameter("model.layers.0.self_attn.q_proj.weight"))] == (0.001, 0.1)
 
 
 def test_the_weights_train_and_find_a_mixture():
