@@ -116,9 +116,9 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
     """
     path, per = Path(path), [per] if isinstance(per, str) else list(per)
     kinds = " or ".join(KINDS[kind] for kind in per)
-    measure = f"`surgery score MODEL{'' if 'kv_heads' in per else ' --per heads'} -o FILE` writes one"
+    command = f"`surgery score MODEL{'' if 'kv_heads' in per else ' --per heads'} -o FILE`"
     if not path.is_file():
-        raise SurgeryError("no such score file", where=str(path), fix=measure, code="invalid-file")
+        raise SurgeryError("no such score file", where=str(path), fix=f"{command} writes one", code="invalid-file")
     scores = read_scores(path)
     shape = [len(row) for row in scores.scores]
     counts = {kind: [getattr(layer, kind) for layer in anatomy.layers] for kind in KINDS}
@@ -131,6 +131,7 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
             f"the scores are of another model: {_shape(shape)} (layers x {kinds})",
             where=str(path),
             exists=f"this model has {' or '.join(_shape(counts[kind]) for kind in per)}",
+            fix=f"measure this one: {command}",
         )
     theirs, ours = scores.origin.get("model"), model_identity(anatomy)
     if isinstance(theirs, dict) and theirs.get("hash", ours["hash"]) != ours["hash"]:
@@ -140,7 +141,7 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
             f"(config hash {theirs['hash']})",
             where=str(path),
             exists=f"this model is {_name_of(anatomy)} ({ours['hash']}); they differ in {', '.join(differ) or 'hash'}",
-            fix="measure this one: `surgery score MODEL -o FILE`",
+            fix=f"measure this one: {command}",
         )
     if any(x != x for row in scores.scores for x in row):
         raise SurgeryError("the scores hold NaN", where=str(path), code="invalid-file")

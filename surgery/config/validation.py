@@ -13,6 +13,7 @@ from surgery.evaluation.probes import settings as probe_settings
 from surgery.evaluation.probes.fields import SETTINGS_ERROR
 from surgery.operations.variants import OTHER_METHOD, Variants, keys_of
 
+LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
 PROBES, BLOCK = ("evaluate", "probes"), 4  # path of the probes' blocks, and the length of a setting's path
 
 
@@ -106,7 +107,15 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
         own = ", ".join(name for name in kind.model_fields if name not in ("op", "method"))
         return RecipeError(items[0]["msg"], where=at, exists=own)
     what = f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}"
-    return RecipeError(what, where=at, fix=number_meant(items))
+    return RecipeError(what, where=at, fix=number_meant(items) or _range_of(kind, key))
+
+
+def _range_of(kind: type[BaseModel], key: Any) -> str:
+    """How to give a number that has two limits; "" for another field."""
+    limits = kind.model_fields[key].metadata if key in kind.model_fields else []
+    found = {name: getattr(each, name) for each in limits for name in LIMITS if hasattr(each, name)}
+    words = [f"{LIMITS[name]} {found[name]:g}" for name in LIMITS if name in found]
+    return f"a number {', '.join(words)}" if len(words) > 1 else ""
 
 
 def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:

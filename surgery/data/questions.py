@@ -142,6 +142,8 @@ def read_questions(file: str | Path) -> list[Question]:
         SurgeryError: there is no such file, it has no questions, or some lines are no questions. The error lists all
             faulty lines, the first 20 with the reason.
     """
+    if not Path(file).exists():
+        raise TextError("no such file of questions", where=str(file), fix=f"a JSONL file, whose lines are {FORMAT}")
     questions, faults = [], []
     for line_number, line in enumerate(load_text(Path(file)).text.split("\n"), 1):
         if not line.strip():

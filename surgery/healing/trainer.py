@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 SCALAR_RATE = 10.0
 # The surgery's own parameters that are weights of projections: routers, and the base's heads of a mixture (WGQA).
 WEIGHTS_OF_PROJECTIONS = (
-    *(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance")),
+    *(name for name in ROUTERS if not name.endswith(("bias", "temperature"))),
     HEADS,
 )
 

@@ -13,7 +13,7 @@ from surgery.errors import ModelMismatchError, ModelNotFoundError, RecordError, 
 from surgery.evaluation.probes import main
 from surgery.healing.distributed import Ranks
 from surgery.healing.parameters import touched
-from surgery.healing.plan import rows_each
+from surgery.healing.plan import refuse_long_rows, rows_each
 from surgery.io.safetensors import TORCH_NAMES
 from surgery.machine.placement import refuse_for_training
 from surgery.report.report import Report
@@ -25,24 +25,18 @@ if TYPE_CHECKING:
 
 
 def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
-    """Raise where settings do not fit: rows, processes, the tracker for metrics, the scores during training.
+    """Raise where settings do not fit: processes, the tracker for metrics, the scores during training.
 
     Args:
         config: the model's config.
         judged_by: the recipe's `evaluate`.
 
     Raises:
-        SurgeryError: rows are longer than the model has positions, the tracker to report to is not installed, or the
-            run's device is not the one on which the Trainer trains.
+        SurgeryError: as `refuse_long_rows` raises it, the tracker to report to is not installed, or the run's device
+            is not the one on which the Trainer trains.
         TrainingError: the rows of a step cannot be shared evenly by the processes.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and heal.length > positions:
-        raise SettingError(
-            f"rows of {heal.length} tokens are longer than the model, which has {positions} positions",
-            where="heal.length",
-            fix=f"heal.length={positions}",
-        )
+    refuse_long_rows(heal, config)
     refuse_for_training()
     rows_each(heal, Ranks().count)
     _refuse_report_to(heal.report_to)

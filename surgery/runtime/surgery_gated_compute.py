@@ -211,8 +211,9 @@ def _validation_error(config, layer: dict, groups: list[int]) -> str:
     else:
         if gate["unit"] not in ("head", "kv_group"):
             return f"has a gate with unit {gate['unit']!r}, which is head or kv_group"
-        if gate.get("router", "linear") not in ROUTER_KINDS:
-            return f"has a gate with router {gate['router']!r}, which is {' or '.join(ROUTER_KINDS)}"
+        router, weighs = gate.get("router", "linear"), gate.get("weighs", True)
+        if router not in ROUTER_KINDS or type(weighs) is not bool:
+            return f"has a gate with router {router!r} ({' or '.join(ROUTER_KINDS)}) and weighs {weighs!r} (a bool)"
         count, shared = len(groups) if gate["unit"] == "kv_group" else sum(groups), gate["shared"]
         valid = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
         if not valid or len({*shared}) < len(shared) or len(shared) >= count:
@@ -269,9 +270,9 @@ def before(module, args, kwargs) -> None:
         if saves and batch * length >= ROWS:
             call.on = gate.of_heads(torch.cat([chosen.new_ones(batch, length, len(gate.shared)), chosen], dim=-1))
             flat = chosen.permute(2, 0, 1).reshape(-1, length)
-            on_tokens = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
-            units = range(gate.units)
-            call.rows = [[None if unit in gate.shared else next(on_tokens) for _ in range(batch)] for unit in units]
+            tokens = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
+            always = [unit in gate.shared for unit in range(gate.units)]
+            call.rows = [[None if on else next(tokens) for _ in range(batch)] for on in always]
     if call.work is not None:
         _count_inputs(module, call.work, batch * length)
 
@@ -427,7 +428,7 @@ class Gates(Part):
 
     An entry has `gate`: {"kind": "moh", "unit": "head" or "kv_group", "shared": [units that are always on], "active":
     number of routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}. A gate of kind "moh" may have
-    "router": "norm"; it is "linear" without.
+    "router": "norm" (else it is "linear") and "weighs": false (else it is true).
     """
 
     keys = ("gate",)

@@ -8,7 +8,8 @@
           every gate is exactly 1 or 0: the router only chooses. In training the choice has a gradient
           (`Gate.learning`), so that a loss of the model moves the router from the first step on. A router of kind
           "norm" has no weights: in place of W_r x + b stands the norm of the unit's query (before norm and RoPE),
-          divided by the standard deviation of these norms over the routed heads.
+          divided by the standard deviation of these norms over the routed heads. Gates that never weigh have no tau,
+          W_s and W_0: with a router of kind "norm" they have no parameters, as in MoH's code for LLMs.
     mae   a mixture of H experts, each of which is all heads but one: g_h = H / (H - 1) (1 - softmax(W x + b)_h).
           hard: the head with the largest weight is off, the others are on. Hard gates are soft in training
           (`Gate.learning`), since a choice has no gradient.
@@ -34,17 +35,12 @@ import torch
 from torch.nn.functional import linear
 
 # The parameters of a gate.
-ROUTERS = (
-    "surgery_router",
-    "surgery_router_bias",
-    "surgery_router_temperature",
-    "surgery_shared_router",
-    "surgery_balance",
-)
+PARAMETERS = ("router", "router_bias", "router_temperature", "shared_router", "balance")
+ROUTERS = tuple(f"surgery_{name}" for name in PARAMETERS)
 # A comparison with NaN would silently choose some heads.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
 FIELDS = {"moh": {"kind", "unit", "shared", "active"}, "mae": {"kind", "hard", "rescale"}}
-OPTIONAL = {"moh": {"router"}, "mae": set()}
+OPTIONAL = {"moh": {"router", "weighs"}, "mae": set()}
 ROUTER_KINDS = ("linear", "norm")
 
 
@@ -59,6 +55,7 @@ class Gate:
         active: how many routed units are on for a token.
         hard, rescale: mae only. hard: the head with the largest weight is off. rescale: the others count H / (H - 1).
         router: "linear", or for moh "norm": the norm of the unit's query.
+        weighs: moh only. False: every gate is 1 or 0, also after training.
     """
 
     kind: str
@@ -68,6 +65,7 @@ class Gate:
     hard: bool = False
     rescale: bool = True
     router: str = "linear"
+    weighs: bool = True
     _indices: dict = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -75,8 +73,8 @@ class Gate:
         """The gate that a layer's entry `gate` describes; `groups`: how many query heads read each KV head."""
         units = groups if entry.get("unit") == "kv_group" else [1] * sum(groups)
         if entry["kind"] == "moh":
-            router = entry.get("router", "linear")
-            return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"], router=router)
+            options = {name: entry[name] for name in OPTIONAL["moh"] if name in entry}
+            return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"], **options)
         return cls("mae", tuple(units), hard=entry["hard"], rescale=entry["rescale"])
 
     @cached_property
@@ -100,9 +98,9 @@ class Gate:
         shapes = {}
         if self.router == "linear":
             shapes = {"surgery_router": [len(self.routed), hidden], "surgery_router_bias": [len(self.routed)]}
-        if self.kind == "moh":
+        if self.kind == "moh" and self.weighs:
             shapes["surgery_router_temperature"] = [1]
-        if self.shared:
+        if self.shared and self.weighs:
             shapes |= {"surgery_shared_router": [len(self.shared), hidden], "surgery_balance": [2, hidden]}
         return shapes
 
@@ -147,6 +145,8 @@ class Gate:
             if self.hard:
                 return chosen.to(logits.dtype) * self._scale
             return (self.units - softmax_times_count(logits)) / (self.units - 1)
+        if not self.weighs:
+            return torch.nn.functional.pad(chosen.to(logits.dtype), (len(self.shared), 0), value=1.0)
         scores = parameters["router_temperature"].to(logits.dtype) * logits
         routed = softmax_times_count(scores.masked_fill(~chosen, -torch.inf), self.active)
         if not self.shared:
@@ -162,7 +162,8 @@ class Gate:
 
         moh: `weights`, equal to the bit. Which units are on has no gradient, and with tau at 0 the weights of those
         that are on have none either. So a routed unit's gate is multiplied by 1 + s - sg(s), where s is the softmax of
-        all routed logits times `active`, and sg stops the gradient. A unit that helps is then chosen more often.
+        all routed logits times `active`, and sg stops the gradient (a straight-through estimator, as the paper has it
+        for LLMs). A unit that helps is then chosen more often.
 
         mae: the soft gates of the mixture. Without `rescale`, hard gates count 1, and soft ones 1 - softmax: the mean
         of the hard gates if expert h is drawn with probability softmax_h.

@@ -131,7 +131,8 @@ def test_the_plan_names_them(surgery, model, long_text):
     assert "heal: in 25% of the rows something said earlier comes back, 5 of 20 rows" in shown
     plan = surgery("plan", "gqa-distill", model, "heal.recall=0.25", *asked, "--json").json["heal"]
     assert (plan["recall_rows"], plan["settings"]["recall"]) == (5, 0.25)
-    clock = " ".join(surgery("plan", "gqa-distill", model, "heal.recall=0.25", "heal.minutes=1").out.split())
+    fits = ("heal.recall=0.25", "heal.length=1024")
+    clock = " ".join(surgery("plan", "gqa-distill", model, *fits, "heal.minutes=1").out.split())
     assert "in 25% of the rows something said earlier comes back (passages" in clock
     assert "comes back" not in surgery("plan", "gqa-distill", model, "heal.recall=0", *asked).out
 
@@ -139,6 +140,7 @@ def test_the_plan_names_them(surgery, model, long_text):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
+        (("heal.length=2048",), ["rows of 2048 tokens are longer than the model", "heal.length=1024"]),
         (("heal.length=32",), ["heal.length 32 is too short for heal.recall", "heal.length=64"]),
         (
             ("heal.self_tokens=100", "heal.data=self", "heal.length=64"),

@@ -40,8 +40,9 @@ def entry(model, gate: dict) -> dict:
     units = kv_heads if gate.get("unit") == "kv_group" else heads
     routed = units - len(gate.get("shared", []))
     shapes = {"surgery_router": [routed, hidden], "surgery_router_bias": [routed]} if "router" not in gate else {}
-    shapes |= {"surgery_router_temperature": [1]} if gate["kind"] == "moh" else {}
-    if gate.get("shared"):
+    weighs = gate.get("weighs", True)
+    shapes |= {"surgery_router_temperature": [1]} if gate["kind"] == "moh" and weighs else {}
+    if gate.get("shared") and weighs:
         shapes |= {"surgery_shared_router": [len(gate["shared"]), hidden], "surgery_balance": [2, hidden]}
     return {"gate": gate, "parameters": shapes}
 
@@ -52,6 +53,10 @@ def moh(shared, active, unit="head") -> dict:
 
 def by_norm(*settings) -> dict:
     return moh(*settings) | {"router": "norm"}
+
+
+def choosing(gate: dict) -> dict:
+    return gate | {"weighs": False}
 
 
 def mae(hard: bool, rescale: bool = True) -> dict:
@@ -99,6 +104,9 @@ def brute_force(x, module, gate: dict, heads: int, kv_heads: int) -> list[float]
         ]
         logits = [norm / statistics.stdev(norms) if len(norms) > 1 else norm for norm in norms]
     best = sorted(range(len(routed)), key=lambda i: (-logits[i], i))[: gate["active"]]
+    if not gate.get("weighs", True):
+        on = {*shared, *(routed[i] for i in best)}
+        return [float(head * units // heads in on) for head in range(heads)]
     temperature = float(parameter["surgery_router_temperature"])
     values = dict.fromkeys(range(units), 0.0)
     for i, p in zip(best, softmax([temperature * logits[i] for i in best]), strict=True):
@@ -176,6 +184,8 @@ GATES = {
     "all on": [moh([2], 7), moh([], 8)],
     "groups": [moh([2], 1, "kv_group"), moh([], 3, "kv_group")],
     "norm": [by_norm([1, 6], 3), by_norm([], 2, "kv_group")],
+    "norm, never weighed": [choosing(by_norm([1, 6], 3)), choosing(by_norm([], 2, "kv_group"))],
+    "never weighed": [choosing(moh([1, 6], 3)), choosing(moh([], 2, "kv_group"))],
     "soft": [mae(False), None],
     "hard": [mae(True), mae(True, False)],
 }
@@ -210,7 +220,8 @@ def test_random_settings(bases, seed, monkeypatch):
         units = heads if unit == "head" else kv_heads
         shared = draw.sample(range(units), draw.randint(0, units - 1))
         kind = draw.choice([moh, moh, by_norm])
-        gates.append(draw.choice([kind(shared, draw.randint(1, units - len(shared)), unit), mae(draw.random() < 0.7)]))
+        routing = kind(shared, draw.randint(1, units - len(shared)), unit)
+        gates.append(draw.choice([routing, choosing(routing), mae(draw.random() < 0.7)]))
     model = gated(base, gates, seed)
     ids, mask = batch(base, draw.choice([(0,), (0, 3), (9, 0, 1)]))
     length = draw.randint(2, 45)
@@ -359,7 +370,7 @@ def test_gradients_of_gates_and_load_balance():
 
 
 def test_the_choice_has_the_gradient_of_its_formula():
-    """MoH's code for LLMs: 1[on] (1 + s - sg(s)), s the softmax of the routed logits times the number that is on."""
+    """1[on] (1 + s - sg(s)), s the softmax of the routed logits times the number that is on."""
     generator, gate = torch.Generator().manual_seed(0), Gate("moh", (1,) * 6, (1, 4), 2)
     logits = torch.randn(5, 4, generator=generator).double().requires_grad_()
     cost, fixed = (torch.randn(5, 6, generator=generator).double() for _ in range(2))
@@ -394,6 +405,29 @@ def test_the_models_loss_alone_moves_every_router_from_the_start(router, granula
         assert module.surgery_router_temperature.item() == 0
         for name in ("surgery_router", "surgery_router_bias"):
             assert getattr(module, name).grad.abs().max() > 0, name
+
+
+def test_the_models_loss_alone_moves_the_queries_of_a_router_of_norms():
+    """It has no parameters: the gradient of the choice reaches the query projection, which makes the norms."""
+    base = TINY["llama"](vocab_size=258)
+    model, plain = (copy.deepcopy(base) for _ in range(2))
+    package.apply(
+        {"version": 1, "name": "x", "operations": [{"op": "moh", "router": "norm", "shared": "first"}]}, model
+    )
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in plain.named_parameters()}
+    ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    gradients, logits = [], []
+    for training in (False, True):
+        model.zero_grad()
+        out = model.train(training)(ids, labels=ids)
+        out.loss.backward()
+        logits.append(out.logits.detach())
+        gradients.append([m.q_proj.weight.grad.clone() for m in runtime.attention_modules(model)])
+    assert torch.equal(*logits)
+    for fixed, moved in zip(*gradients, strict=True):
+        assert (moved - fixed).norm() > 0.01 * fixed.norm()
+    with torch.no_grad():
+        assert (logits[0] - plain.eval()(ids).logits).abs().max() > 0.01, "some heads are off"
 
 
 def test_load_balance_by_loops():

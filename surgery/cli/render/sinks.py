@@ -70,6 +70,8 @@ def _mean(values: list[float]) -> float:
 
 
 def _rates(sink_map: SinkMap) -> list[str]:
+    from surgery.calibration.sinks import RATED
+
     count = len(sink_map.rates[0])
     layers = sink_map.rates
     means = [_mean([rates[place] for rates in layers]) for place in range(count)]
@@ -78,6 +80,8 @@ def _rates(sink_map: SinkMap) -> list[str]:
         f"sink rate: share of heads and texts where a key's mean weight is above {sink_map.epsilon:g}, "
         f"in the first {count} tokens, the last of which few queries see"
     )
+    if count < RATED:
+        what += f". The texts are too short for the paper's rate, which reads {RATED} tokens"
     if not best:
         return [what, "  no position of any layer"]
     lines = [what]

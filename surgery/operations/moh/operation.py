@@ -165,6 +165,7 @@ class Gated(Operation):
             unit = getattr(self, "granularity", "head")
             gate_entry = {"kind": "moh", "unit": unit, "shared": list(gate.shared), "active": gate.active}
             gate_entry |= {"router": gate.router} if gate.router != "linear" else {}
+            gate_entry |= {} if gate.weighs else {"weighs": False}
         return {"gate": gate_entry, "parameters": gate.shapes(model.config.get_text_config().hidden_size)}
 
 
@@ -179,6 +180,8 @@ class Moh(Gated):
         SKIPPED_BY_NORM,
     )
 
+    LATER: ClassVar[tuple[str, ...]] = ("shared",)
+
     op: Literal["moh"] = "moh"
     router: Literal["fit", "static", "random", "zero", "norm"] = Field(
         "fit",
@@ -186,7 +189,13 @@ class Moh(Gated):
         "random (a control); zero (for training); norm: the norm of the head's query, as in MoH's code for LLMs.",
     )
     gates: Literal["choose", "weigh"] = Field(
-        "choose", description="choose: the heads that are on count fully; weigh: by the softmax of the router."
+        "choose",
+        description="choose: the heads that are on count fully (a router with weights may learn to weigh them in "
+        "training); weigh: by the softmax of the router.",
+    )
+    shared: Literal["measured", "first"] = Field(
+        "measured",
+        description="Which heads are on for all tokens. first: those of the lowest numbers, as in the paper.",
     )
     active_ratio: float = Field(0.67, gt=0, le=1, description="Share of the heads that are on for a token.")
     shared_ratio: float = Field(0.25, ge=0, lt=1, description="Share of the heads that are on for all tokens.")
@@ -258,7 +267,7 @@ class Moh(Gated):
             f"{shared} of them for every token; a layer has {shown}"
         )
         router = f"{len(layers)} of {len(anatomy.layers)} layers have a router: {self.router}"
-        measured = self._measures or shared > 0
+        measured = self._measures or (shared > 0 and self.shared == "measured")
         notes = self._notes(anatomy, [(on, self._units(layer)) for layer, (on, _) in zip(layers, counts, strict=True)])
         gates = [self._gate(layer, *pair, tuple(range(pair[1]))) for layer, pair in zip(layers, counts, strict=True)]
         more = self._parameters(anatomy, gates)
@@ -284,7 +293,9 @@ class Moh(Gated):
 
         groups = [len(group) for group in groups_of(layer)]
         units = tuple(groups) if self.granularity == "kv_group" else (1,) * layer.heads
-        return Gate("moh", units, which, on - shared, router="norm" if self.router == "norm" else "linear")
+        norm = self.router == "norm"
+        kind = {"router": "norm", "weighs": self.gates == "weigh"} if norm else {}
+        return Gate("moh", units, which, on - shared, **kind)
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
@@ -292,8 +303,10 @@ class Moh(Gated):
 
         anatomy = Anatomy.of(model)
         counts = zip(self._layers(anatomy), self._counts(anatomy), strict=True)
-        weight = 1.0 if self.gates == "weigh" else 0.0
-        planned = {layer.index: Planned(self._gate(layer, *pair), pair[1], weight) for layer, pair in counts}
+        weight, planned = 1.0 if self.gates == "weigh" else 0.0, {}
+        for layer, (on, shared) in counts:
+            first, measured = (tuple(range(shared)), 0) if self.shared == "first" else ((), shared)
+            planned[layer.index] = Planned(self._gate(layer, on, shared, first), measured, weight)
         return self._install_gates(model, anatomy, planned, context)
 
 
@@ -382,12 +395,12 @@ def _still_computed(anatomy: Anatomy, router: str) -> list[str]:
 
 
 def unmeasured(model, planned: dict[int, Planned], router: str, seed: int) -> dict:
-    """The gates of `route` if nothing is measured: no unit is shared, and the router is random or zero."""
+    """The gates of `route` if nothing is measured: shared units are known, and the router is not fitted."""
     import torch
 
     hidden, draw = model.config.get_text_config().hidden_size, torch.Generator().manual_seed(seed)
     routed = {}
     for layer, plan in planned.items():
-        values = torch.randn(plan.gate.units, hidden, generator=draw, dtype=torch.float64) * hidden**-0.5
+        values = torch.randn(len(plan.gate.routed), hidden, generator=draw, dtype=torch.float64) * hidden**-0.5
         routed[layer] = (plan.gate, ({"router": values} if router == "random" else {}) | plan.start)
     return routed

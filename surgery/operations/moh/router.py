@@ -129,8 +129,8 @@ class Planned:
     """A layer's gate before the measurement.
 
     Attributes:
-        gate: the gate, without its shared units.
-        shared: the number of units that will be shared.
+        gate: the gate, without the shared units that the measurement chooses.
+        shared: the number of these units.
         temperature: tau of the gate at its start; 0: units that are on count fully.
     """
 
@@ -228,7 +228,7 @@ def _route_layer(
     """
     train, validation = moments
     means, gate = (train + validation).means, planned.gate
-    shared = sorted(means.argsort(descending=True, stable=True)[: planned.shared].tolist())
+    shared = list(gate.shared) or sorted(means.argsort(descending=True, stable=True)[: planned.shared].tolist())
     gate = replace(gate, shared=tuple(shared), _indices={})
     if gate.router == "norm":
         return gate, planned.start, {}

@@ -385,6 +385,42 @@ def test_a_norm_needs_a_query_projection(family, part):
         package.plan(steps, model)
 
 
+@pytest.mark.parametrize("router", ["norm", "zero", "fit"])
+def test_shared_heads_may_be_the_first(router):
+    """Then nothing is measured for them; router=norm needs no text and adds no parameter, as MoH's code for LLMs."""
+    model, tokenizer = TINY["llama"](vocab_size=258), byte_tokenizer() if router == "fit" else None
+    step = moh(router=router, active_ratio=0.5, shared_ratio=0.25, **(QUICK | {"shared": "first"}))
+    plan = package.plan(recipe(step), model)
+    assert plan.measured == (router == "fit")
+    before = sum(p.numel() for p in model.parameters())
+    package.apply(recipe(step), model, tokenizer=tokenizer)
+    for module in attention_modules(model):
+        assert module.surgery_gate.shared == (0, 1)
+        assert module.surgery_gate.active == 2
+        assert hasattr(module, "surgery_router_temperature") == (router != "norm")
+        if router == "fit":
+            assert module.surgery_router.abs().max() > 0
+    added = sum(p.numel() for p in model.parameters()) - before
+    assert (added == 0) == (router == "norm")
+    assert plan.parameters_after == before + added
+    if router == "norm":
+        heal = {
+            "method": "full",
+            "steps": 2,
+            "length": 32,
+            "batch_tokens": 64,
+            "data": "builtin",
+            "learning_rate": 0.01,
+        }
+        package.heal(model, TINY["llama"](vocab_size=258), tokenizer=byte_tokenizer(), settings=heal)
+        gates = []
+        for module in attention_modules(model):
+            module.register_forward_hook(lambda each, *_: gates.append(each.surgery_call.gates), prepend=True)
+        with torch.no_grad():
+            model.eval()(torch.randint(3, 200, (1, 20), generator=torch.Generator().manual_seed(0)))
+        assert all(set(values.unique().tolist()) == {0.0, 1.0} for values in gates)
+
+
 @pytest.mark.parametrize("shared", [0.0, 0.25])
 @pytest.mark.parametrize("router", ["norm", "random", "static"])
 def test_gates_that_weigh_begin_with_a_temperature(router, shared):

@@ -126,7 +126,7 @@ def test_the_plan_says_how_often():
         ({"rescore": 0.1, "scores": "random"}, "drop rescore, or scores: gradient or ablation"),
         ({"rescore": 0.1, "heads": [[0], []], "per_layer": None}, "heads are listed"),
         ({"rescore": 0.0}, "rescore should be greater than 0"),
-        ({"rescore": 1.5}, "rescore should be at most 1"),
+        ({"rescore": 1.5}, "rescore should be at most 1; it is 1.5\n  to fix: a number above 0, up to 1"),
         ({"rescore": "often"}, "rescore should be a number"),
     ],
 )
