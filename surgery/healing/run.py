@@ -41,6 +41,7 @@ from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
 from surgery.healing.record import of_metrics
+from surgery.healing.sparse_attention import keys_read
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
 from surgery.healing.trackers import Trackers
 from surgery.healing.trainer import (
@@ -108,6 +109,7 @@ def train(model, job: HealRun) -> dict:
         text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
+        record |= keys_read(Anatomy.of(model), packed)
         record |= {"in_full": summed_up(set(trained.parameters) - mixing.keys())}
         if trained.started:
             count = sum(model.get_parameter(name).numel() for name in trained.started)

@@ -9,8 +9,10 @@ Source: Lu et al. 2025, "MoBA", arXiv 2502.13189, section 3.2.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SettingError
@@ -19,6 +21,7 @@ from surgery.operations.sparse_prefill.prompt_share import block_of, dense_until
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
     from surgery.config.heal import Heal
+    from surgery.data.packing import Packed
 
 SPARSE, FULL = "text_loss_sparse", "text_loss_full"  # names in metrics.jsonl
 
@@ -73,6 +76,23 @@ def plan_lines(heal: Heal, anatomy: Anatomy) -> tuple[str, ...]:
         last = f"{1 - heal.full_from:.0%} of the time" if step is None else f"{steps - step:,} of {steps:,} steps"
         found.append(f"heal: attention is sparse at first, and full in the last {last}")
     return tuple(found)
+
+
+def keys_read(anatomy: Anatomy, rows: Packed) -> dict[str, float]:
+    """The share of the keys before it that a query reads, a mean over the queries and keys of the rows and over the
+    layers in which the settings alone determine it; {} where there is none.
+
+    A document of a row is a text of its own, so that short ones are read whole whatever the length of a row.
+    """
+    if not (exact := [entry for entry in entries(anatomy) if entry.get("exact")]):
+        return {}
+    lengths: Counter[int] = Counter()
+    for positions in rows.positions:
+        begins = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+        lengths.update(after - before for before, after in pairwise(begins))
+    pairs = {length: count * length * (length + 1) / 2 for length, count in lengths.items()}
+    read = [sum(share_read(entry, length) * share for length, share in pairs.items()) for entry in exact]
+    return {"keys_read": sum(read) / len(read) / sum(pairs.values())}
 
 
 def sparse_modules(model) -> list:

@@ -6,6 +6,7 @@ import shlex
 
 from surgery.errors import all_of
 from surgery.healing import losses
+from surgery.operations.sparse_prefill.prompt_share import NEARLY_ALL
 
 CURVE = "healing/loss.png"  # the picture that `surgery heal` draws
 
@@ -115,7 +116,7 @@ def _how(record: dict) -> list[str]:
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"
         lines.append(f"The updates alone are in `adapter/`; they load on the model as it was before them{before}")
     if attention := record.get("attention"):
-        lines += _attention(attention)
+        lines += _attention(attention, record.get("keys_read"))
     if record.get("ended_by") == "gate":
         lines.append("It ended early, when a part of the held-out text passed the gate")
     if None not in (loss.get("first"), loss.get("last")):
@@ -134,11 +135,14 @@ def _texts(data: dict) -> str:
     return all_of(each)
 
 
-def _attention(record: dict) -> list[str]:
+def _attention(record: dict, keys_read: float | None) -> list[str]:
     """How a model with sparse prefill was trained, and what both kinds of attention make of the text."""
     sparse, full, loss = record["sparse_steps"], record["full_steps"], record["text_loss"]
     steps = f"Attention was sparse in {sparse:,} steps" if sparse else "Attention was never sparse"
     then = f" and full in the {'last ' * bool(sparse)}{full:,}" if full else " and never full"
+    if sparse and keys_read is not None:
+        then += f". In its documents a query reads {keys_read:.0%} of the keys before it"
+        then += ": they are too short to be read sparsely" * (keys_read > NEARLY_ALL)
     return [
         steps + then,
         f"At the end, {loss['tokens']:,} tokens of the training text have a loss of {loss['sparse']:.3f} nats a token "

@@ -13,8 +13,11 @@ from tokenizers_of_bytes import byte_tokenizer
 
 import surgery as package
 from surgery.api import heal as run_heal
+from surgery.architecture.anatomy import Anatomy
+from surgery.data.packing import Packed
 from surgery.errors import SurgeryError
 from surgery.healing.callbacks import HealCallback, read
+from surgery.healing.sparse_attention import keys_read
 from surgery.healing.trainer import Clock, HealTrainer
 from surgery.report.report import Report
 from surgery.runtime.modeling_surgery import attention_modules
@@ -182,6 +185,12 @@ def test_the_card_and_the_plan_say_it(healing, surgery, model, text, tmp_path):
     assert "Attention was sparse in 6 steps and full in the last 2." in card
     assert f"a loss of {loss['sparse']:.3f} nats a token with sparse attention and of {loss['full']:.3f} with" in card
     assert "in the steps with sparse attention." in card
+    assert f"In its documents a query reads {report.data['heal']['keys_read']:.0%} of the keys before it." in card
+    short = healing("short", "length=16", "batch_tokens=32").data["heal"]["keys_read"]
+    assert short == 1
+    assert (
+        "reads 100% of the keys before it: they are too short to be read" in (tmp_path / "short/README.md").read_text()
+    )
     curve = [line["loss"] for line in lines(tmp_path / "healed")]
     assert report.data["heal"]["loss"] == {"first": curve[0], "last": curve[5]}, (
         "of six sparse steps, not of full ones"
@@ -198,6 +207,23 @@ def test_the_card_and_the_plan_say_it(healing, surgery, model, text, tmp_path):
     assert "and full in the last 10% of the time" in " ".join(timed.out.split())
 
 
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_how_much_of_the_documents_is_read(top):
+    """By loops over their queries, which read their own block up to themselves and so many blocks before it."""
+    model = TINY["llama"]()
+    package.apply(recipe(top=top), model)
+    lengths = [64, 20, 44, 7, 5, 52, 64]  # four rows of 64
+    read = pairs = 0
+    for length in lengths:
+        for place in range(length):
+            block, inside = divmod(place, 16)
+            read += inside + 1 + 16 * min(block, top - 1)
+            pairs += place + 1
+    rows = Packed([[1] * length for length in lengths], 64)
+    assert keys_read(Anatomy.of(model), rows)["keys_read"] == pytest.approx(read / pairs, abs=1e-12)
+    assert keys_read(Anatomy.of(TINY["llama"]()), rows) == {}
+
+
 @pytest.mark.parametrize("share", ["-0.1", "1.1", "'much'", "true"])
 def test_a_share_that_is_none(refused, model, share):
     refused("plan", "moba-heal", model, f"heal.full_from={share}", says=["full_from"])
@@ -205,7 +231,7 @@ def test_a_share_that_is_none(refused, model, share):
 
 def test_a_switch_where_nothing_is_sparse_is_refused(refused, surgery, model, text, tmp_path):
     says = ["full_from switches sparse prefill off, and no layer of this model has it", "heal.full_from=null"]
-    refused("plan", "gqa-distill", model, "heal.full_from=0.9", says=says)
+    refused("plan", "gqa-distill", model, "heal.full_from=0.9", "heal.length=1024", says=says)
     assert surgery("apply", "mqa", model, "-o", "out", "--no-check", "--no-eval", "-q").code == 0
     asked = (f"data={text}", "steps=2", "length=16", "batch_tokens=16", "full_from=0.9")
     refused("heal", "out", "-o", "healed", "--base", model, *asked, says=says)
