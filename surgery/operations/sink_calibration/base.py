@@ -118,7 +118,8 @@ class SinkCalibration(Variants, Operation):
         if reason := unsupported(anatomy):
             return [f"sink_calibration: {reason}"]
         problems, count = [], len(anatomy.layers)
-        if wrong := [layer for layer in self.layers or [] if layer >= count]:
+        listed = self.layers if isinstance(self.layers, list) else []
+        if wrong := [layer for layer in listed if layer >= count]:
             problems.append(f"layers {wrong}: there are layers 0 to {count - 1}")
         chosen = [anatomy.layers[i] for i in self._layers(anatomy) if i < count]
         for names in map(query_names, chosen):

@@ -199,10 +199,10 @@ class Act(Reweighting):
     )
 
     method: Literal["act"]
-    layers: list[WholeNumber] | None = Field(
+    layers: list[WholeNumber] | Literal["paper"] | None = Field(  # type: ignore[assignment]
         None,
-        description="Layers that are changed; default from the third to the last but one, as in the paper's code; "
-        "null: all.",
+        description="Layers that are changed; null: all. Where it is not set, paper: from the third to the last but "
+        "one, as in the paper's code.",
     )
     objective: Objective = "ce"
     beta: Beta | None = Field(
@@ -256,7 +256,7 @@ class Act(Reweighting):
     @property
     def given_layers(self) -> bool:
         """Whether somebody said which layers; null says all."""
-        return "layers" in self.model_fields_set
+        return "layers" in self.model_fields_set and self.layers != "paper"
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         """Probes and thresholds on half of the texts, their agreement on the other half, and the choice of heads."""
@@ -283,7 +283,7 @@ class Act(Reweighting):
             ]
         if not self.given_layers and len(targets) < len(anatomy.layers):
             layers = self._layers(anatomy)
-            notes.append(f"layers {layers[0]} to {layers[-1]} by default, as in the paper's code; layers=null for all")
+            notes.append(f"layers {layers[0]} to {layers[-1]}, as in the paper's code; layers=null for all")
         return f"sinks other than the first token in up to {many}: {how}", notes
 
     def shapes(self, layer: LayerAnatomy) -> Shapes:

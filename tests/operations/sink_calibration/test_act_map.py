@@ -534,22 +534,23 @@ def test_layers_by_default_and_as_given():
     assert layers(4) == [2]
     assert layers(3) == [0, 1, 2]
     assert layers(1) == [0]
+    assert layers(6, layers="paper") == [2, 3, 4]
     assert layers(6, layers=None) == list(range(6))
     assert layers(6, layers=[5, 0]) == [0, 5]
     assert recipes.load("act").operations[0].layers is None, "its figures on the pages are of all layers"
     planned = package.plan(recipe(sink("act", find="map")), TINY["llama"](num_hidden_layers=6))
-    assert any("layers 2 to 4 by default" in line for line in map(str, planned.to_dict()["notes"]))
+    assert any("layers 2 to 4, as in the paper" in line for line in map(str, planned.to_dict()["notes"]))
 
 
 def test_a_plan_names_the_rule(surgery, model):
     said = surgery("plan", "act", model, "find=map").out
     assert "above 5 / N" in said
     assert "fills the empty cache" in " ".join(said.split())
-    assert "by default" not in said
+    assert "as in the paper's code" not in said
 
 
 def test_a_record_says_layers_only_if_somebody_did():
-    for fields, kept in (({}, {}), ({"layers": None}, {"layers": None}), ({"layers": [1]}, {"layers": [1]})):
+    for fields, kept in (({}, {}), ({"layers": "paper"}, {"layers": "paper"}), ({"layers": None}, {"layers": None}), ({"layers": [1]}, {"layers": [1]})):
         loaded = recipes.load(recipe(sink("act", **fields)))
         step = loaded.identity()["operations"][0]
         assert {key: step[key] for key in ("layers", "find", "trials") if key in step} == kept
