@@ -6,8 +6,9 @@ The model is converted by `moh` once, with the router of `--router`. Each healin
 `--tokens` tokens of `--data` towards the base's probabilities; in the control `heal.freeze` holds the routers. The
 table gives the loss above the base on held-out windows of each text. "old routers" is the model with trained routers,
 whose routers are then set back to those of the start. "other heads" is the share of tokens for which a layer of that
-model chooses other heads than the old routers would; it is the mean over layers, on the first text. `--out` holds
-what was measured so far, and the same command resumes.
+model chooses other heads than the old routers would; it is the mean over layers, on the first text. `--router norm` is
+the paper's form for LLMs, whose routers have no weights: there is no control, and no old router. `--out` holds what was
+measured so far, and the same command resumes.
 """
 
 import argparse
@@ -34,7 +35,7 @@ parser.add_argument("--tokens", type=int, default=32768)
 parser.add_argument("--batch-tokens", type=int, default=512)
 parser.add_argument("--data", default="builtin", help="text to train on: builtin (its calibration part), self, a file")
 parser.add_argument("--balance", type=float, default=0.01)
-parser.add_argument("--router", default="fit", help="the router of the start: fit, random, zero")
+parser.add_argument("--router", default="fit", help="the router of the start: fit, random, zero, norm")
 parser.add_argument("--windows", type=int, default=4)
 parser.add_argument("--length", type=int, default=512)
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
@@ -88,7 +89,7 @@ def main() -> None:
     measured = Measured(options.out, {k: v for k, v in vars(options).items() if k not in ("out", "seeds")})
     tokenizer, start = surgery.load_tokenizer(path), options.out.with_name(f"{options.out.stem}-start")
     if not start.is_dir():
-        chosen = [f"router={options.router}"]
+        chosen = [f"router={options.router}", *(["shared=first"] if options.router == "norm" else [])]
         surgery.apply("moh", path, overrides=chosen, output=start, gate=False, check=False, evaluate=False)
 
     losses = partial(losses_on, options.texts, tokenizer=tokenizer, **counts)
@@ -100,7 +101,7 @@ def main() -> None:
         surgery.heal(start, path, output=folder, settings=settings, check=False, evaluate=False, overwrite=True)
         model, old = surgery.load(folder).eval(), routers(surgery.load(start))
         found: dict = {"losses": losses(model)}
-        if not freeze:
+        if not freeze and options.router != "norm":
             ids = windows(load_text(options.texts[0], part="held-out"), tokenizer, options.length, options.windows)
             found["other"] = share_of_other_heads(model, old, ids)
             set_back(model, old)
@@ -117,6 +118,9 @@ def main() -> None:
     print(f"| start | {above(first, base)} | |", flush=True)
     for seed in options.seeds:
         trained = measured.once(f"trained {seed}", partial(healed, seed, []))
+        if options.router == "norm":
+            print(f"| trained, seed {seed} | {above(trained['losses'], base)} | |", flush=True)
+            continue
         print(f"| routers train, seed {seed} | {above(trained['losses'], base)} | {trained['other']:.1%} |")
         print(f"| the same with old routers, seed {seed} | {above(trained['old'], base)} | |", flush=True)
         frozen = measured.once(f"frozen {seed}", partial(healed, seed, ["*surgery_router*"]))
