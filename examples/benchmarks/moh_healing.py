@@ -7,8 +7,8 @@ The model is converted by `moh` once, with the router of `--router`. Each healin
 table gives the loss above the base on held-out windows of each text. "old routers" is the model with trained routers,
 whose routers are then set back to those of the start. "other heads" is the share of tokens for which a layer of that
 model chooses other heads than the old routers would; it is the mean over layers, on the first text. `--router norm` is
-the paper's form for LLMs, whose routers have no weights: there is no control, and no old router. `--out` holds what was
-measured so far, and the same command resumes.
+the paper's form for LLMs, whose routers have no weights: there is no control, and no old router. `--out` holds what
+was measured so far, and the same command resumes.
 """
 
 import argparse

@@ -550,7 +550,12 @@ def test_a_plan_names_the_rule(surgery, model):
 
 
 def test_a_record_says_layers_only_if_somebody_did():
-    for fields, kept in (({}, {}), ({"layers": "paper"}, {"layers": "paper"}), ({"layers": None}, {"layers": None}), ({"layers": [1]}, {"layers": [1]})):
+    for fields, kept in (
+        ({}, {}),
+        ({"layers": "paper"}, {"layers": "paper"}),
+        ({"layers": None}, {"layers": None}),
+        ({"layers": [1]}, {"layers": [1]}),
+    ):
         loaded = recipes.load(recipe(sink("act", **fields)))
         step = loaded.identity()["operations"][0]
         assert {key: step[key] for key in ("layers", "find", "trials") if key in step} == kept
