@@ -17,6 +17,7 @@ BASES = {"deepseek_v3": ("llama", "mistral", "qwen2"), "ministral": ("llama", "m
 OF_CLASS = ("_tp_plan", "_ep_plan", "_pp_plan", "_no_split_modules")  # what a model copies from its class
 NOT_CARRIED = (
     "model_type", "architectures", "head_dim", "mlp_bias", "attention_bias", "transformers_version", "auto_map",
+    "layer_types", "sliding_window", "use_sliding_window", "max_window_layers",
 )  # fmt: skip
 OF_SOURCE = ("_name_or_path", "_commit_hash")  # where a config was read from
 FORWARDS = ("forward", "_old_forward")  # what a module holds itself where somebody wrapped it, as Accelerate does

@@ -147,7 +147,8 @@ def test_biases_of_one_kv_head_are_kept(family):
             if name.endswith("k_proj.bias"):
                 bias.mul_(-1)
         assert (base(TOKENS).logits - want).abs().max() > 0.1 * want.std(), "the biases matter"
-    for refit, tolerance in (([], 5e-6), (["q", "k", "o", "mlp"], 1e-4)):
+    # The refits' sums are in float32, in which so large biases cost digits.
+    for refit, tolerance in (([], 5e-6), (["q", "k", "o", "mlp"], 1e-3)):
         model = biased(family, 1)
         convert(model, rank=16, rope=16, refit=refit)
         assert (model.config.model_type, model.config.q_lora_rank) == ("deepseek_v3", 72)
@@ -174,6 +175,7 @@ def test_a_result_with_biases_saved_read_and_healed(family, tmp_path):
     assert (answer["logits"].double() - logits_of(model)).abs().max() <= 1e-4
     if family == "Qwen2":
         assert not any(layer.self_attn.o_proj.bias.any() for layer in model.model.layers)
+        assert not [name for name in vars(model.config) if "window" in name or name == "layer_types"]
     faster = copy.deepcopy(model)
     surgery.apply(recipe({"op": "absorb"}), faster)
     with torch.no_grad():
