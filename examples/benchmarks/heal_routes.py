@@ -6,7 +6,7 @@
 START is a folder that `surgery apply` wrote from BASE. Each route trains START for the same minutes (or `--steps`) on
 the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
 is scored every `--every` steps. The columns "at N min" have this loss after so many minutes; with `--steps`, there are
-columns for an eighth, a quarter and half of the steps. They have the last loss that was measured up to then. The
+also columns for an eighth, a quarter and half of the steps. They have the last loss that was measured up to then. The
 curves, nats against minutes and against tokens, are drawn next to `--out`. With `--data self`, the base writes
 `--write` tokens of text with each of `--text-seeds`, once for all routes; `--beside` names text files to train on
 beside them, which must not be held-out texts, or builtin (the calibration part of the built-in text). With
@@ -167,10 +167,12 @@ def run(route: str, seed: int, data: str, options) -> dict:
 
 def columns_over_time(options) -> dict[str, tuple[int, float]]:
     """Title -> (which number of a curve's points, and up to which value of it the last loss is taken)."""
+    wanted = [minutes for minutes in options.points if options.steps or minutes <= options.minutes]
+    columns = {f"at {minutes:g} min": (1, 60 * minutes) for minutes in wanted}
     if options.steps:
         tokens = options.batch_tokens // options.row * options.row  # of a step, in whole rows
-        return {f"at step {step}": (0, step * tokens) for step in (options.steps // part for part in (8, 4, 2))}
-    return {f"at {minutes:g} min": (1, 60 * minutes) for minutes in options.points if minutes <= options.minutes}
+        columns |= {f"at step {step}": (0, step * tokens) for step in (options.steps // part for part in (8, 4, 2))}
+    return columns
 
 
 def at(curve: list, column: int, most: float) -> str:
