@@ -563,10 +563,11 @@ def test_columns_of_heal_routes(monkeypatch):
     curve = [[100, 60.0, 9.0], [200, 290.0, 8.5], [300, 301.0, 8.0]]
     assert [heal_routes.at(curve, 1, 60 * minutes) for minutes in (0.5, 1, 5, 6)] == ["", "9.000", "8.500", "8.000"]
     assert [heal_routes.at(curve, 0, tokens) for tokens in (99, 100, 250)] == ["", "9.000", "8.500"]
-    options = Namespace(steps=440, batch_tokens=2048, row=1000)
-    assert list(heal_routes.columns_over_time(options).values()) == [(0, 110000), (0, 220000), (0, 440000)], (
-        "whole rows"
-    )
+    options = Namespace(steps=440, batch_tokens=2048, row=1000, points=[5, 40], minutes=10)
+    steps = [(0, 110000), (0, 220000), (0, 440000)]  # of whole rows
+    assert list(heal_routes.columns_over_time(options).values()) == [(1, 300), (1, 2400), *steps]
+    options.steps = None
+    assert heal_routes.columns_over_time(options) == {"at 5 min": (1, 300)}
     base = {"losses": [2.0], "judges": {"lookup": [[True, True, False], 0.5]}}
     healed = {"losses": [2.5], "judges": {"lookup": [[True, False, True], 1.25]}}
     assert heal_routes.cells(base, base) == ["2.000", "2 of 2 (0.50)"]
