@@ -48,7 +48,7 @@ def latent_problem(anatomy: Anatomy) -> str:
     if anatomy.surgical or not anatomy.alike:
         return "the layers of this model were changed before; start from its base"
     if odd := [each.biases for each in anatomy.layers if each.biases not in BIASES]:
-        return f"stock {STOCK} has biases in all projections or none, and this {anatomy.model_type} has: {odd[0]}"
+        return f"stock {STOCK} has biases in q, k and v or in none, and this {anatomy.model_type} has: {odd[0]}"
     if getattr(config, "mlp_bias", False):
         return f"stock {STOCK} has no biases in its MLP, and this {anatomy.model_type} has"
     if any(each.window is not None for each in anatomy.layers):
@@ -163,18 +163,18 @@ def vectors_at_scale(model) -> Iterator[None]:
     far down. A norm that does something, as that of a trained model, is left alone. All factors are powers of two, so
     that nothing is rounded.
     """
-    pairs = [
-        (attention.get_submodule(projection), attention.get_submodule(norm))
-        for attention in model.modules()
+    # By their paths: a training may put other modules in their places.
+    factors = {
+        (f"{path}.{projection}", f"{path}.{norm}"): _factor(getattr(attention, norm))
+        for path, attention in model.named_modules()
         for projection, norm in VECTORS
         if getattr(attention, norm, None) is not None
-    ]
-    factors = [_factor(norm) for _, norm in pairs]
-    _scale(pairs, factors)
+    }
+    _scale(model, factors)
     try:
         yield
     finally:
-        _scale(pairs, [1 / factor for factor in factors])
+        _scale(model, {paths: 1 / factor for paths, factor in factors.items()})
 
 
 def _factor(norm) -> float:
@@ -183,11 +183,16 @@ def _factor(norm) -> float:
     return 2.0 ** round(math.log2(weight / NORM_EPSILON**0.5)) if weight > LARGE else 1.0
 
 
-def _scale(pairs: list[tuple], factors: list[float]) -> None:
-    """Multiply the rows that make vectors, the first ones of their projections, and leave the model's function."""
+def _scale(model, factors: dict[tuple[str, str], float]) -> None:
+    """Multiply the rows that make vectors, the first ones of their projections, and leave the model's function.
+
+    Args:
+        factors: paths of the projection and of the norm of a vector -> factor.
+    """
     import torch
 
-    for (projection, norm), factor in zip(pairs, factors, strict=True):
+    for paths, factor in factors.items():
+        projection, norm = map(model.get_submodule, paths)
         with torch.no_grad():
             projection.weight[: len(norm.weight)] *= factor
             if projection.bias is not None:

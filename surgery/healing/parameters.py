@@ -207,6 +207,9 @@ def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table, every_n
         for letter in sorted(letters):
             module = layer.layout.qkv if layer.layout.qkv and letter != "o" else getattr(layer.layout, letter)
             own = [f"{module}.weight", f"{module}.bias"]
+            if letter == "q" and layer.layout.q_down:
+                own += [f"{layer.layout.q_down}.weight", f"{layer.layout.q_down}.bias"]
+                own += [f"{layer.layout.q_down_norm}.weight"] if every_norm else []
             if letter in "qk" and (layer.norm_per_head or (every_norm and layer.qk_norm)):
                 norms = norm_names(layer, f"{letter}_norm", layer.heads if letter == "q" else layer.kv_heads)
                 own += norms + [f"{name.removesuffix('weight')}bias" for name in norms if every_norm]
@@ -219,7 +222,9 @@ def _linears(anatomy: Anatomy, table: Table) -> list[str]:
     paths = []
     for layer in anatomy.layers:
         layout = layer.layout
-        paths += [f"{layer.path}.{name}" for name in ([layout.qkv] if layout.qkv else [layout.q, layout.k, layout.v])]
+        queries = [layout.q_down, layout.q] if layout.q_down else [layout.q]
+        names = [layout.qkv] if layout.qkv else [*queries, layout.k, layout.v]
+        paths += [f"{layer.path}.{name}" for name in names]
         paths += [f"{layer.path}.{layout.o}"]
         block, attention = _block(layer), f"{layer.path}."
         for name, (_, shape) in table.items():

@@ -99,7 +99,8 @@ class LatentLayer:
     def _with_query_vector(self, queries: Tensor, size: int, largest: float) -> dict[str, Tensor]:
         """The tensors of queries [H (p + e), D + 1], whose last column is their bias, by way of a vector.
 
-        The vector is the layer's input and a 1, scaled by a power of two, so that no product is rounded.
+        The vector is the layer's input and a 1, scaled by a power of two, so that making it rounds nothing. Its norm
+        rounds once.
 
         Args:
             size: numbers in this vector; those behind the 1 are zero.

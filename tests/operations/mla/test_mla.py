@@ -182,11 +182,16 @@ def test_a_result_with_biases_saved_read_and_healed(family, tmp_path):
         cache = faster(TOKENS[:, :-1], use_cache=True)[CACHE]
         step_alone = faster(TOKENS[:, -1:], **{CACHE: cache}).logits[:, -1]
     assert (step_alone.double() - logits_of(model)[:, -1]).abs().max() <= 1e-4
-    heal = {"method": "full", "steps": 1, "length": 64, "batch_tokens": 64, "data": "builtin", "learning_rate": 1e-4}
-    surgery.heal(tmp_path / "out", tmp_path / "base", output=tmp_path / "healed", settings=heal, evaluate=False)
-    healed = load_without_package([tmp_path / "healed"], tmp_path)[tmp_path / "healed"]
-    moved = (healed["logits"].double() - logits_of(model)).abs().max() / logits_of(model).std()
-    assert 1e-5 < moved < 0.3
+    heal = {"steps": 1, "length": 64, "batch_tokens": 64, "data": "builtin", "learning_rate": 1e-4}
+    for method in ("full", "lora", "parts"):
+        healed = tmp_path / method
+        settings = heal | {"method": method}
+        surgery.heal(tmp_path / "out", tmp_path / "base", output=healed, settings=settings, evaluate=False)
+        got = load_without_package([healed], tmp_path)[healed]["logits"].double()
+        moved = (got - logits_of(model)).abs().max() / logits_of(model).std()
+        assert 1e-5 < moved < 0.3, method
+        down = surgery.load(healed).model.layers[0].self_attn.q_a_proj.weight
+        assert not torch.equal(down, model.model.layers[0].self_attn.q_a_proj.weight), method
 
 
 def test_fewer_frequencies_are_the_bases_first():
