@@ -195,6 +195,8 @@ class Heal(Variants):
                 "with heal.chat: true, self is conversations too",
                 fix="leave out one of the two, or heal.chat=false",
             )
+        if self.chat and self.sources == [CONVERSATIONS]:
+            raise fault("heal.chat: true is for other data: conversations are conversations", fix="heal.chat=false")
         if self.recall and self.length < SHORTEST_RECALL:
             raise fault(
                 f"heal.length {self.length} is too short for heal.recall: a row should hold lines, text and some of "
@@ -204,6 +206,7 @@ class Heal(Variants):
         if unused := unread(self.model_dump()):
             raise fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
         least = self.length * (RECALL_ROWS if self.recall else 1)
+        least = least if self.recall else math.ceil(least / len(self.sources))  # of each, where the base writes all
         if set(self.sources) <= set(WRITTEN) and (self.self_tokens or least) < least:
             rows = f"the {RECALL_ROWS} rows that heal.recall needs" if self.recall else "a row"
             raise fault(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -114,8 +114,14 @@ def _range_of(kind: type[BaseModel], key: Any) -> str:
     """How to give a number that has two limits; "" for another field."""
     limits = kind.model_fields[key].metadata if key in kind.model_fields else []
     found = {name: getattr(each, name) for each in limits for name in LIMITS if hasattr(each, name)}
-    words = [f"{LIMITS[name]} {found[name]:g}" for name in LIMITS if name in found]
-    return f"a number {', '.join(words)}" if len(words) > 1 else ""
+    words = [
+        f"{LIMITS[name]} {found[name]:{',' if isinstance(found[name], int) else 'g'}}"
+        for name in LIMITS
+        if name in found
+    ]
+    annotation = kind.model_fields[key].annotation if found else None
+    whole = "whole " * (int in (annotation, *get_args(annotation)))
+    return f"a {whole}number {', '.join(words)}" if len(words) > 1 else ""
 
 
 def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:

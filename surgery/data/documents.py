@@ -37,7 +37,7 @@ from surgery.data.text_sources import TextSource, text_sources
 from surgery.errors import ModelMismatchError, TextError
 from surgery.io.loading import loaded, read_config
 from surgery.machine.progress import begin as begin_stage
-from surgery.machine.progress import renamed
+from surgery.machine.progress import renamed, within
 
 __all__ = ["Documents", "Packed", "documents"]
 
@@ -129,7 +129,7 @@ def documents(
     Args:
         heal: its data, self_tokens, column, chat, length and seed are read.
         tokenizer: the base's tokenizer.
-        base: folder of the base, or the loaded model; only `data: self` runs it.
+        base: folder of the base, or the loaded model; it runs only where it writes text.
         folder: folder for the base's own text, so that a stopped run can be resumed; None saves nothing.
         progress: called as progress(done, total, label), in tokens.
 
@@ -140,7 +140,12 @@ def documents(
     wanted, names = rows_needed * heal.length, source_names(heal.data)
     read = None if heal.base_writes else _counted(progress, wanted)  # writing takes long, reading does not
     readers = _readers(heal, tokenizer, read)
-    sources = [readers.get(name) or BaseWriter(name, base, tokenizer, heal, folder, progress) for name in names]
+    written = [name for name in names if name in WRITTEN]
+    writers = {
+        name: BaseWriter(name, base, tokenizer, heal, folder, _part(progress, index, len(written)))
+        for index, name in enumerate(written)
+    }
+    sources = [(readers | writers)[name] for name in names]
     shares = _read(sources, wanted)
     _refuse_unusable(readers.values(), base)
     parts = [source.documents() for source in sources]
@@ -194,6 +199,12 @@ def _counted(progress, wanted: int) -> Callable[[int], None] | None:
         progress(min(done, wanted), wanted, TRAINING_TEXT)
 
     return read
+
+
+def _part(progress, index: int, count: int):
+    """A callback for one of several texts that the base writes, which are one stage."""
+    named = renamed(progress, TRAINING_TEXT)
+    return named if count == 1 else within(named, index, count)
 
 
 def _readers(heal, tokenizer, read: Callable[[int], None] | None = None) -> dict[str, TokenReader]:
@@ -327,12 +338,8 @@ class BaseWriter:
 
     def __init__(self, name: str, base: str | Path | Any, tokenizer, heal, folder: Path | None, progress):
         self.apart = name == CONVERSATIONS
-        self.base, self.tokenizer, self.heal = base, tokenizer, heal
-        stage = TRAINING_TEXT
-        if self.apart:
-            self.heal = heal.model_copy(update={"chat": True})
-            folder, stage = folder and folder / CONVERSATIONS, f"{stage}: {CONVERSATIONS}"
-        self.folder, self.progress = folder, renamed(progress, stage)
+        self.base, self.tokenizer, self.folder, self.progress = base, tokenizer, folder, progress
+        self.heal = heal.model_copy(update={"chat": True}) if self.apart else heal
         self.tokens = 0  # that it is to write
 
     @property

@@ -283,7 +283,7 @@ def user_turn(tokenizer, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]
         SurgeryError: the tokenizer has no chat template, one that a user's message alone does not fit, or one that
             leaves too little room.
     """
-    where, fix = "conversations of the base", "heal.chat=false, and no conversations in heal.data"
+    where, fix = "conversations of the base", "heal.data=self and heal.chat=false: running text"
     if not getattr(tokenizer, "chat_template", None):
         raise ModelMismatchError("this tokenizer has no chat template", where=where, fix=fix)
     try:

@@ -105,7 +105,7 @@ def repeat_rows(
     order = list(range(len(stretches)))
     random.Random(f"{heal.seed} recall").shuffle(order)
     maker = _RowMaker(tokenizer, texts, heal, [stretches[index] for index in order[: _enough(stretches)]], names)
-    left_tokens, taken = sum(map(len, [*stretches, *texts.conversations])), set()
+    left_tokens, apart, taken = sum(map(len, stretches)), sum(map(len, texts.conversations)), set()
 
     def more() -> Iterator[list[int]]:
         nonlocal left_tokens
@@ -117,7 +117,7 @@ def repeat_rows(
             yield stretches[index]
 
     source, rows = _Sentences(maker, more()), []
-    while len(rows) < heal.recall * (len(rows) + left_tokens // heal.length) and len(rows) != most:
+    while len(rows) < heal.recall * (len(rows) + (left_tokens + apart) // heal.length) and len(rows) != most:
         row = maker.make(len(rows), source)
         if row is None:
             break
@@ -128,8 +128,9 @@ def repeat_rows(
 
 
 def _too_short(texts: Documents, heal, names: Names) -> TextError:
+    tokens = sum(map(len, texts.ids))  # without conversations
     return TextError(
-        f"the text is too short for {names.recall}: it has {texts.tokens:,} tokens, and a plain row and a row in "
+        f"the text is too short for {names.recall}: it has {tokens:,} tokens, and a plain row and a row in "
         f"which something comes back need about {RECALL_ROWS * heal.length:,}",
         where=f"{names.data}: {', '.join(source_names(heal.data))}",
         fix=f"{names.more}, or {names.recall}=0",

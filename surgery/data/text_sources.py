@@ -85,7 +85,7 @@ def _source(name: str, heal, tokenizer) -> TextSource:
             exists=close,
             fix=several
             if meant and len(parts) > 1
-            else "check the path, or use self (text that the base writes) or builtin",
+            else "check the path, or use self or conversations (what the base writes) or builtin",
         )
     if close := nearest(name, [*WRITTEN, BUILTIN], cutoff=0.75):  # no OWNER/NAME is that near
         raise TextError(
@@ -142,7 +142,11 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
 
 def _without_columns(heal, where: str) -> TextError:
     setting = "heal.chat: true" if heal.chat else f"heal.column: {heal.column}"
-    return TextError(f"{setting} needs rows with columns, a text has none", where=where, fix="name a .jsonl file")
+    return TextError(
+        f"{setting} needs rows with columns, a text has none",
+        where=where,
+        fix="name a .jsonl file" + ", or heal.chat=false" * heal.chat,
+    )
 
 
 def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:

@@ -78,9 +78,9 @@ def plan_lines(heal: Heal, anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(found)
 
 
-def keys_read(anatomy: Anatomy, rows: Packed) -> dict[str, float]:
+def keys_read(anatomy: Anatomy, rows: Packed) -> dict[str, dict[str, float]]:
     """The share of the keys before it that a query reads, a mean over the queries and keys of the rows and over the
-    layers in which the settings alone determine it; {} where there is none.
+    layers in which the settings alone determine it, and how many of all layers these are; {} where there is none.
 
     A document of a row is a text of its own, so that short ones are read whole whatever the length of a row.
     """
@@ -92,7 +92,8 @@ def keys_read(anatomy: Anatomy, rows: Packed) -> dict[str, float]:
         lengths.update(after - before for before, after in pairwise(begins))
     pairs = {length: count * length * (length + 1) / 2 for length, count in lengths.items()}
     read = [sum(share_read(entry, length) * share for length, share in pairs.items()) for entry in exact]
-    return {"keys_read": sum(read) / len(read) / sum(pairs.values())}
+    share = sum(read) / len(read) / sum(pairs.values())
+    return {"keys_read": {"share": share, "layers": len(read), "of": len(anatomy.layers)}}
 
 
 def sparse_modules(model) -> list:

@@ -73,8 +73,7 @@ class HealTrainer(Trainer):
         self.ended = ""  # what ended the training before its last step
         self.model_accepts_loss_kwargs = True  # else the Trainer would also divide by the number of forwards in a step
         self.gated = gated_modules(plain)
-        self.routed = any(module.surgery_gate.kind == "moh" for module in self.gated)
-        self.routed &= any(_is_router(name) and p.requires_grad for name, p in self.model.named_parameters())
+        self.routed = any(map(_router_trains, self.gated))
         self.sparse = sparse_modules(plain)
         self.attends_full = False  # whether this step's attention is full (`heal.full_from`)
         self.sums: dict[str, float] = {}
@@ -226,6 +225,15 @@ class HealTrainer(Trainer):
 def _is_router(name: str) -> bool:
     """Whether a parameter of this name is one of a gate."""
     return any(router in name for router in ROUTERS)
+
+
+def _router_trains(module) -> bool:
+    """Whether the load of an attention module's router of moh changes in the training."""
+    if module.surgery_gate.kind != "moh":
+        return False
+    own = [getattr(module, name) for name in ROUTERS if hasattr(module, name)]
+    queries = module.q_proj.parameters() if module.surgery_gate.router == "norm" else ()
+    return any(parameter.requires_grad for parameter in (*own, *queries))
 
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
     from surgery.data.documents import first_documents
     from surgery.data.recall_rows import repeat_rows
     from surgery.data.repeats import KINDS
-    from surgery.data.text import RECALL_ROWS
+    from surgery.data.text import RECALL_ROWS, SELF
     from surgery.io.loading import read_config, read_tokenizer
 
     refuse_settings(heal, read_config(base), judged_by)
@@ -84,7 +84,7 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
     texts = first_documents(heal, tokenizer, base, RECALL_ROWS if heal.recall else 1)
     if heal.base_converses:
         user_turn(tokenizer, heal.length)
-    if heal.recall and texts is not None and not heal.base_writes:
+    if heal.recall and texts is not None and SELF not in heal.sources:
         repeat_rows(texts, tokenizer, heal, most=len(KINDS))
 
 

@@ -37,6 +37,12 @@ class Absorb(Operation):
             return ["absorb: this model has no latent attention; put mla before it"]
         if not hasattr(stock.DeepseekV3Attention, "expand_kv"):
             return ["absorb: the installed Transformers makes keys and values before its cache: 5.24 and later do not"]
+        count = len(anatomy.layers)
+        if any(name.startswith(f"model.layers.{count}.") for name in anatomy.tensors):
+            return [
+                f"absorb: this folder has a layer {count} that predicts several tokens (MTP). Transformers does not "
+                "load it, and the result would lack it: remove it from a copy of the folder first"
+            ]
         return []
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:

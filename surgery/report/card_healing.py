@@ -135,14 +135,15 @@ def _texts(data: dict) -> str:
     return all_of(each)
 
 
-def _attention(record: dict, keys_read: float | None) -> list[str]:
+def _attention(record: dict, keys_read: dict | None) -> list[str]:
     """How a model with sparse prefill was trained, and what both kinds of attention make of the text."""
     sparse, full, loss = record["sparse_steps"], record["full_steps"], record["text_loss"]
     steps = f"Attention was sparse in {sparse:,} steps" if sparse else "Attention was never sparse"
     then = f" and full in the {'last ' * bool(sparse)}{full:,}" if full else " and never full"
     if sparse and keys_read is not None:
-        then += f". In its documents a query reads {keys_read:.0%} of the keys before it"
-        then += ": they are too short to be read sparsely" * (keys_read > NEARLY_ALL)
+        where = f"in {keys_read['layers']} of {keys_read['of']} layers"
+        then += f". In its documents a query reads {keys_read['share']:.0%} of the keys before it, {where}"
+        then += ": they are too short to be read sparsely" * (keys_read["share"] > NEARLY_ALL)
     return [
         steps + then,
         f"At the end, {loss['tokens']:,} tokens of the training text have a loss of {loss['sparse']:.3f} nats a token "

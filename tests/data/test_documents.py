@@ -698,7 +698,7 @@ def test_conversations_beside_running_text(tiny_llama, three, tmp_path):
             data, tokenizer, tiny_llama, rows_needed=20, folder=folder, progress=lambda *each: seen.append(each)
         )
 
-    with pytest.raises(SurgeryError, match=r"no chat template(.|\n)*no conversations in heal.data"):
+    with pytest.raises(SurgeryError, match=r"no chat template(.|\n)*heal.data=self and heal.chat=false"):
         read(asked)
     tokenizer.chat_template = CONVERSATION
     seen.clear()
@@ -710,7 +710,10 @@ def test_conversations_beside_running_text(tiny_llama, three, tmp_path):
     assert sum(map(len, found.ids)) == own["tokens"] + short["tokens"]
     assert len(found) == sum(source["documents"] for source in found.record["sources"])
     assert list(found)[-len(found.conversations) :] == list(map(list, found.conversations))
-    assert [label for count, _, label in seen if not count] == ["training text", "training text: conversations"]
+    assert {(total, label) for _, total, label in seen} == {(100, "training text")}
+    done = [count for count, _, _ in seen]
+    assert done == sorted(done), "one stage, which never goes back"
+    assert (done[0], done[-1]) == (0, 100)
     assert read(asked, tmp_path).sha256 == found.sha256
     alone = read(heal(data="conversations", self_tokens=64))
     assert alone.conversations == found.conversations

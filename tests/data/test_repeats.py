@@ -316,6 +316,21 @@ def test_conversations_stay_in_plain_rows(builtin, share):
     assert record["recall"]["rows"] / len(rows) == pytest.approx(share, abs=0.01)
 
 
+def test_conversations_leave_a_plain_row_of_text(builtin):
+    """Where they are most of the text, the share is not reached: running text is not used up for it."""
+    tokenizer = byte_tokenizer()
+    texts = documents_of(builtin[: 20 * LENGTH], tokenizer)
+    given = Documents(texts.title, texts.sha256, texts.ids, texts.begin, (), [[60, 59] * LENGTH] * 40)
+    rows, record = training_rows(given, tokenizer, settings(recall=0.8))
+    plain = rows.ids[~rows.repeating]
+    assert sum(not {60, 59} & set(row) for row in plain.tolist()) >= 1
+    assert record["recall"]["rows"] < 0.4 * len(rows)
+    short = documents_of(builtin[: LENGTH + 10], tokenizer)
+    few = Documents("short", "", short.ids, short.begin, (), [[60, 59] * LENGTH] * 40)
+    with pytest.raises(TextError, match=f"it has {short.tokens} tokens"):
+        training_rows(few, tokenizer, settings())
+
+
 def test_what_cannot_be_done_is_refused(tokenizer, builtin):
     short = documents_of(builtin[: LENGTH + 10], tokenizer)
     with pytest.raises(TextError, match=f"too short for heal.recall: it has .* need about {3 * LENGTH}"):

@@ -185,11 +185,13 @@ def test_the_card_and_the_plan_say_it(healing, surgery, model, text, tmp_path):
     assert "Attention was sparse in 6 steps and full in the last 2." in card
     assert f"a loss of {loss['sparse']:.3f} nats a token with sparse attention and of {loss['full']:.3f} with" in card
     assert "in the steps with sparse attention." in card
-    assert f"In its documents a query reads {report.data['heal']['keys_read']:.0%} of the keys before it." in card
+    read = report.data["heal"]["keys_read"]["share"]
+    assert f"In its documents a query reads {read:.0%} of the keys before it, in 2 of 2 layers." in card
     short = healing("short", "length=16", "batch_tokens=32").data["heal"]["keys_read"]
-    assert short == 1
+    assert short["share"] == 1
     assert (
-        "reads 100% of the keys before it: they are too short to be read" in (tmp_path / "short/README.md").read_text()
+        "reads 100% of the keys before it, in 2 of 2 layers: they are too short to be read"
+        in (tmp_path / "short/README.md").read_text()
     )
     curve = [line["loss"] for line in lines(tmp_path / "healed")]
     assert report.data["heal"]["loss"] == {"first": curve[0], "last": curve[5]}, (
@@ -220,7 +222,8 @@ def test_how_much_of_the_documents_is_read(top):
             read += inside + 1 + 16 * min(block, top - 1)
             pairs += place + 1
     rows = Packed([[1] * length for length in lengths], 64)
-    assert keys_read(Anatomy.of(model), rows)["keys_read"] == pytest.approx(read / pairs, abs=1e-12)
+    found = keys_read(Anatomy.of(model), rows)["keys_read"]
+    assert found == {"share": pytest.approx(read / pairs, abs=1e-12), "layers": 2, "of": 2}
     assert keys_read(Anatomy.of(TINY["llama"]()), rows) == {}
 
 

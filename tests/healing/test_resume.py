@@ -16,6 +16,7 @@ import torch
 from conftest import listing
 from families import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from surgery.api import heal as run_heal
 from surgery.errors import MachineError, SurgeryError, TrainingError
@@ -319,7 +320,8 @@ def test_what_the_gate_ended_is_not_trained_on(healing, monkeypatch, tmp_path):
     assert curve(tmp_path / "healed") == curve(tmp_path / "whole")
 
 
-def test_what_the_base_wrote_outlives_a_failure_and_another_setting(healing, monkeypatch, tmp_path):
+@pytest.mark.parametrize("data", ["self", "conversations"])
+def test_what_the_base_wrote_outlives_a_failure_and_another_setting(healing, out, monkeypatch, tmp_path, data):
     """It takes hours with a real model."""
     from surgery.data import generated as self_text
     from surgery.healing import run as running
@@ -327,7 +329,11 @@ def test_what_the_base_wrote_outlives_a_failure_and_another_setting(healing, mon
     def broken(*_):
         raise SurgeryError("models of different depth")
 
-    asked = ("method=parts", "data=self")
+    asked = ("method=parts", f"data={data}")
+    if data == "conversations":
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        tokenizer.chat_template = "{% for m in messages %}cat {{ m.content }}</s>{% endfor %}"
+        tokenizer.save_pretrained(out)
     monkeypatch.setattr(running, "warm_start", broken)
     with pytest.raises(SurgeryError, match="different depth"):
         healing("healed", *asked, "warm_start=64")

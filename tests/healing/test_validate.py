@@ -196,11 +196,13 @@ def test_in_memory_it_is_refused_before_the_model_is_edited(tiny_llama, tokenize
         ("heal.data=nope.txt", ["nope.txt", "no such text file"]),
         ("heal.report_to=paper", ["cannot report to 'paper'"]),
         ("heal.chat=true", ["no chat template"]),
-        ("heal.data=[builtin, conversations]", ["no chat template", "no conversations in heal.data"]),
+        ("heal.data=[builtin, conversations]", ["no chat template", "heal.data=self and heal.chat=false"]),
         (
             ("heal.data=[self, conversations]", "heal.chat=true"),
             ["with heal.chat: true, self is conversations too", "heal.chat=false"],
         ),
+        (("heal.data=conversations", "heal.chat=true"), ["conversations are conversations", "heal.chat=false"]),
+        ("heal.seed=-1", ["seed should be at least 0", "a whole number from 0, up to 4,294,967,295"]),
         ("heal.length=2000", ["rows of 2000 tokens are longer than the model"]),
     ],
 )

@@ -38,6 +38,7 @@ def model(name: str, anatomy: Anatomy) -> None:
     kind = f"fused {first.layout.qkv} ({first.layout.layout})" if first.layout.qkv else "separate q, k, v"
     if first.latent:
         kind = f"a latent vector of {first.latent.rank} numbers, a key of {first.latent.rope} rotated channels"
+        kind += f", queries made of a vector of {first.latent.queries}" if first.latent.queries else ""
     absent = [title for title, of_layer in EXTRAS.items() if not any(map(of_layer, anatomy.layers))]
     without = f"; no {any_of(absent)}" if absent else ""
     hanging(out, "projections:", f"{kind} in {first.path.replace('.0.', '.N.')}{without}", 4)

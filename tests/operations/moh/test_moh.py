@@ -404,6 +404,19 @@ def test_shared_heads_may_be_the_first(router):
     assert (added == 0) == (router == "norm")
     assert plan.parameters_after == before + added
     if router == "norm":
+        copies = [copy.deepcopy(model) for _ in range(2)]
+        for each, balance in zip(copies, (0.0, 5.0), strict=True):
+            heal = {
+                "method": "full",
+                "steps": 1,
+                "length": 32,
+                "batch_tokens": 64,
+                "data": "builtin",
+                "balance": balance,
+            }
+            package.heal(each, TINY["llama"](vocab_size=258), tokenizer=byte_tokenizer(), settings=heal)
+        weights = [each.model.layers[0].self_attn.q_proj.weight for each in copies]
+        assert not torch.equal(*weights), "the load balance reaches the queries"
         heal = {
             "method": "full",
             "steps": 2,
