@@ -205,6 +205,9 @@ def test_the_command(surgery, model, text, tmp_path):
     shown = surgery(*arguments, "--plot", "sinks.png")
     assert shown.code == 0, shown.err
     assert "2 texts of 60 tokens" in shown.out
+    assert "too short for the paper's rate, which reads 64 tokens" in " ".join(shown.out.split())
+    longer = surgery("inspect", model, "--sinks", "--text", text, "--samples", 2, "--length", 80).out
+    assert "too short for the paper's rate" not in longer
     assert "has a BOS ('<s>') and does not add it" in shown.out
     assert "wrote sinks.png" in shown.out
     assert (tmp_path / "sinks.png").read_bytes()[:4] == b"\x89PNG"

@@ -287,7 +287,7 @@ def test_the_command(folder, scores, surgery):
         (["without=none.json"], ["no such score file", "none.json"]),
         (["without=base/config.json"], ["JSON, but no table of scores"]),
         (["without=kv.json", "top=1"], ["these are scores of KV heads", "--per heads"]),
-        (["without=other.json", "top=1"], ["the scores are of another model"]),
+        (["without=other.json", "top=1"], ["the scores are of another model", "score MODEL --per heads -o FILE"]),
         (["without=7"], ["without should be text"]),
     ],
 )

@@ -572,6 +572,7 @@ def test_a_record_says_layers_only_if_somebody_did():
         (["find=ma"], ["find", "map"]),
         (["trials=each"], ["trials: each", "give labelled=FILE.jsonl", "trials: slope"]),
         (["labelled=nowhere.jsonl"], ["labelled", "nowhere.jsonl"]),
+        (["labelled=builtin"], ["builtin: no such file of questions", "whose lines are"]),
         (["labelled=q.jsonl", "objective=entropy"], ["with objective: ce"]),
         (["labelled=q.jsonl", "beta=1"], ["heads that are chosen"]),
         (
