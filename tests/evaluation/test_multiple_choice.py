@@ -535,7 +535,7 @@ def test_figures_of_other_settings_are_measured_anew(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["labelled=none.jsonl"], ["labelled: none.jsonl: no such text file"]),
+        (["labelled=none.jsonl"], ["labelled: none.jsonl: no such file of questions"]),
         (["labelled=few.jsonl"], ["few.jsonl has 7 different questions; at least 8"]),
         (["labelled=wrong.jsonl"], ["wrong.jsonl:2: answer should be", "wrong.jsonl:3: this is not JSON"]),
         (["labelled=q.jsonl", "objective=entropy"], ["with objective: ce"]),

@@ -258,7 +258,7 @@ def test_a_pickle_is_refused_and_the_flag_named(refused, model):
 def test_a_pickle_that_is_to_be_healed_is_refused_before_the_conversion(refused, model, tmp_path):
     pickled(model)
     says = ["the base's weights are a pickle, and healing loads the base again", "save it as safetensors first"]
-    refused("apply", "gqa-distill", model, "-o", "out", "--allow-pickle", says=says)
+    refused("apply", "gqa-distill", model, "heal.length=1024", "-o", "out", "--allow-pickle", says=says)
     assert not list(tmp_path.glob("*out*"))
 
 
