@@ -173,4 +173,6 @@ def test_a_training_reports_plain_means_and_a_weighted_loss(surgery, model, text
     assert "A token's loss counted 0.5 + 0.5 p, where p is the base's largest probability for it" in card
     shown = surgery("plan", "gqa-distill", model, "heal.sure=0.5", f"heal.data={text}", "heal.length=64")
     assert "heal: a token counts 0.5 + 0.5 p, p the base's largest probability" in shown.out
-    assert "counts" not in surgery("plan", "gqa-distill", model, "heal.sure=0").out
+    without = surgery("plan", "gqa-distill", model, "heal.sure=0", "heal.length=64").out
+    assert "heal: towards the base" in without
+    assert "counts" not in without
