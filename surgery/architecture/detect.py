@@ -286,7 +286,7 @@ def _biases(family: Family, tensors: dict, path: str) -> str:
     if family.qkv:
         fused = "qkv" if f"{path}.{family.qkv}.bias" in tensors else ""
     else:
-        names = {"q": family.q_down or family.q, "k": family.k, "v": family.v}
+        names = {"q": family.q_input, "k": family.k, "v": family.v}
         fused = "".join(letter for letter, name in names.items() if f"{path}.{name}.bias" in tensors)
     return fused + ("o" if f"{path}.{family.o}.bias" in tensors else "")
 

@@ -64,6 +64,11 @@ class Family:
     interface: bool = True
     since: str = ""
 
+    @property
+    def q_input(self) -> str:
+        """Name of the query projection that reads the layer's input."""
+        return self.q_down or self.q
+
 
 TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
 GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None, "head_dim": False}

@@ -163,7 +163,7 @@ class LayerAnatomy:
         layout = self.layout
         if layout.latent_norm:
             down = [layout.q_down, layout.q_down_norm] if layout.q_down else []
-            biased = {"q": layout.q_down or layout.q, "k": layout.k, "o": layout.o}
+            biased = {"q": layout.q_input, "k": layout.k, "o": layout.o}
             names = [*down, layout.q, layout.k, layout.latent_norm, layout.v, layout.o]
             return [f"{name}.weight" for name in names] + [f"{biased[letter]}.bias" for letter in self.biases]
         projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from surgery.data.text import BUILTIN, WRITTEN
-from surgery.errors import nearest, shown
+from surgery.errors import any_of, nearest, shown
 from surgery.healing import losses
 
 LARGEST_WEIGHT = 1_000_000  # above it, a float32 sum would lose the other losses
@@ -37,7 +37,7 @@ def _loss(value: object) -> object:
         return _weights(value)
     if isinstance(value, str) and value in {**losses.WORDS, **losses.LOSSES}:
         return value
-    words = " or ".join([", ".join(map(repr, list(losses.WORDS)[:-1])), repr(list(losses.WORDS)[-1])])
+    words = any_of([repr(word) for word in losses.WORDS])
     close = nearest(value, {**losses.WORDS, **losses.LOSSES}) if isinstance(value, str) else ""
     raise fault(
         f"loss should be {words}, the name of a loss, or weights of losses; it is {shown(value)}",

@@ -392,7 +392,7 @@ def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | N
 def _hidden_and_out(layer: LayerAnatomy, stored: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     """Number of channels that a layer's projections read, and number that its output projection writes."""
     layout = layer.layout
-    read, written = stored[f"{layout.qkv or layout.q_down or layout.q}.weight"], stored[f"{layout.o}.weight"]
+    read, written = stored[f"{layout.qkv or layout.q_input}.weight"], stored[f"{layout.o}.weight"]
     return (read[0], written[1]) if layout.conv1d else (read[1], written[0])
 
 

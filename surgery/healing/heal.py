@@ -7,9 +7,10 @@ it converts: conversion/preflight.py.)
    config/heal.py).
 2. The folder: the headers of its weights, a known anatomy, one dtype, no adapter (`_trainable_anatomy`).
 3. The base, where training or scores need it: it is known, is the record's, and can be scored (`_scorable_base`).
-4. The settings against the model: positions, rows for each process, the tracker that metrics are reported to, scores
-   during training (`refuse_settings`).
-5. The plan: something trains, mixing fits, the launcher's engine works (`HealPlan.of`). The plan is shown here.
+4. The settings: rows for each process, the tracker that metrics are reported to, scores during training
+   (`refuse_settings`).
+5. The plan: rows fit the model's positions, something trains, mixing fits, the launcher's engine works
+   (`HealPlan.of`). The plan is shown here.
 6. The output folder: not in or around model or base, not taken, room on the disk (io/output_folder.py).
 7. With the model loaded (run.py): the base's vocabulary, mixing, the parameters that train, whether an adapter can be
    kept, the held-out text, the unfinished run that --resume continues, the data.
@@ -108,7 +109,7 @@ def heal_folder(
     anatomy, rewritten = _trainable_anatomy(folder), rewritten_by(report.data)
     source = _scorable_base(report, base, heal, judged_by if options.evaluate else None)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
-    refuse_settings(heal, anatomy.config, judged_by)
+    refuse_settings(heal, judged_by)
     plan = HealPlan.of(heal, anatomy, table, rewritten, **_settings_of_plan(report, heal, source))
     if options.on_plan and ranks.first:
         options.on_plan(plan)
@@ -271,7 +272,7 @@ def heal_model(
         raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
     anatomy, rewritten = Anatomy.of(model), rewritten_by(report.data)
     refuse_unhealable(anatomy, type(model).__name__)
-    refuse_settings(heal, model.config, judged_by)
+    refuse_settings(heal, judged_by)
     source = base if base is not None and not isinstance(base, str | Path) else None
     if source is None:
         source = base_folder(report.data, base, needed=heal.needs_base, wanted=bool(heal.eval_every))

@@ -90,7 +90,7 @@ class HealPlan(Printed):
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
-        refuse_long_rows(heal, config)
+        _refuse_long_rows(heal, config)
         _refuse_alternating(heal, operations, trained, engine, more)
         refuse_without_sparse(heal, anatomy)
         paths = tuple(layer.path for layer in anatomy.layers)
@@ -307,7 +307,7 @@ def _refuse_start(heal: Heal, operations: Sequence[dict], fitted: Sequence[str],
         )
 
 
-def refuse_long_rows(heal: Heal, config) -> None:
+def _refuse_long_rows(heal: Heal, config) -> None:
     """Raise where rows are longer than a model of this config has positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and heal.length > positions:

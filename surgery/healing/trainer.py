@@ -38,7 +38,7 @@ from surgery.healing.sparse_attention import full_attention, sparse_modules, tex
 from surgery.healing.weighted_gqa import HEADS
 from surgery.io.files import write_json
 from surgery.io.output_folder import disk_full
-from surgery.runtime.surgery_gates import ROUTERS, gated_modules, load_balance_loss
+from surgery.runtime.surgery_gates import ROUTERS, gated_modules, load_balance_loss, parameters_of
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
@@ -231,9 +231,8 @@ def _router_trains(module) -> bool:
     """Whether the load of an attention module's router of moh changes in the training."""
     if module.surgery_gate.kind != "moh":
         return False
-    own = [getattr(module, name) for name in ROUTERS if hasattr(module, name)]
     queries = module.q_proj.parameters() if module.surgery_gate.router == "norm" else ()
-    return any(parameter.requires_grad for parameter in (*own, *queries))
+    return any(parameter.requires_grad for parameter in (*parameters_of(module).values(), *queries))
 
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:

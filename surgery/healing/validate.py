@@ -13,7 +13,7 @@ from surgery.errors import ModelMismatchError, ModelNotFoundError, RecordError, 
 from surgery.evaluation.probes import main
 from surgery.healing.distributed import Ranks
 from surgery.healing.parameters import touched
-from surgery.healing.plan import refuse_long_rows, rows_each
+from surgery.healing.plan import rows_each
 from surgery.io.safetensors import TORCH_NAMES
 from surgery.machine.placement import refuse_for_training
 from surgery.report.report import Report
@@ -24,19 +24,17 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
 
 
-def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
+def refuse_settings(heal: Heal, judged_by: Evaluate | None) -> None:
     """Raise where settings do not fit: processes, the tracker for metrics, the scores during training.
 
     Args:
-        config: the model's config.
         judged_by: the recipe's `evaluate`.
 
     Raises:
-        SurgeryError: as `refuse_long_rows` raises it, the tracker to report to is not installed, or the run's device
-            is not the one on which the Trainer trains.
+        SurgeryError: the tracker to report to is not installed, or the run's device is not the one on which the
+            Trainer trains.
         TrainingError: the rows of a step cannot be shared evenly by the processes.
     """
-    refuse_long_rows(heal, config)
     refuse_for_training()
     rows_each(heal, Ranks().count)
     _refuse_report_to(heal.report_to)
@@ -77,9 +75,9 @@ def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any,
     from surgery.data.recall_rows import repeat_rows
     from surgery.data.repeats import KINDS
     from surgery.data.text import RECALL_ROWS, SELF
-    from surgery.io.loading import read_config, read_tokenizer
+    from surgery.io.loading import read_tokenizer
 
-    refuse_settings(heal, read_config(base), judged_by)
+    refuse_settings(heal, judged_by)
     tokenizer = tokenizer or read_tokenizer(base)
     texts = first_documents(heal, tokenizer, base, RECALL_ROWS if heal.recall else 1)
     if heal.base_converses:

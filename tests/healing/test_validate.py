@@ -214,10 +214,9 @@ def test_a_recipe_is_refused_before_it_converts(refused, model, setting, says):
 
 def test_who_is_reported_to_must_be_there(monkeypatch):
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
-    config = TINY["llama"]().config
-    beforehand.refuse_settings(Heal(steps=1, length=16, report_to="wandb"), config, None)
+    beforehand.refuse_settings(Heal(steps=1, length=16, report_to="wandb"), None)
     with pytest.raises(SurgeryError, match="trackio is not installed"):
-        beforehand.refuse_settings(Heal(steps=1, length=16, report_to="trackio"), config, None)
+        beforehand.refuse_settings(Heal(steps=1, length=16, report_to="trackio"), None)
 
 
 def test_what_watches_is_looked_at_before_a_text_is_written(edited, tiny_llama, tokenizer, monkeypatch):
