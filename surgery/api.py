@@ -129,6 +129,7 @@ def apply(
         engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where possible).
             A loaded model refuses `engine`, `resume`, `overwrite` and `allow_pickle`.
         check, evaluate, gate: check the result, score it, judge it by the recipe's limits; a skipped gate is recorded.
+            A loaded model is not checked here, and it is scored by `surgery.evaluate(model, base, report=report)`.
         resume, overwrite: continue an earlier run that did not finish; replace an existing output.
         allow_pickle: read .bin weights (with `weights_only=True`).
         device, dtype: where and how a folder's model is measured: "cpu", "cuda:1", "mps"; "float32", "bfloat16".
@@ -153,7 +154,7 @@ def apply(
     if isinstance(model, str | Path):
         return cast("Report", pipeline.apply_to_folder(resolved, str(model), output, options))
     settings = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-    refuse_folder_settings("edited", **settings, engine=engine == "streaming")
+    refuse_folder_settings("edited", **settings, engine=engine != "auto")
     refuse_no_model(model)
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
 

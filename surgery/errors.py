@@ -104,6 +104,11 @@ class SurgeryError(Exception):
             lines.append(f"  to fix: {self.fix}")
         return "\n".join([*lines, *(str(other) for other in self.others)])
 
+    def in_a_line(self) -> str:
+        """The same words in one line, as a problem of a recipe."""
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return "; ".join(filter(None, (head, self.exists, self.fix)))
+
     def to_dict(self) -> dict[str, Any]:
         """The same facts as an object, for `--json`: `code` for programs, `message` as printed, and its parts."""
         words = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}

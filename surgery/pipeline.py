@@ -35,6 +35,7 @@ from surgery.io.files import published_recipe, write_text
 from surgery.io.hub import resolve
 from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
+from surgery.io.model_in_memory import version_of
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
 from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
@@ -300,11 +301,11 @@ class AppliedBlock(AbstractContextManager["Report"]):
         self._kept = deepcopy(vars(self._generation)) if self._generation is not None else {}
         try:
             report = apply_in_memory(self._recipe, model, self._tokenizer, self._options)
+            self._weights = _state_of_weights(model)
         except BaseException:
             self._undo()
             raise
         setattr(model, APPLIED, (*getattr(model, APPLIED, ()), self))
-        self._weights = _state_of_weights(model)
         return report
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
@@ -342,7 +343,7 @@ def _keeps_weights(operation: Operation) -> bool:
 
 def _state_of_weights(model: Any) -> list[tuple]:
     """What changes where a weight is trained, cast, moved or written: a few of its values, among others."""
-    return [(id(w), w._version, w.dtype, w.device, _sample(w)) for w in model.parameters()]
+    return [(id(w), version_of(w), w.dtype, w.device, _sample(w)) for w in model.parameters()]
 
 
 def _sample(weight: Any) -> list[float]:

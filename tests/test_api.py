@@ -257,6 +257,20 @@ def test_a_score_does_not_outlive_the_weights_that_it_is_of(loaded, model, text,
     assert "changed after the score" in str(saved)
 
 
+def test_no_probe_makes_an_old_score_new(loaded, model, text, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    report = surgery.apply(scored_recipe(text.name, max_kl=5.0), loaded)
+    options = {"tokenizer": surgery.load_tokenizer(model), "report": report}
+    surgery.evaluate(loaded, model, **options)
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.mul_(2)
+    with pytest.raises(SurgeryError, match="the weights were changed after the perplexity was measured"):
+        surgery.evaluate_choices(loaded, model, text=text, items=3, context=8, **options)
+    assert surgery.save(loaded, tmp_path / "out", report).perplexity is None
+
+
 def test_the_report_of_another_model_gets_no_score(loaded, model):
     report = surgery.apply(SCORED, loaded)
     base = surgery.load(model)

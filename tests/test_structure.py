@@ -52,7 +52,7 @@ DECIDED = {
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",
     "io": "card_text demo_model earlier_keys files hub hub_errors identity key_values loading manifest model_folder "
-    "output_folder pickle plain_config printing ranges resume safetensors",
+    "model_in_memory output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device offload parallel placement progress speed transformers_logging",
     "operations": "absorb base expand head_mask rewrite variants",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ModelError, ModelMismatchError, SurgeryError
+from surgery.errors import ModelError, ModelMismatchError, SurgeryError, nearest
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -100,6 +100,28 @@ def model_identity(anatomy: Anatomy, name: str = "") -> dict[str, Any]:
 def _shared(values: list):
     """The value, if it is the same in all layers; otherwise the list of values."""
     return values[0] if len(set(values)) == 1 else values
+
+
+def names_method(scores: str, methods: Collection[str], otherwise: str) -> bool:
+    """Whether a recipe's `scores` names one of some methods. False: it names a file.
+
+    Args:
+        otherwise: what a user may give in place of a method.
+
+    Raises:
+        SurgeryError: it is neither a method nor a file, and does not look like a path.
+    """
+    if scores in methods or Path(scores).is_file():
+        return scores in methods
+    if Path(scores).suffix or len(Path(scores).parts) > 1:  # the path of a missing file: `load_scores` reports it
+        return False
+    close = nearest(scores, methods)
+    raise SurgeryError(
+        f"scores: {scores!r} is neither a method nor a file",
+        exists=", ".join(methods),
+        fix=f"did you mean {close!r}?" if close else otherwise,
+        code="invalid-file",
+    )
 
 
 def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] = "kv_heads") -> HeadScores:

@@ -109,13 +109,13 @@ def _through_cache(model, items: list[Choice]) -> torch.Tensor:
     from surgery.runtime.modeling_surgery import CACHE
 
     prompts, mask = _padded([item.prompt for item in items], model.device, left=True)
-    prompted = model(**_inputs(model, prompts, mask), use_cache=True, **last_logits(model, 1))
+    prompted = model(**inputs_of(model, prompts, mask), use_cache=True, **last_logits(model, 1))
     owners = torch.tensor([n for n, item in enumerate(items) for _ in item.choices], device=model.device)
     choices, real = _padded([choice for item in items for choice in item.choices], model.device)
     logps = _log_probabilities(prompted.logits[:, -1:], choices[:, :1], owners)
     if choices.shape[1] > 1:
         prompted[CACHE].batch_select_indices(owners.cpu())  # the cache's layers may be on several devices
-        inputs = _inputs(model, choices[:, :-1], torch.cat([mask[owners], real[:, :-1]], dim=1))
+        inputs = inputs_of(model, choices[:, :-1], torch.cat([mask[owners], real[:, :-1]], dim=1))
         logits = model(**inputs, **{CACHE: prompted[CACHE]}, use_cache=True).logits
         logps = torch.cat([logps, _log_probabilities(logits, choices[:, 1:])], dim=1)
     return _mean(logps, real)
@@ -127,7 +127,7 @@ def _without_cache(model, items: list[Choice]) -> torch.Tensor:
     ids, mask = _padded([row for _, row in rows], model.device)
     first = min(begin for begin, _ in rows)
     keep = ids.shape[1] - first + 1  # the token before the first choice predicts it
-    logits = model(**_inputs(model, ids, mask), use_cache=False, **last_logits(model, keep)).logits[:, -keep:-1]
+    logits = model(**inputs_of(model, ids, mask), use_cache=False, **last_logits(model, keep)).logits[:, -keep:-1]
     real = mask[:, first:].clone()
     for row, (begin, _) in zip(real, rows, strict=True):
         row[: begin - first] = 0
@@ -146,7 +146,7 @@ def _padded(rows: Sequence[tuple[int, ...]], device, left: bool = False) -> tupl
     return ids.to(device), mask.to(device)
 
 
-def _inputs(model, ids: torch.Tensor, mask: torch.Tensor) -> dict:
+def inputs_of(model, ids: torch.Tensor, mask: torch.Tensor) -> dict:
     """The arguments of a forward pass on token ids [rows, n] and a mask [rows, cached + n].
 
     Positions are counted from each row's first real token.

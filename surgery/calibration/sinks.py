@@ -20,6 +20,7 @@ import torch
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.calibration.massive import MAGNITUDE, RATIO, relative_sizes
+from surgery.calibration.scoring import inputs_of
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SettingError, TextError, UnsupportedModelError
 from surgery.machine.placement import exact
@@ -245,11 +246,8 @@ def _means(layers: list[_Layer]) -> dict[str, list | None]:
 
 def _inputs(model, sequences: torch.Tensor, mask: torch.Tensor | None, rows: list[int]) -> dict[str, torch.Tensor]:
     """The arguments of a forward pass on some texts."""
-    inputs = {"input_ids": sequences[rows].to(model.device)}
-    if mask is not None:
-        real = mask[rows].long().to(model.device)
-        inputs |= {"attention_mask": real, "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
-    return inputs
+    ids = sequences[rows].to(model.device)
+    return {"input_ids": ids} if mask is None else inputs_of(model.base_model, ids, mask[rows].long().to(model.device))
 
 
 class _Layer:

@@ -26,7 +26,7 @@ def no_model(model: object, name: str = "model") -> SurgeryError:
 
 def refuse_no_model(model: object, name: str = "model") -> None:
     """Raise unless this is a loaded model."""
-    from surgery.io.loading import is_model
+    from surgery.io.model_in_memory import is_model
 
     if not is_model(model):
         raise no_model(model, name)

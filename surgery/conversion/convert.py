@@ -21,8 +21,8 @@ from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import RecipeMismatchError, SurgeryError, shown
 from surgery.io.earlier_keys import add_earlier_keys, with_earlier_keys
 from surgery.io.files import read_json, utf8, write_json, write_text
-from surgery.io.loading import refuse_wrapped
 from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
+from surgery.io.model_in_memory import refuse_wrapped
 from surgery.io.output_folder import OutputFolder, output_path, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from surgery.evaluation.run import weights_version
 from surgery.io.earlier_keys import add_earlier_keys
 from surgery.io.files import BASE_CARD
-from surgery.io.loading import DONE
 from surgery.io.model_folder import refuse_links_out
+from surgery.io.model_in_memory import DONE, origin_folder, weights_version
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.machine.transformers_logging import quiet_transformers
 from surgery.report.lineage import heads_of, refuse_another
@@ -24,7 +23,7 @@ def note_origin(report: Report, model, was: str) -> None:
     """
     data, config = report.data, model.config
     earlier = getattr(model, DONE, [])
-    folder = _folder(model)
+    folder = origin_folder(model)
     if folder:  # absolute, so that the path holds after a change of the working folder
         config._name_or_path = str(folder)
     known = {"class": type(model).__name__, "heads": heads_of(model)}
@@ -40,7 +39,7 @@ def note_origin(report: Report, model, was: str) -> None:
 def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite: bool = False) -> Report:
     """Save a loaded model with its report; arguments and errors as for `surgery.save`."""
     refuse_another(model, report)
-    base = _folder(model)
+    base = origin_folder(model)
     if base:
         refuse_links_out(base)
     out = OutputFolder(folder, base, "in memory", overwrite=overwrite)
@@ -73,12 +72,6 @@ def _plain(data: dict) -> dict:
     known = data.get("in_memory")
     rest = {key: value for key, value in data.items() if key != "in_memory"}
     return rest | ({"in_memory": {"class": known["class"]}} if known else {})
-
-
-def _folder(model) -> Path | None:
-    """The folder that a model was loaded from, or None."""
-    name = getattr(model.config, "_name_or_path", "")
-    return Path(name).absolute() if name and (Path(name) / "config.json").is_file() else None
 
 
 def _copy_documents(base: Path, partial: Path) -> None:

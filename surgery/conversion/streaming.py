@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery.conversion.plan import Plan
-    from surgery.io.safetensors import Checkpoint, TensorInfo
+    from surgery.io.safetensors import TensorInfo
 
 SHARDS_AT_ONCE = 2
 SHARDS_UNSYNCED = 4  # most shards that are written but not synced yet; a kill loses these and the unfinished ones

@@ -19,12 +19,18 @@ def parse_lengths(text: str, least: int = 1) -> tuple[int, ...]:
         SurgeryError: the text is not a list of whole numbers, or one is too small.
     """
     try:
-        lengths = tuple(int(word.strip().lower().replace("k", "000")) for word in text.split(","))
+        lengths = tuple(map(_length, text.split(",")))
     except ValueError:
         lengths = ()
     if not lengths or min(lengths) < least:
         raise SettingError(f"lengths are whole numbers with commas between, not {text!r}", fix="write 512,2k")
     return lengths
+
+
+def _length(word: str) -> int:
+    """A number of tokens; "2k" is 2,000. Raises a ValueError."""
+    digits = word.strip().lower()
+    return 1000 * int(digits.removesuffix("k")) if digits.endswith("k") else int(digits)
 
 
 def too_short(length: int, unchanged: int, op: str, *, rows: str, key: str, positions: int | None = None) -> str:

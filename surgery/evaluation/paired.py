@@ -119,6 +119,7 @@ def run_base_then_model(
     sources: dict[str, ModelSource],
     probe: Runs,
     progress: Callable[[int, int, str], None] | None = None,
+    allow_pickle: bool = False,
 ) -> None:
     """Run the cases on each model with one model in memory at a time. If one does not fit, record that instead.
 
@@ -129,10 +130,15 @@ def run_base_then_model(
         probe: the probe whose cases they are.
         progress: called after each case as progress(done, total, text); the text says how far the running model is,
             and is "" if the cases run only once.
+        allow_pickle: whether the base may have .bin weights only.
 
     Raises:
         SurgeryError: a folder has no safetensors, or the base gives NaN.
     """
+    pickled = {label: allow_pickle and label == "base" for label in sources}
+    for label, source in sources.items():
+        if isinstance(source, str | Path) and not pickled[label]:
+            refuse_pickle(Path(source))
     needs = {label: _bytes_needed(result, label, source, probe) for label, source in sources.items()}
     if reason := next(filter(None, (too_big(weights, extra=more) for weights, more in needs.values())), ""):
         result.status, result.reason = "not run", reason
@@ -148,7 +154,7 @@ def run_base_then_model(
 
         tick(0)
         result.running = label
-        with loaded(source, beside=needs[label][1]) as model:
+        with loaded(source, pickled[label], beside=needs[label][1]) as model:
             result.outcomes[label] = probe.run(model, result, tick)
             _report_broken(result, label, probe)
             for index, (name, change) in enumerate(probe.changes(label, model, result).items(), start=1):
@@ -165,8 +171,6 @@ def run_base_then_model(
 def _bytes_needed(result: CaseResult, label: str, source: ModelSource, probe: Runs) -> tuple[int, int]:
     """Bytes to load a model (0 if it is loaded), and bytes in addition; notes on its size go to the result."""
     size, on_disk = footprint(source, label, result.notes), isinstance(source, str | Path)
-    if on_disk:
-        refuse_pickle(Path(source))
     more = probe.extra_bytes(result.cases, size.kv_bytes_unfilled)
     more += probe.logits_at_once(result, size.positions) * size.logit_bytes
     return size.load_bytes if on_disk else 0, more

@@ -11,6 +11,7 @@ from surgery.errors import SettingError, SurgeryError
 from surgery.evaluation.probes.base import UNASKED, Probe, Progress
 from surgery.evaluation.probes.settings import requested_probes, unknown_items
 from surgery.evaluation.result import without_cases
+from surgery.io.model_in_memory import weights_version
 from surgery.machine.placement import AUTO, current
 from surgery.report.lineage import recipe_probe, same_settings
 
@@ -89,6 +90,13 @@ def evaluate_in_memory(
                 where="report",
                 fix="surgery.evaluate(model, base, report=report) first",
             )
+        if not probe.main and (report.data.get("in_memory") or {}).get("scored") not in (None, weights_version(model)):
+            raise SurgeryError(
+                f"the weights were changed after the perplexity was measured, so figures of {probe.name} would be of "
+                "another model",
+                where="report",
+                fix="surgery.evaluate(model, base, report=report) first",
+            )
         result = probe.measure(model, base, **options)
         if probe.main:
             report.record_evaluation(result.to_dict())
@@ -98,11 +106,6 @@ def evaluate_in_memory(
         listener(report.data)
     report.data["in_memory"] = (report.data.get("in_memory") or {}) | {"scored": weights_version(model)}
     return result
-
-
-def weights_version(model: Any) -> int:
-    """A number that changes with each training step: PyTorch counts the writes into each parameter."""
-    return hash(tuple((id(weight), getattr(weight, "_version", 0)) for weight in model.parameters()))
 
 
 def _refuse_other_settings(data: dict[str, Any], probe: Probe) -> None:
@@ -129,8 +132,8 @@ def _measure_all(
 ) -> Evaluation:
     """The result of the main probe, which holds the records of the others."""
     main, *others = sorted(asked, key=lambda probe: not probe.main)
-    options = {"tokenizer": tokenizer, "progress": progress}
-    result = cast("Evaluation", main.measure(out, base, allow_pickle=allow_pickle, **options))
+    options: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress, "allow_pickle": allow_pickle}
+    result = cast("Evaluation", main.measure(out, base, **options))
     if isinstance(out, str | Path) and (dtype := current().dtype) != AUTO:
         result.notes.append(f"measured in {dtype}")
     if result.status == "done":
@@ -138,13 +141,11 @@ def _measure_all(
     return result
 
 
-def _measure(
-    probe: Probe, out: ModelSource, base: ModelSource, tokenizer: Any, progress: Progress | None
-) -> dict[str, Any]:
+def _measure(probe: Probe, out: ModelSource, base: ModelSource, **options: Any) -> dict[str, Any]:
     """The record of a probe. Errors are recorded, not raised: an unsuited tokenizer or text is no model fault."""
-    if reason := probe.unasked(base, tokenizer):
+    if reason := probe.unasked(base, options["tokenizer"]):
         return {"status": UNASKED, "reason": reason}
     try:
-        return without_cases(probe.measure(out, base, tokenizer=tokenizer, progress=progress).to_dict())
+        return without_cases(probe.measure(out, base, **options).to_dict())
     except SurgeryError as error:
         return {"status": "not run", "reason": error.what}

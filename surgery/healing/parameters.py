@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
 
 SURGERY = "surgery_"
-FIXED = "surgery_sink_probe"  # recognises sinks by a comparison, and so has no gradient
+# They have no gradient: one recognises sinks by a comparison, by the other a step of decoding ranks keys.
+FIXED = ("surgery_sink_probe", "surgery_read_basis")
 EVERY = frozenset("qkvo")
 EMBEDDINGS = "embeddings"  # in `heal.freeze`: the token embeddings and the output head, whatever a family calls them
 Table = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
@@ -166,7 +167,7 @@ def _by_method(
     more: int,
 ) -> TrainableParameters:
     """What `heal.method` trains, before `heal.freeze`."""
-    added = [name for name in table if (leaf := name.rpartition(".")[2]).startswith(SURGERY) and leaf != FIXED]
+    added = [name for name in table if (leaf := name.rpartition(".")[2]).startswith(SURGERY) and leaf not in FIXED]
     if heal.method == "full":
         names = [name for name in table if not name.endswith(FIXED)]
         return TrainableParameters(tuple(names), (), count_of(names, table) + more)

@@ -445,4 +445,4 @@ def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
         torch.autograd.grad(loss, wanted, allow_unused=True)
         seconds = time.monotonic() - began
     steps = max(1, int(60 * heal.minutes / seconds * rows / heal.rows))
-    return max(1, steps // (ROUNDS if heal.base_writes else 1)) * heal.rows
+    return max(1, steps // (ROUNDS if heal.base_writes else 1)) * heal.rows * processes().num_processes

@@ -165,13 +165,14 @@ def rewritten_by(data: dict) -> frozenset[str]:
 
 
 def base_of_memory(model, heal: Heal) -> str | None:
-    """The folder or name that a model to be edited in memory was loaded from; it has the base's weights.
+    """The folder, or the name and revision, that a model to be edited in memory was loaded from: the base's weights.
 
     Raises:
         SurgeryError: the healing reads the base, and its folder is not known.
     """
-    name = getattr(model.config, "_name_or_path", "")
-    if name and (Path(name).is_dir() or name.count("/") == 1):
+    from surgery.io.model_in_memory import origin
+
+    if name := origin(model):
         return name
     if heal.needs_base or heal.eval_every:
         raise ModelNotFoundError(
@@ -199,7 +200,7 @@ def report_in_memory(model) -> Report:
     Raises:
         SurgeryError: it is not a model, or no surgery on it is known.
     """
-    from surgery.io.loading import DONE, is_model, refuse_wrapped
+    from surgery.io.model_in_memory import DONE, is_model, origin_folder, refuse_wrapped
     from surgery.report.report import FILE
 
     if not is_model(model):
@@ -208,8 +209,7 @@ def report_in_memory(model) -> Report:
     refuse_wrapped(model)
     if done := getattr(model, DONE, None):
         return Report(done[-1])
-    folder = Path(getattr(model.config, "_name_or_path", "") or ".")
-    if (folder / FILE).is_file():
+    if (folder := origin_folder(model)) is not None and (folder / FILE).is_file():
         return Report(Report.of(folder).data)
     raise RecordError(
         "nothing is known of a surgery on this model",

@@ -92,10 +92,10 @@ class OutputFolder:
                     with suppress(OSError):
                         remove_own(self.partial)
                 raise
-            finally:
-                lock.release()
+            finally:  # in this order: a run that waits for a file that is gone makes a new one
                 with suppress(OSError):
                     Path(lock.lock_file).unlink()
+                lock.release()
 
     def finished(self, file: str, info: dict, records: list[dict]) -> None:
         """Note that a file is complete (its `sha256` and `bytes`), and what the operations have recorded so far."""
@@ -159,18 +159,31 @@ class OutputFolder:
         names = {path.name for path in self.partial.iterdir()}
         return all(map(_begins_progress, names)) or (REPORT in names and PROGRESS not in names)
 
+    def refuse_unfinished(self) -> None:
+        """Raise where OUT.partial is not surgery's, or is of another conversion that `overwrite` does not remove."""
+        if not os.path.lexists(self.partial):
+            return
+        refuse_foreign(self.partial)
+        another = self._progress().get("plan") != self.plan_hash and not self._has_no_progress()
+        if self.resume and another:
+            raise SurgeryError(
+                "OUT.partial is of another conversion (recipe, base or version differ)",
+                where=str(self.partial),
+                fix="finish that one with its own command, or start again with --overwrite",
+                code="unfinished-run",
+            )
+
+    def empty(self) -> None:
+        """Remove what an earlier run left in OUT.partial."""
+        _empty(self.partial, [self.partial / PROGRESS])
+        self.done, self.records = {}, None
+        self._note_progress()
+
     def _take_over(self) -> None:
         """Continue from the OUT.partial of an earlier run, or remove it."""
-        refuse_foreign(self.partial)
+        self.refuse_unfinished()
         progress = self._progress()
         if self.resume:
-            if progress.get("plan") != self.plan_hash and not self._has_no_progress():
-                raise SurgeryError(
-                    "OUT.partial is of another conversion (recipe, base or version differ)",
-                    where=str(self.partial),
-                    fix="finish that one with its own command, or start again with --overwrite",
-                    code="unfinished-run",
-                )
             for path in self.partial.glob("*.unfinished"):  # files that the killed run was writing
                 path.unlink()
             self.records = progress.get("records")
@@ -220,6 +233,28 @@ class OutputFolder:
             self._note_progress()
             raise
         remove_own(self.replaced)
+
+
+@contextmanager
+def used_alone(folder: Path, fix: str):
+    """Inside, no other run of surgery that asks for it uses this folder, which is made where it is missing.
+
+    Args:
+        fix: what to do where another run uses it.
+    """
+    import filelock
+
+    with machine_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(str(folder / ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise MachineError("another run uses this folder", where=str(folder), fix=fix) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def output_path(out: str | Path) -> Path:

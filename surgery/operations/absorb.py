@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from surgery.errors import RecipeMismatchError
-from surgery.operations.base import SURGICAL, ApplyContext, InWords, Operation, PlannedChange
+from surgery.operations.base import SURGICAL, ApplyContext, InWords, Operation, PlannedChange, give_entries
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -61,12 +60,8 @@ class Absorb(Operation):
         )
 
     def apply(self, model, context: ApplyContext) -> dict:
-        from surgery.runtime.modeling_surgery import patch
         from surgery.runtime.surgery_latent import ABSORBED
 
         layers = [{"num_key_value_heads": 1, "latent": ABSORBED} for _ in context.before.layers]
-        try:
-            patch(model, {"layers": layers})
-        except ValueError as error:
-            raise RecipeMismatchError(f"absorb: {error}", where=type(model).__name__) from None
+        give_entries(model, layers, self.op)
         return {}

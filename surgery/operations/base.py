@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from surgery.calibration.cost import Measurement
 from surgery.data.text import CALIBRATION_TEXTS, SHORTEST_RECALL, CalibrationText
-from surgery.errors import ModelMismatchError, SurgeryError
+from surgery.errors import ModelMismatchError, RecipeMismatchError, SurgeryError
 from surgery.machine.placement import LAYERS, Use
 
 if TYPE_CHECKING:
@@ -229,6 +229,20 @@ def missing_texts(operation: Operation) -> list[str]:
             words = "; ".join((*operation.TEXTS, "a UTF-8 text file"))
             problems.append(f"{operation.op}: {field}: no such text file: {text!r} (available: {words})")
     return problems
+
+
+def give_entries(model: Any, layers: list[dict[str, Any]], op: str) -> None:
+    """Put the entries of an operation's parts into the layers of a model in memory.
+
+    Raises:
+        RecipeMismatchError: they do not fit the model.
+    """
+    from surgery.runtime.modeling_surgery import patch
+
+    try:
+        patch(model, {"layers": layers})
+    except ValueError as error:
+        raise RecipeMismatchError(f"{op}: {error}", where=type(model).__name__) from None
 
 
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]

@@ -81,8 +81,7 @@ class HeadMask(WeightRewrite):
         try:
             load_scores(self.scores, anatomy, per=("heads", "kv_heads"))
         except SurgeryError as error:
-            phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-            return ["; ".join(phrase for phrase in phrases if phrase)]
+            return [error.in_a_line()]
         return []
 
     @property

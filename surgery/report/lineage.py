@@ -10,7 +10,7 @@ from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.io.files import published
-from surgery.io.loading import is_model
+from surgery.io.model_in_memory import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 from surgery.report.report import Report
 

@@ -97,8 +97,10 @@ class KeptStore(FullStore):
         """Hold the stored tensors on a device during a call: a cache that offloads has sent them away before it."""
         home = next((tensor.device for tensor in self.tensors.values()), device)
         self._move(device)
-        yield
-        self._move(home)
+        try:
+            yield
+        finally:
+            self._move(home)
 
     def _move(self, device) -> None:
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}

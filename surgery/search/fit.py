@@ -25,13 +25,13 @@ from surgery.config.arguments import no_model, refuse_no_function, refuse_no_pat
 from surgery.config.options import RunOptions
 from surgery.data.text import load_text
 from surgery.engines import find
-from surgery.errors import MachineError, OutputExistsError, RecipeMismatchError, SettingError, SurgeryError
+from surgery.errors import OutputExistsError, RecipeMismatchError, SettingError, SurgeryError
 from surgery.evaluation.paired import HALF_95
 from surgery.io.files import REPORT, read_json, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity
 from surgery.io.loading import read_tokenizer
-from surgery.io.output_folder import OutputFolder, machine_errors, overlap, refuse_to_replace, remove_own
+from surgery.io.output_folder import OutputFolder, overlap, refuse_to_replace, remove_own, used_alone
 from surgery.machine.placement import current, placed
 from surgery.pipeline import convert_only, finish
 from surgery.report.card_sections import FITTED
@@ -44,6 +44,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
+PLAN = "fit"  # in an output that is not finished
 FILE, PICTURE, TRIAL, BEST = "fit.json", FITTED, "trial", "best"  # in the folder of a search
 CONTEXT = 8192
 JUDGE = 2  # raise it when options are judged otherwise: kept figures are then of another search
@@ -164,9 +165,11 @@ def _refuse_folders(output: str | Path | None, keep: Path, base: Path, overwrite
         raise SettingError(what, where=str(keep), fix=OTHER_KEEP)
     if output is None:
         return
-    out = OutputFolder(output, base, "fit").out
+    folder = OutputFolder(output, base, PLAN, overwrite=overwrite, resume=not overwrite)
+    out = folder.out
     if overlap(out, keep):
         raise SettingError("the output and the figures may not lie in one another", where=str(out), fix="-o OUT")
+    folder.refuse_unfinished()
     if os.path.lexists(out):
         if not overwrite:
             raise OutputExistsError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
@@ -212,38 +215,28 @@ class _Search:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other search uses the folder, and the figures of an earlier run are known."""
-        import filelock
-
-        with machine_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(str(self.folder / ".lock"))
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise MachineError("another search uses this folder", where=str(self.folder), fix=OTHER_KEEP) from None
-        try:
+        with used_alone(self.folder, OTHER_KEEP):
             self.known = self._read()
             self._write()
             yield
-        finally:
-            lock.release()
 
     def run(self, asked: Options) -> Fitted:
         """Try the options, those that promise most last and most thoroughly."""
         rows = {option.name: Tried(option.name, option.share, option.plan.tier) for option in asked.found}
         result = Fitted(self.model.name, self.budget, rows, asked.left_out, asked.others, notes=self.notes)
+        result.options = {option.name: option for option in asked.found}
         first = self._all(asked.found, FIRST, rows)
         if not first and self.failed:
             raise self.failed[0]
         for option in pairs(_two_best(first), self.model, self.budget):
             rows[option.name] = Tried(option.name, option.share, option.plan.tier)
+            result.options[option.name] = option
             first += self._all([option], FIRST, rows)
         first.sort(key=_total)
         going = [option for option, _ in first] if self.thorough or not first else _survivors(first)
         for option, _ in first:
             if option not in going:
                 rows[option.name].why = "lost more in the first trial"
-        result.options = {option.name: option for option in asked.found} | {option.name: option for option, _ in first}
         for option in going:
             if self._trial(option, WHOLE, rows) is not None and result.order[0] is option:
                 self._keep(option)
@@ -321,8 +314,9 @@ class _Search:
         option, report = self._best(result)
         result.settle(option.name, "chosen")
         result.chosen = option.name
-        out = OutputFolder(output, self.model.folder, "fit", overwrite=overwrite, resume=not overwrite)
+        out = OutputFolder(output, self.model.folder, PLAN, overwrite=overwrite, resume=not overwrite)
         with out.opened(option.plan.output_bytes) as partial:
+            out.empty()  # an earlier run may have begun to copy another option
             shutil.copytree(report.folder, partial, dirs_exist_ok=True)
         result.report = Report.of(out.out)
         result.report.data["fit"] = result.to_dict()

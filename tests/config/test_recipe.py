@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
+from surgery.conversion.plan import make_plan
 from surgery.errors import SurgeryError
 
 GOOD = """\
@@ -222,6 +224,19 @@ def test_fields_of_a_recipe_run_nothing(refused, model, tmp_path):
     refused("plan", "mine.yaml", model, says=["unknown operation 'os.path'"])
     (tmp_path / "mine.yaml").write_text(GOOD.replace("op: gqa", "op: ../gqa"), encoding="utf-8")
     refused("plan", "mine.yaml", model, says=["unknown operation '../gqa'"])
+
+
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_a_recipe_that_was_written_out_means_the_same(model, name):
+    """As in surgery.json, and as the search makes its options: every default is named."""
+    fewer = {"last_layers_full": 1} if name == "moba-heal" else {}  # this model has two layers, and 1,024 positions
+    rows = ["heal.length=1024"] if name in ("gqa-distill", "hybrid-swa-heal", "moba-heal") else []
+    once = recipes.load(name, rows, **fewer)
+    again = recipes.load(once.to_dict())
+    assert again.to_dict() == once.to_dict()
+    anatomy = Anatomy.of(model)
+    plans = [make_plan(each, anatomy, "m", model) for each in (once, again)]
+    assert plans[0].to_dict() == plans[1].to_dict()
 
 
 @pytest.mark.parametrize("name", sorted(recipes.shipped()))

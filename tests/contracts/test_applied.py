@@ -94,6 +94,15 @@ def test_what_is_refitted_in_place_is_undone(step, kept, tmp_path):
         assert not torch.equal(changed, model.model.layers[0].mlp.down_proj.weight), "the MLP was refitted"
 
 
+def test_a_model_made_in_inference_mode(kept):
+    with torch.inference_mode():
+        model = TINY["llama"]().eval()
+    same = kept(model)
+    with surgery.applied("streaming", model, sinks=1, window=3):
+        assert model.config.surgery["layers"][0]["streaming"]
+    same()
+
+
 def test_blocks_may_be_nested(kept):
     model = TINY["llama"]().eval()
     outside = kept(model)

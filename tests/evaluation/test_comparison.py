@@ -52,6 +52,15 @@ def made(model, tmp_path):
     return tmp_path
 
 
+def test_two_runs_do_not_share_a_folder(made, model, text):
+    from surgery.io.output_folder import used_alone
+
+    asked = {"folder": made / "c", "text": str(text), "only": ONLY}
+    with used_alone(made / "c", "wait"), pytest.raises(MachineError, match="another run uses this folder"):
+        package.compare([made / "merged", made / "short"], model, **asked)
+    assert package.compare([made / "merged", made / "short"], model, **asked).to_dict()["rows"]
+
+
 def test_the_table_has_what_each_probe_says_alone(made, model, text):
     found = package.compare([made / "merged", made / "short"], model, folder=made / "c", text=str(text), only=ONLY)
     rows = {row["model"]: row for row in found.to_dict()["rows"]}

@@ -262,6 +262,40 @@ def test_a_router_of_nan_is_said(tiny_llama, tokenizer, text):
         package.heal(model, tiny_llama, tokenizer=tokenizer, data=str(text), loss="ce", method="parts", **SMALL)
 
 
+@pytest.mark.parametrize("method", ["parts", "lora", "full"])
+def test_the_directions_of_loki_do_not_train(tiny_llama, tokenizer, text, method):
+    """A step of decoding ranks keys by them, without a gradient."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    read = {"op": "kv_read", "method": "loki", "calibration_text": str(text), "calibration_length": 32}
+    recipe = {"version": 1, "name": "read", "operations": [read | {"calibration_samples": 2}]}
+    package.apply(recipe, model, tokenizer=tokenizer)
+    basis = {name: weight.clone() for name, weight in model.named_parameters() if name.endswith("surgery_read_basis")}
+    assert basis
+    asked = {"tokenizer": tokenizer, "data": str(text), "method": method, **SMALL}
+    if method == "parts":
+        with pytest.raises(SurgeryError, match="parts trains what the surgery added or rewrote, and that is nothing"):
+            package.heal(model, tiny_llama, **asked)
+    else:
+        package.heal(model, tiny_llama, **asked)
+    for name, weight in basis.items():
+        assert torch.equal(weight, model.get_parameter(name))
+
+
+def test_a_model_without_a_name_takes_no_record_of_the_working_folder(tmp_path, monkeypatch, tiny_llama):
+    package.apply("gqa", tiny_llama, output=tmp_path / "out", method="mean", check=False, evaluate=False)
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(SurgeryError, match="nothing is known of a surgery on this model"):
+        report_in_memory(TINY["llama"]())
+
+
+def test_the_base_of_a_model_of_the_hub_is_at_its_revision():
+    model = TINY["llama"]()
+    model.config._name_or_path = "owner/name"
+    assert beforehand.base_of_memory(model, Heal(steps=1)) == "owner/name"
+    model.config._commit_hash = "0123abc"
+    assert beforehand.base_of_memory(model, Heal(steps=1)) == "owner/name@0123abc"
+
+
 def test_by_the_clock_only_what_trains_gets_gradients():
     model, seen = TINY["llama"](), []
     for name, parameter in model.named_parameters():

@@ -450,6 +450,14 @@ def test_arguments_of_another_kind(base, tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
+@pytest.mark.parametrize("engine", ["streaming", "loaded", "streeming"])
+def test_a_model_in_memory_has_no_engine(engine):
+    model = TINY["llama"]()
+    with pytest.raises(SurgeryError, match="engine: for a name or folder"):
+        surgery.apply(recipe(MERGE), model, engine=engine)
+    assert not hasattr(model.config, "surgery")
+
+
 def test_a_path_counts_as_its_text(base):
     assert surgery.plan(recipe(MERGE), base, method=Path("mean")).recipe.operations[0].method == "mean"
 

@@ -357,6 +357,32 @@ def test_an_option_that_cannot_be_converted(base, tmp_path, monkeypatch):
         ran(base, tmp_path / "other", monkeypatch, every)
 
 
+def test_a_pair_that_cannot_be_converted_is_a_row_alone(base, tmp_path, monkeypatch):
+    """None of the others keeps what is asked either: the one that loses least is written all the same."""
+    planned, pair = Planned(DAMAGES, real=True), []
+
+    def few(recipe, *rest):
+        if "+" in recipe.name:
+            pair.append(recipe.name)
+            raise SurgeryError("no room for two")
+        return dataclasses.replace(planned(recipe, *rest), asked=9, kept=2)
+
+    def finished(folder, base, recipe, options):
+        report = surgery.Report.of(folder)
+        report.data["check"] = {"passed": True, "items": []}
+        report.save()
+        return report
+
+    monkeypatch.setattr(search, "tried", few)
+    monkeypatch.setattr(search, "Judge", lambda *_: None)
+    monkeypatch.setattr(search, "finish", finished)
+    only(monkeypatch, "streaming", "duo-attention", "prune-heads", "learned-sinks")
+    found = search.fit(base, 0.3, context=CONTEXT, folder=tmp_path / "fit", output=tmp_path / "out")
+    assert pair, "a pair was tried"
+    assert any("the one that loses least" in note for note in found.notes)
+    assert found.chosen
+
+
 def test_no_trial_begins_after_the_time(base, tmp_path, monkeypatch):
     planned, found = ran(base, tmp_path, monkeypatch, minutes=0)
     assert len(planned.ran) == 1, "one is always tried"
@@ -451,6 +477,23 @@ def test_nothing_of_the_user_is_removed(base, tmp_path, monkeypatch):
     with pytest.raises(SurgeryError, match="would remove what surgery did not write"):
         search.fit(base, 0.5, context=CONTEXT, output=out, overwrite=True, folder=tmp_path / "fit")
     assert (out / "notes.txt").is_file()
+
+
+def test_an_output_that_another_run_began(base, tmp_path, monkeypatch):
+    """That of another command is refused before the search; of an earlier search nothing is taken over."""
+    from surgery.io.output_folder import PROGRESS
+
+    partial, asked = tmp_path / "out.partial", {"folder": tmp_path / "fit", "output": tmp_path / "out"}
+    partial.mkdir()
+    (partial / PROGRESS).write_text('{"plan": "of another", "done": {}}')
+    with pytest.raises(SurgeryError, match="of another conversion"):
+        search.fit(base, 0.5, context=CONTEXT, **asked)
+    (partial / PROGRESS).write_text('{"plan": "fit", "done": {}}')
+    (partial / "model-00007.safetensors").write_text("of an option that lost")
+    only(monkeypatch, "streaming", "prune-heads")
+    assert search.fit(base, 0.5, context=CONTEXT, **asked).chosen
+    assert not list((tmp_path / "out").glob("*00007*"))
+    assert surgery.check(tmp_path / "out").passed
 
 
 @pytest.mark.parametrize(

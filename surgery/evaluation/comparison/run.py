@@ -25,6 +25,7 @@ from surgery.io.files import REPORT, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
+from surgery.io.output_folder import used_alone
 from surgery.machine.placement import AUTO, current, device_for, placed
 from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
 from surgery.report.report import Report, measured_dtype
@@ -33,6 +34,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
+OTHER_FOLDER = "name another folder for the figures"
 FILE, PICTURE, BASE_RUNS = "compare.json", "compare.png", "base"  # in the folder of a comparison
 PROMPT, ROUNDS = 2000, 3  # of the measurement of speed
 CACHE_FORMULA = 2  # raise it when the cache is counted otherwise: kept figures are then counted anew
@@ -177,34 +179,35 @@ def measure_all(
     dtype = current().dtype
     identity = {"base": _identity_of(base) + f" {dtype}" * (dtype != AUTO), "text": digest}
     file = _file(folder)
-    kept = _kept(file, identity)
-    write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
-    shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
-    comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": _machine()})
-    for candidate in candidates:
-        finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
-        if finished["identity"] != candidate.identity:
-            finished |= {"identity": candidate.identity, "records": {}, "taken": []}
-        records = {m.name: r for m in measures if (r := _usable(finished["records"].get(m.name), m, config, text))}
-        for measure in (each for each in measures if each.name not in records):  # what stands in its surgery.json
-            finished["taken"] = [name for name in finished["taken"] if name != measure.name]
-            if known := _recorded(candidate, measure, base, text, digest):
-                records[measure.name] = known | {"asked": _asked(measure, config, text)}
-                finished["taken"].append(measure.name)
-        if missing := [measure for measure in measures if measure.name not in records]:
-            with candidate.opened() as path:
-                for measure in missing:
-                    said = _named(progress, f"{measure.what} of {candidate.name}")
-                    record = _measured(measure, path, base, text, shared, said)
-                    on = {"on": record["machine"]} if "machine" in record else {}  # where it could be timed
-                    records[measure.name] = record | {"asked": _asked(measure, config, text) | on}
-                    if record["status"] == "done":  # a reason why not may be gone the next time
-                        finished["records"][measure.name] = records[measure.name]
-                        write_json(file, {"format": 1, **identity, "models": kept})
-        finished["records"] |= {name: record for name, record in records.items() if record["status"] == "done"}
-        comparison.records[candidate.name] = {measure.name: records[measure.name] for measure in measures}
-        comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
-    write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
+    with used_alone(folder, OTHER_FOLDER):
+        kept = _kept(file, identity)
+        write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
+        shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
+        comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": _machine()})
+        for candidate in candidates:
+            finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
+            if finished["identity"] != candidate.identity:
+                finished |= {"identity": candidate.identity, "records": {}, "taken": []}
+            records = {m.name: r for m in measures if (r := _usable(finished["records"].get(m.name), m, config, text))}
+            for measure in (each for each in measures if each.name not in records):  # what stands in its surgery.json
+                finished["taken"] = [name for name in finished["taken"] if name != measure.name]
+                if known := _recorded(candidate, measure, base, text, digest):
+                    records[measure.name] = known | {"asked": _asked(measure, config, text)}
+                    finished["taken"].append(measure.name)
+            if missing := [measure for measure in measures if measure.name not in records]:
+                with candidate.opened() as path:
+                    for measure in missing:
+                        said = _named(progress, f"{measure.what} of {candidate.name}")
+                        record = _measured(measure, path, base, text, shared, said)
+                        on = {"on": record["machine"]} if "machine" in record else {}  # where it could be timed
+                        records[measure.name] = record | {"asked": _asked(measure, config, text) | on}
+                        if record["status"] == "done":  # a reason why not may be gone the next time
+                            finished["records"][measure.name] = records[measure.name]
+                            write_json(file, {"format": 1, **identity, "models": kept})
+            finished["records"] |= {name: record for name, record in records.items() if record["status"] == "done"}
+            comparison.records[candidate.name] = {measure.name: records[measure.name] for measure in measures}
+            comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
+        write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
     return comparison
 
 
@@ -225,7 +228,7 @@ def _file(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise SettingError("this is a file, and a folder is needed", where=str(folder), fix="--out FOLDER") from None
+        raise SettingError("this is a file, and a folder is needed", where=str(folder), fix=OTHER_FOLDER) from None
     return folder / FILE
 
 
@@ -247,7 +250,7 @@ def _kept(file: Path, identity: Mapping[str, str]) -> dict[str, dict]:
         raise SurgeryError("these figures cannot be read", where=str(file), fix=fix, code="invalid-file")
     if any(data.get(key) != value for key, value in identity.items()):
         what = "this folder holds a comparison with another base, on another text or in another dtype"
-        raise SettingError(what, where=str(file.parent), fix="name another folder: --out FOLDER")
+        raise SettingError(what, where=str(file.parent), fix=OTHER_FOLDER)
     return models
 
 

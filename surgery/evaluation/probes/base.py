@@ -417,7 +417,7 @@ class CaseProbe(Probe):
         allow_pickle: bool = False,
         shared: BaseRuns | None = None,
     ) -> CaseResult:
-        """See `Probe.measure`. Pickled weights are refused; `progress` is called after each case."""
+        """See `Probe.measure`; `progress` is called after each case."""
 
         def tick(done: int, total: int, whose: str) -> None:
             if progress and whose:  # counts for each model, and a share of both
@@ -441,6 +441,7 @@ class CaseProbe(Probe):
             {label: source for label, source in order.items() if label not in result.outcomes},
             self,
             tick if progress else None,
+            allow_pickle,
         )
         if shared and known is None and "base" in result.outcomes and not self.model_first:
             shared.keep_answers(asked, result.cases, result.outcomes["base"])

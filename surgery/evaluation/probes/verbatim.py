@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -28,9 +28,6 @@ from surgery.evaluation.probes.distances import DistanceProbe, DistanceResult
 from surgery.evaluation.probes.fields import TextSource, TokenLengths
 from surgery.evaluation.probes.recall import RecallResult, fitting, hits_of, kept_limit
 from surgery.evaluation.recall import Recitation, reach_of, run_quotations
-
-if TYPE_CHECKING:
-    pass
 
 BEGIN = 1  # token with which a tokenizer may begin a text
 

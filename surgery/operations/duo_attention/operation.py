@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.errors import RecipeMismatchError
 from surgery.machine.placement import Use
-from surgery.operations.base import SURGICAL, ApplyContext, InWords, Operation, PlannedChange, Seed, WholeNumber
+from surgery.operations.base import (
+    SURGICAL,
+    ApplyContext,
+    InWords,
+    Operation,
+    PlannedChange,
+    Seed,
+    WholeNumber,
+    give_entries,
+)
 from surgery.operations.head_scorers.choice import HeadChoice
 from surgery.operations.head_scorers.scorers import METHODS, how_chosen
 
@@ -170,15 +178,11 @@ class DuoAttention(Operation):
         )
 
     def apply(self, model, context: ApplyContext) -> dict:
-        from surgery.runtime.modeling_surgery import patch
 
         scores = self._choice.measure(model, context)
         streaming = self._choice.chosen(scores.scores, self._local(context.before))
         layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]
-        try:
-            patch(model, {"layers": layers})
-        except ValueError as error:
-            raise RecipeMismatchError(f"duo_attention: {error}", where=type(model).__name__) from None
+        give_entries(model, layers, self.op)
         named = [[x.kv_name(head) for head in s] for x, s in zip(context.before.layers, streaming, strict=True)]
         return {"streaming": named, "scores": scores.to_dict()}
 

@@ -11,17 +11,18 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes
-from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
+from surgery.calibration.head_scores import (
+    UNEQUAL,
+    HeadScores,
+    choose_streaming,
+    load_scores,
+    names_method,
+    unsupported,
+)
 from surgery.errors import SurgeryError
 from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
 from surgery.operations.base import ApplyContext, Measurement
-from surgery.operations.head_scorers.scorers import (
-    METHODS,
-    is_method,
-    refuse_wrong_settings,
-    resolved_settings,
-    score,
-)
+from surgery.operations.head_scorers.scorers import METHODS, refuse_wrong_settings, resolved_settings, score
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -61,7 +62,7 @@ class HeadChoice:
     @property
     def measured(self) -> bool:
         """Whether a scorer decides, and not a file."""
-        return is_method(self.scores)
+        return names_method(self.scores, METHODS, "a score file, which `surgery score MODEL -o FILE` writes")
 
     @property
     def needs_scores(self) -> bool:
@@ -90,8 +91,7 @@ class HeadChoice:
                 if not self.measured:
                     load_scores(self.scores, anatomy)
             except SurgeryError as error:
-                phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-                problems.append(f"{self.op}: " + "; ".join(phrase for phrase in phrases if phrase))
+                problems.append(f"{self.op}: {error.in_a_line()}")
         if not problems:
             problems += [f"{self.op}: scoring: {problem}" for problem in self._problems_of_scoring()]
         reach = self.sinks + self.window

@@ -229,25 +229,6 @@ def how_chosen(method: str, origin: Mapping[str, Any]) -> str:
     return f"{sentence}. Its settings were those of the preset `{preset}`{f', but {other}' if other else ''}."
 
 
-def is_method(scores: str) -> bool:
-    """Whether a recipe's `scores` names a method. False: it names a file.
-
-    Raises:
-        SurgeryError: it is neither a method nor a file, and does not look like a path.
-    """
-    if scores in METHODS or Path(scores).is_file():
-        return scores in METHODS
-    if Path(scores).suffix or len(Path(scores).parts) > 1:  # the path of a missing file: `load_scores` reports it
-        return False
-    close = nearest(scores, METHODS)
-    raise SurgeryError(
-        f"scores: {scores!r} is neither a method nor a file",
-        exists=", ".join(METHODS),
-        fix=f"did you mean {close!r}?" if close else "a score file, which `surgery score MODEL -o FILE` writes",
-        code="invalid-file",
-    )
-
-
 def score_to_file(
     model: str,
     output: str | Path,

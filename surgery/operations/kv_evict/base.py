@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.errors import RecipeMismatchError
 from surgery.machine.placement import Use
 from surgery.operations.base import (
     SURGICAL,
@@ -22,6 +21,7 @@ from surgery.operations.base import (
     PlannedChange,
     Seed,
     WholeNumber,
+    give_entries,
 )
 from surgery.operations.head_scorers.choice import HeadChoice
 from surgery.operations.head_scorers.scorers import METHODS, how_chosen
@@ -121,7 +121,7 @@ class KVEvict(Variants, Operation):
         problems = self._choice.problems(anatomy)
         if problems:
             return problems
-        if self.when == PROMPT_END and "interval" in self.model_fields_set:
+        if self.when == PROMPT_END and self.interval != type(self).model_fields["interval"].default:
             problems.append("kv_evict: interval is for when: blocks; with prompt_end there is one decision")
         try:
             policy_of(self.policy(anatomy, 0))
@@ -272,16 +272,12 @@ class KVEvict(Variants, Operation):
         )
 
     def apply(self, model, context: ApplyContext) -> dict:
-        from surgery.runtime.modeling_surgery import patch
 
         before = context.before
         scores = self._choice.measure(model, context)
         evicting = self._choice.chosen(scores.scores, self._local(before))
         pairs = list(zip(before.layers, evicting, strict=True))
         layers = [{"policy": self._entry(before, x.index, heads)} if heads else {} for x, heads in pairs]
-        try:
-            patch(model, {"layers": layers})
-        except ValueError as error:
-            raise RecipeMismatchError(f"kv_evict: {error}", where=type(model).__name__) from None
+        give_entries(model, layers, self.op)
         named = [[x.kv_name(head) for head in heads if head not in x.streaming] for x, heads in pairs]
         return {"evicting": named, "scores": scores.to_dict()}

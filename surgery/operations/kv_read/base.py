@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.calibration.head_scores import unsupported
-from surgery.errors import RecipeMismatchError
 from surgery.machine.placement import LAYERS, PASSES, Use
 from surgery.operations.base import (
     SURGICAL,
@@ -22,6 +21,7 @@ from surgery.operations.base import (
     Operation,
     PlannedChange,
     WholeNumber,
+    give_entries,
 )
 from surgery.operations.variants import Variants
 
@@ -161,7 +161,7 @@ class KVRead(Variants, Operation):
         )
 
     def apply(self, model, context: ApplyContext) -> dict:
-        from surgery.runtime.modeling_surgery import attention_modules, patch
+        from surgery.runtime.modeling_surgery import attention_modules
 
         before, layers = context.before, self.term_layers(context.before)
         values, record = self.measure(model, context)
@@ -170,10 +170,7 @@ class KVRead(Variants, Operation):
             self._entry(before, i) | ({"parameters": shapes[i]} if shapes[i] else {}) if i in layers else {}
             for i in range(len(before.layers))
         ]
-        try:
-            patch(model, {"layers": entries})
-        except ValueError as error:
-            raise RecipeMismatchError(f"kv_read: {error}", where=type(model).__name__) from None
+        give_entries(model, entries, self.op)
         if values:
             for module, value, named in zip(attention_modules(model), values, shapes, strict=True):
                 for name in named if module.layer_idx in layers else ():

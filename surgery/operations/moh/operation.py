@@ -20,7 +20,7 @@ from pydantic import Field
 
 from surgery.calibration.cost import activation_bytes, forward_flops
 from surgery.calibration.head_scores import unsupported
-from surgery.errors import RecipeMismatchError
+from surgery.data.text import BUILTIN
 from surgery.operations.base import (
     SURGICAL,
     ApplyContext,
@@ -30,6 +30,7 @@ from surgery.operations.base import (
     PlannedChange,
     Seed,
     WholeNumber,
+    give_entries,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Gated(Operation):
 
     term: ClassVar[str | None] = "gate"
     purpose: ClassVar[str] = "training"
+    TEXTS: ClassVar[tuple[str, ...]] = (BUILTIN,)
 
     keep_first_layers: WholeNumber = Field(0, description="Layers at the beginning that keep all heads on.")
     score: Literal["energy", "damage"] = Field(
@@ -132,7 +134,7 @@ class Gated(Operation):
 
         from surgery.data.calibration_text import calibration_sequences
         from surgery.operations.moh.router import route
-        from surgery.runtime.modeling_surgery import attention_modules, patch
+        from surgery.runtime.modeling_surgery import attention_modules
 
         if self._measures or any(layer.shared for layer in planned.values()):
             tokenizer = context.tokenizer_for("calibration text needs the tokenizer", self.op)
@@ -142,11 +144,7 @@ class Gated(Operation):
             routed, records = route(model, anatomy, planned, sequences, **settings, progress=context.progress)
         else:
             routed, records = unmeasured(model, planned, self.router, self.seed), []
-        try:
-            entries = [self._entry(routed.get(layer.index), model) for layer in anatomy.layers]
-            patch(model, {"layers": entries})
-        except ValueError as error:
-            raise RecipeMismatchError(f"{self.op}: {error}", where=type(model).__name__) from None
+        give_entries(model, [self._entry(routed.get(layer.index), model) for layer in anatomy.layers], self.op)
         with torch.no_grad():
             for module in attention_modules(model):
                 for name, values in routed.get(module.layer_idx, (None, {}))[1].items():

@@ -16,11 +16,9 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.calibration.head_scores import HeadScores, refuse_not_finite
-from surgery.errors import SurgeryError, nearest
+from surgery.calibration.head_scores import HeadScores, names_method, refuse_not_finite
 from surgery.machine.progress import begin
 
 if TYPE_CHECKING:
@@ -33,22 +31,8 @@ ROWS = 64  # last tokens of a sequence on which ablation compares predictions; t
 
 
 def is_method(scores: str) -> bool:
-    """Whether a recipe's `scores` names a method. False: it names a file.
-
-    Raises:
-        SurgeryError: it is neither a method nor a file, and does not look like a path.
-    """
-    if scores in METHODS or Path(scores).is_file():
-        return scores in METHODS
-    if Path(scores).suffix or len(Path(scores).parts) > 1:
-        return False
-    close = nearest(scores, METHODS)
-    raise SurgeryError(
-        f"scores: {scores!r} is neither a method nor a file",
-        exists=", ".join(METHODS),
-        fix=f"did you mean {close!r}?" if close else "a table of numbers, one row of query heads for each layer",
-        code="invalid-file",
-    )
+    """Whether a recipe's `scores` names a method; raises as `names_method` does."""
+    return names_method(scores, METHODS, "a table of numbers, one row of query heads for each layer")
 
 
 def importance(

@@ -16,6 +16,7 @@ from pydantic import Field
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes, widths
 from surgery.calibration.head_scores import HeadScores, load_scores
+from surgery.data.text import BUILTIN
 from surgery.errors import SurgeryError
 from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
 from surgery.machine.progress import within
@@ -51,6 +52,7 @@ class PruneHeads(Operation):
 
     summary: ClassVar[str] = "Remove heads: whole KV groups alike in all layers (stock checkpoint), or any heads."
     purpose: ClassVar[str] = "cache"
+    TEXTS: ClassVar[tuple[str, ...]] = (BUILTIN,)
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Heads are gone for good.",
         "Which ones matter was judged on a text: what only rare inputs need (recall over a long distance, other "
@@ -133,8 +135,7 @@ class PruneHeads(Operation):
             try:
                 load_scores(self.scores, anatomy, per="heads")
             except SurgeryError as error:
-                phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-                problems.append("prune_heads: " + "; ".join(phrase for phrase in phrases if phrase))
+                problems.append(f"prune_heads: {error.in_a_line()}")
         if not problems and self._removes_something(anatomy):
             problems += self._problems_of_tier(anatomy)
         return problems

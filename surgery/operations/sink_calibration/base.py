@@ -15,9 +15,18 @@ from pydantic import Field
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import activation_bytes, forward_flops, gradient_bytes, logit_bytes
 from surgery.calibration.head_scores import UNEQUAL, unsupported
-from surgery.errors import RecipeMismatchError
+from surgery.data.text import BUILTIN
 from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
-from surgery.operations.base import SURGICAL, ApplyContext, InWords, Measurement, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import (
+    SURGICAL,
+    ApplyContext,
+    InWords,
+    Measurement,
+    Operation,
+    PlannedChange,
+    WholeNumber,
+    give_entries,
+)
 from surgery.operations.variants import Variants
 
 if TYPE_CHECKING:
@@ -41,6 +50,7 @@ class SinkCalibration(Variants, Operation):
         "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
     purpose: ClassVar[str] = "quality"
+    TEXTS: ClassVar[tuple[str, ...]] = (BUILTIN,)
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The sink was calibrated on one text or set of questions; a setting is kept only where its gain on text "
         "held back from the search is more than two standard errors, and the record in surgery.json "
@@ -229,15 +239,11 @@ class SinkCalibration(Variants, Operation):
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
-        from surgery.runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
         targets = self._targets(anatomy)
         data = self.calibration_data(model, context) if self.measures else None
-        try:
-            patch(model, {"layers": [self.entry(layer, targets) for layer in anatomy.layers]})
-        except ValueError as error:
-            raise RecipeMismatchError(f"sink_calibration: {error}", where=type(model).__name__) from None
+        give_entries(model, [self.entry(layer, targets) for layer in anatomy.layers], self.op)
         return self.set_values(model, anatomy, targets, data, context)
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:

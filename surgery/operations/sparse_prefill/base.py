@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from surgery.errors import RecipeMismatchError, any_of
+from surgery.errors import any_of
 from surgery.operations.base import (
     SURGICAL,
     ApplyContext,
@@ -22,6 +22,7 @@ from surgery.operations.base import (
     Operation,
     PlannedChange,
     WholeNumber,
+    give_entries,
     whole_keys,
 )
 from surgery.operations.variants import Variants, keys_of
@@ -264,7 +265,6 @@ class SparsePrefill(Variants, Operation):
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
-        from surgery.runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
         layers = self.term_layers(anatomy)
@@ -274,10 +274,6 @@ class SparsePrefill(Variants, Operation):
             found = self.search(model, context)
             entries = {layer: self.with_patterns(entry, found.layers[layer]) for layer, entry in entries.items()}
             record |= {"recovered": found.recovered, "read": found.cost, "origin": found.origin}
-        try:
-            patch(
-                model, {"layers": [{"sparse": entries[i]} if i in layers else {} for i in range(len(anatomy.layers))]}
-            )
-        except ValueError as error:
-            raise RecipeMismatchError(f"sparse_prefill: {error}", where=type(model).__name__) from None
+        changed = [{"sparse": entries[i]} if i in layers else {} for i in range(len(anatomy.layers))]
+        give_entries(model, changed, self.op)
         return record

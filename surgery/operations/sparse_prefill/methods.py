@@ -76,7 +76,7 @@ class Streaming(SparsePrefill):
 
     method: Literal["streaming"]
     sinks: Tokens | None = Field(128, description="First tokens read (or by query head); the first block always is.")
-    window: Tokens | None = Field(4096, description="Newest tokens that are read (or by query head).")
+    window: FromOne | list[FromOne] | None = Field(4096, description="Newest tokens that are read (or by query head).")
 
 
 class TriShape(SparsePrefill):
@@ -84,16 +84,16 @@ class TriShape(SparsePrefill):
 
     method: Literal["tri_shape"]
     sinks: Tokens | None = Field(128, description="First tokens read (or by query head); the first block always is.")
-    window: Tokens | None = Field(4096, description="Newest tokens that are read (or by query head).")
-    last: WholeNumber | None = Field(128, description="Last tokens that read all.")
+    window: FromOne | list[FromOne] | None = Field(4096, description="Newest tokens that are read (or by query head).")
+    last: FromOne | None = Field(128, description="Last tokens that read all.")
 
 
 class VerticalSlash(SparsePrefill):
     """Columns and diagonals, chosen by the last queries' attention (MInference)."""
 
     method: Literal["vertical_slash"]
-    sinks: Tokens | None = Field(30, description="First columns, in tokens, that are always chosen; they count.")
-    last: WholeNumber | None = Field(64, description="Last queries that are looked at.")
+    sinks: WholeNumber | None = Field(30, description="First columns, in tokens, that are always chosen; they count.")
+    last: FromOne | None = Field(64, description="Last queries that are looked at.")
     vertical: Tokens | None = Field(1000, description="Columns, in tokens (or by query head).")
     slash: Tokens | None = Field(6096, description="Diagonals, in tokens (or by query head).")
     nearest: WholeNumber | None = Field(100, description="Nearest diagonals that are always chosen; they count.")
@@ -222,5 +222,5 @@ class Hierarchical(SparsePrefill):
 
     method: Literal["hierarchical"]
     local: FromOne | None = Field(1, description=LOCAL)
-    top: FromOne | list[FromOne] | None = Field(16, description="Blocks that the search finds.")
+    top: FromOne | None = Field(16, description="Blocks that the search finds.")
     representative: Literal["mean", "middle"] | None = Field("mean", description="What stands for keys.")

@@ -300,7 +300,7 @@ def test_peak_that_cannot_be_measured_is_none(monkeypatch, tmp_path, surgery, sp
 
 def test_lengths():
     assert parse_lengths("512, 2k,8K") == (512, 2000, 8000)
-    for text in ("", "a", "0", "-1", "1,,2", "1.5"):
+    for text in ("", "a", "0", "-1", "1,,2", "1.5", "2k5", "k", "kk", "1kk"):
         with pytest.raises(SurgeryError, match="whole numbers"):
             parse_lengths(text)
 
