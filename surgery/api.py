@@ -129,9 +129,8 @@ def apply(
         engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where possible).
             A loaded model refuses `engine`, `resume`, `overwrite` and `allow_pickle`.
         check, evaluate, gate: check the result, score it, judge it by the recipe's limits; a skipped gate is recorded.
-            A loaded model is not checked here, and it is scored by `surgery.evaluate(model, base, report=report)`.
-        resume, overwrite: continue an earlier run that did not finish; replace an existing output.
-        allow_pickle: read .bin weights (with `weights_only=True`).
+            None of them holds for a loaded model, which `surgery.evaluate(model, base, report=report)` scores.
+        resume, overwrite, allow_pickle: continue an unfinished run; replace an output; read .bin weights.
         device, dtype: where and how a folder's model is measured: "cpu", "cuda:1", "mps"; "float32", "bfloat16".
         progress, on_plan: called with done, total and a label; called with the plan before anything is done.
 

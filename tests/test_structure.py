@@ -48,7 +48,7 @@ DECIDED = {
     "evaluation/probes": "base distances fields grid recall settings",
     "engines": "artifact base configuration_decilm llama_cpp llama_cpp_cache llama_cpp_converter llama_cpp_server "
     "process proof run vllm vllm_environment vllm_latent vllm_process",
-    "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
+    "healing": "callbacks contexts distributed heal layerwise_distillation lora models parameters plan record run "
     "sparse_attention teacher trackers trainer validate weighted_gqa",
     "healing/losses": "base objective",
     "io": "card_text demo_model earlier_keys files hub hub_errors identity key_values loading manifest model_folder "

@@ -103,8 +103,8 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
     from surgery.config.heal import Heal
     from surgery.data.packing import arguments
     from surgery.healing.lora import adapt, freeze
+    from surgery.healing.models import rewritten_by
     from surgery.healing.run import trained_of
-    from surgery.healing.validate import rewritten_by
 
     plain = copy.deepcopy(base).requires_grad_(True)
     report, heal = surgery.apply(MERGE, plain), Heal(method=method, steps=1)

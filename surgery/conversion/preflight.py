@@ -95,7 +95,8 @@ def preflight_in_memory(heal: Heal, judged_by: Evaluate | None, model, tokenizer
     Returns:
         The place that the model was loaded from, where the base's weights are; None if the healing needs no base.
     """
-    from surgery.healing.validate import base_of_memory, refuse_early
+    from surgery.healing.models import base_of_memory
+    from surgery.healing.validate import refuse_early
 
     base = base_of_memory(model, heal)
     if tokenizer is None:

@@ -37,15 +37,9 @@ from surgery.evaluation.run import refuse_unscorable
 from surgery.healing import record as records
 from surgery.healing.contexts import in_float32, restore_weights_on_error
 from surgery.healing.distributed import Ranks
+from surgery.healing.models import base_folder, converted_model, report_in_memory, rewritten_by, save_as_stored
 from surgery.healing.plan import HealPlan, refuse_unhealable
-from surgery.healing.validate import (
-    base_folder,
-    converted_model,
-    refuse_settings,
-    report_in_memory,
-    rewritten_by,
-    save_as_stored,
-)
+from surgery.healing.validate import refuse_settings
 from surgery.io.card_text import notes_of
 from surgery.io.files import CARD, published_override
 from surgery.io.loading import read_tokenizer

@@ -23,8 +23,8 @@ from surgery.healing import trainer as training
 from surgery.healing import validate as beforehand
 from surgery.healing.contexts import use_bfloat16
 from surgery.healing.heal import _remove_working_files, _trainable_anatomy
+from surgery.healing.models import base_of_memory, report_in_memory
 from surgery.healing.parameters import TrainableParameters
-from surgery.healing.validate import report_in_memory
 
 SMALL = {"length": 16, "batch_tokens": 32, "steps": 2}
 
@@ -291,9 +291,9 @@ def test_a_model_without_a_name_takes_no_record_of_the_working_folder(tmp_path, 
 def test_the_base_of_a_model_of_the_hub_is_at_its_revision():
     model = TINY["llama"]()
     model.config._name_or_path = "owner/name"
-    assert beforehand.base_of_memory(model, Heal(steps=1)) == "owner/name"
+    assert base_of_memory(model, Heal(steps=1)) == "owner/name"
     model.config._commit_hash = "0123abc"
-    assert beforehand.base_of_memory(model, Heal(steps=1)) == "owner/name@0123abc"
+    assert base_of_memory(model, Heal(steps=1)) == "owner/name@0123abc"
 
 
 def test_by_the_clock_only_what_trains_gets_gradients():

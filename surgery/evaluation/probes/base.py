@@ -430,9 +430,8 @@ class CaseProbe(Probe):
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
         self.prepare(result, sources, progress)
         order = dict(reversed(sources.items())) if self.model_first else sources
-        known = None
+        known, asked = None, f"{self.name} {self.model_dump_json()}"
         if shared and base is not None and not self.model_first:  # otherwise the base scores what this model wrote
-            asked = f"{self.name} {self.model_dump_json()}"
             known = shared.answers(asked, result.cases)
         if known is not None:
             result.outcomes["base"] = known
