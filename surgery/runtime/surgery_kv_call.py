@@ -108,7 +108,7 @@ class _PiecewiseCall:
         policy, every = self.of.policy, self.of.policy.interval
         if self.scoring.mask is None and every is not None and end % every and end % every <= every - policy.voters:
             return None, None  # most steps; nothing is asked of the device
-        position = self._positions_of(begin, end)
+        position = self.scoring.positions(begin, end, self.query.device)
         if policy.in_calls or not (every or is_prompt):
             return None, position.new_ones(len(position), dtype=torch.bool) if policy.in_calls else None
         if every is None:
@@ -119,13 +119,6 @@ class _PiecewiseCall:
             deciding = (position[:, -1] >= 0) & ((position[:, -1] + 1) % every == 0)
         voting = voting & (position >= 0)
         return voting if bool(voting.any()) else None, deciding if bool(deciding.any()) else None
-
-    def _positions_of(self, begin: int, end: int) -> torch.Tensor:
-        """The positions of the tokens in these slots, long [1 or batch, n]; -1 for padding."""
-        slots, mask = torch.arange(begin, end, device=self.query.device)[None], self.scoring.mask
-        if mask is None:
-            return slots
-        return torch.where(mask[:, begin:end], slots - self.scoring.pad.long()[:, None], -1)
 
     @torch.no_grad()
     def _observe(self, store: KeptStore, voting, begin: int, query, view: KeyValues, out, lse) -> None:
@@ -152,7 +145,8 @@ class _PiecewiseCall:
             if not alone:
                 seen = (slots_of_keys[:, :, None] <= slots[some, None]) & (kept.positions >= 0)[:, :, None]
                 counted = counted.masked_fill(~(seen[:, :, None] & votes[..., None]), 0.0)
-            position = self._positions_of(*(int(slot) for slot in (slots[some][0], slots[some][-1] + 1)))
+            first, last = int(slots[some][0]), int(slots[some][-1])
+            position = self.scoring.positions(first, last + 1, self.query.device)
             if not self.of.policy.needs_outputs:
                 outputs = None
             elif not self.terms.corrections:  # what the kernel gave may be rounded to half precision

@@ -220,18 +220,10 @@ class LayerReader:
             with torch.no_grad():
                 _, kv_heads = heads.spec[1][kind]
                 grouped = query.unflatten(1, (len(kv_heads), -1)).squeeze(3)
-                positions = _positions(whole.end, scoring, query.device)
+                positions = scoring.positions(0, whole.end, query.device)
                 shown = whole.keys, whole.values, positions, scoring, view.store, parameters
                 slots = self.reader.choose(DecodingStep(self.layer, kv_heads, grouped, *shown))
             return attend(query, whole if slots is None else _read(whole, slots), terms)
-
-
-def _positions(end: int, scoring: Scoring, device) -> torch.Tensor:
-    """The positions of all stored tokens, long [1 or batch, N]; -1 for padding."""
-    slots = torch.arange(end, device=device)[None]
-    if scoring.mask is None:
-        return slots
-    return torch.where(scoring.mask[:, :end], slots - scoring.pad.long()[:, None], -1)
 
 
 def _read(whole: KeyValues, slots: torch.Tensor) -> KeyValues:

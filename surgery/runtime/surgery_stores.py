@@ -44,6 +44,13 @@ class Scoring(NamedTuple):
     softcap: float | None
     sink: torch.Tensor | None = None
 
+    def positions(self, begin: int, end: int, device: torch.device) -> torch.Tensor:
+        """The positions of the tokens in these slots, long [1 or batch, n]; -1 for padding."""
+        slots = torch.arange(begin, end, device=device)[None]
+        if self.mask is None:
+            return slots
+        return torch.where(self.mask[:, begin:end], slots - self.pad.long()[:, None], -1)
+
 
 @dataclass
 class KeyValues:

@@ -130,9 +130,11 @@ def test_bounds_of_sinks_and_window(base, tmp_path):
     from conftest import edit_json
 
     from surgery.operations.duo_attention.operation import MOST_KEPT
-    from surgery.runtime import surgery_visibility
+    from surgery.operations.kv_evict import base as evicting
+    from surgery.runtime import surgery_kv_evict, surgery_visibility
 
-    assert MOST_KEPT == surgery_visibility.MOST_KEPT
+    assert MOST_KEPT == evicting.MOST_KEPT == surgery_visibility.MOST_KEPT
+    assert (evicting.BLOCKS, evicting.PROMPT_END) == (surgery_kv_evict.BLOCKS, surgery_kv_evict.PROMPT_END)
     for field in ("sinks", "window"):
         with pytest.raises(surgery.SurgeryError, match=f"{field}.*at most 1.04858e\\+06|{field}.*1048576"):
             surgery.plan(STREAM, str(base), overrides=[f"{field}=1000000000"])

@@ -426,6 +426,10 @@ def test_the_share_is_the_papers_and_counted_by_a_loop():
             read += sum(i + 1 if dense else min(i // 16, top - 1) * 16 + i % 16 + 1 for top in tops) / len(tops)
         assert share_read(own, length) == pytest.approx(read / (length * (length + 1) / 2))
     assert dense_until(entry) == 1536
+    for changed in ({}, {"top": [3, 9]}, {"dense_below": 9000}, {"block": 64}, {"exact": False}):
+        for left_out in ((), ("top", "block"), ("dense_below",)):
+            own = {key: value for key, value in (entry | changed).items() if key not in left_out}
+            assert Sparse.of({"method": "block_topk", **own}).dense_until == dense_until(own), own
     assert share_read(entry, nearly_dense_until(entry, 0.9)) > 0.9
     assert share_read(entry, nearly_dense_until(entry, 0.9) + 512) <= 0.9
 
