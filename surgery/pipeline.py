@@ -213,7 +213,7 @@ def _recorded_base(record: dict, base: str | None, out: str) -> str:
     name = base or recorded_base(record)
     if not name:
         raise RecordError("its surgery.json names no base", where=out, fix="--base MODEL")
-    if reason := another_base(record["base"], name):
+    if reason := another_base(record, name):
         raise ModelMismatchError(f"{name}: {reason}", where=out, fix="--base with the model that it was made from")
     return str(name)
 
@@ -297,6 +297,8 @@ class AppliedBlock(AbstractContextManager["Report"]):
             raise RecipeError("a healing is not undone", where="heal", fix="heal=null, or surgery.apply")
         self._entered = True
         self._restore = snapshot(model, _rewritten(self._recipe, model))
+        self._trains = {name: weight.requires_grad for name, weight in model.named_parameters()}
+        self._name = getattr(model, "name_or_path", "")
         self._generation = getattr(model, "generation_config", None)
         self._kept = deepcopy(vars(self._generation)) if self._generation is not None else {}
         try:
@@ -323,6 +325,10 @@ class AppliedBlock(AbstractContextManager["Report"]):
 
     def _undo(self) -> None:
         self._restore()
+        self._model.name_or_path = self._name
+        for name, weight in self._model.named_parameters():
+            if name in self._trains and weight.requires_grad != self._trains[name]:
+                weight.requires_grad_(self._trains[name])
         if self._generation is not None:
             vars(self._generation).clear()
             vars(self._generation).update(self._kept)
@@ -421,5 +427,5 @@ def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report |
 
     recipe, _ = recipe.cut_to(read_config(out))
     expected = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
-    same = report.data["recipe"] == expected and not another_base(report.data["base"], model)
+    same = report.data["recipe"] == expected and not another_base(report.data, model)
     return report if same else None

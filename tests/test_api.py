@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import pytest
+import yaml
 
 import surgery
 from surgery.errors import SurgeryError
@@ -147,6 +148,13 @@ def test_no_folder_is_published(model, text, tmp_path):
     assert published_override("data=[self, /home/me/a.txt, b.txt]") == "data=[self, a.txt, b.txt]"
     assert published_override("heal.freeze=['*.mlp.*']") == "heal.freeze=['*.mlp.*']"
     assert published_override("kv_heads=[1, 3]") == "kv_heads=[1, 3]"
+    for value, shown in (
+        ("{text: /home/me/a.txt, windows: 1}", {"text": "a.txt", "windows": 1}),
+        ("{names: [tk/mc.yaml], max_drop: {my_mc: 0.01}}", {"names": ["mc.yaml"], "max_drop": {"my_mc": 0.01}}),
+        ("[{op: x, scores: /home/me/b.json}, {op: y}]", [{"op": "x", "scores": "b.json"}, {"op": "y"}]),
+    ):
+        key, _, said = published_override(f"evaluate={value}").partition("=")
+        assert (key, yaml.safe_load(said)) == ("evaluate", shown)
     assert published_override("data=[/home/me/a.txt") == "data=a.txt"
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/scores.tsv").write_text("0\t0\t1\n0\t1\t1\n")
@@ -255,6 +263,23 @@ def test_a_score_does_not_outlive_the_weights_that_it_is_of(loaded, model, text,
     saved = surgery.save(loaded, tmp_path / "after", report)
     assert (saved.perplexity, saved.gate) == (None, "not run")
     assert "changed after the score" in str(saved)
+
+
+def test_an_adapter_does_not_name_the_unconverted_base(model, tmp_path):
+    """peft writes the name of the model into the adapter, and loads the adapter on the model of that name."""
+    from peft import LoraConfig, get_peft_model
+
+    def named(loaded) -> str:
+        get_peft_model(loaded, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        return json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+
+    converted = surgery.load(model)
+    report = surgery.apply("streaming", converted, sinks=1, window=3)
+    assert not named(converted)
+    converted = surgery.load(model)
+    report = surgery.apply("streaming", converted, sinks=1, window=3)
+    surgery.save(converted, tmp_path / "out", report)
+    assert named(converted) == str(tmp_path / "out")
 
 
 def test_no_probe_makes_an_old_score_new(loaded, model, text, tmp_path, monkeypatch):

@@ -55,10 +55,14 @@ def evaluate(
     from surgery.api import evaluate as run
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
+    from surgery.io.hub import resolve
+    from surgery.report.lineage import missing_score
 
     write_task = options.pop("write_task")
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
     chosen = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
+    if base is not None and chosen.main and not chosen.model_fields_set:  # nothing was asked: as the recipe does
+        chosen = missing_score(resolve(out).path) or chosen
     if write_task is not None:
         if base is not None:
             raise SurgeryError("--write-task runs nothing, so that it takes no --base", fix="leave one of them out")

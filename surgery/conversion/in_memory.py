@@ -26,6 +26,7 @@ def note_origin(report: Report, model, was: str) -> None:
     folder = origin_folder(model)
     if folder:  # absolute, so that the path holds after a change of the working folder
         config._name_or_path = str(folder)
+    model.name_or_path = ""  # an adapter that peft trains here names its base by this: it is not the unconverted one
     known = {"class": type(model).__name__, "heads": heads_of(model)}
     history = history_of(folder) if folder else []
     data |= {"in_memory": known, "history": [*history, *(_plain(record) for record in earlier)]}
@@ -55,6 +56,7 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
         saved = Report(_plain(report.data) | outdated | {"files": weight_files(partial)}, partial)
         saved.save(list_files=True)
     saved.folder = out.out
+    model.name_or_path = str(out.out)
     return saved
 
 

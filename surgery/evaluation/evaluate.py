@@ -204,7 +204,7 @@ def _evaluate(
     progress: Progress | None,
 ) -> Result:
     from surgery.evaluation.run import evaluate_in_memory
-    from surgery.report.lineage import refuse_another
+    from surgery.report.lineage import missing_score, refuse_another
 
     if model is None:
         raise no_model(model)
@@ -212,7 +212,10 @@ def _evaluate(
     refuse_no_function(progress=progress)
     if report is not None:
         refuse_another(model, report)
-    chosen, out, beside = _chosen(probe, settings, report), _source(model), _source(base, "base")
+    out, beside = _source(model), _source(base, "base")
+    chosen = _chosen(probe, settings, report)
+    if chosen is None and report is None and base is not None and isinstance(out, Path):
+        chosen = missing_score(out)
     options = {"tokenizer": tokenizer, "progress": progress}
     if any(side is not None and not isinstance(side, Path) for side in (out, beside)):
         refuse_for_loaded()

@@ -34,6 +34,11 @@ def load_in_this_process(job: dict) -> dict:
     if model_type not in transformers.CONFIG_MAPPING and model_type != "surgery":
         return {"no_class": f"Transformers has no class for model_type {model_type!r}"}
     config = transformers.AutoConfig.from_pretrained(folder, **options)
+    headless = [
+        name for name in config.architectures or [] if name.endswith("Model") and not name.endswith("HeadModel")
+    ]
+    if headless:
+        return {"no_class": f"{headless[0]} has no output head, so it is no language model"}
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = transformers.AutoModelForCausalLM
     if config.get_text_config() is not config and not any("CausalLM" in c for c in config.architectures or []):

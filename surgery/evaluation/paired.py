@@ -154,7 +154,7 @@ def run_base_then_model(
 
         tick(0)
         result.running = label
-        with loaded(source, pickled[label], beside=needs[label][1]) as model:
+        with loaded(source, allow_pickle=pickled[label], beside=needs[label][1]) as model:
             result.outcomes[label] = probe.run(model, result, tick)
             _report_broken(result, label, probe)
             for index, (name, change) in enumerate(probe.changes(label, model, result).items(), start=1):

@@ -49,7 +49,7 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
             )
         return resolve(name).path if name else None
     path = resolve(str(base)).path
-    if comparable(recorded) and (reason := another_base(recorded, base)):
+    if comparable(recorded) and (reason := another_base(data, base)):
         raise ModelMismatchError(reason, where=f"--base {base}", fix="name the model that it was made from")
     return path
 

@@ -165,19 +165,21 @@ def published_list(values: list[str]) -> list[str]:
 def published_recipe(recipe: dict) -> dict:
     """A recipe with every path in its settings cut to its last name; its name and description are prose and stay."""
 
-    def without_folders(value):
-        if isinstance(value, dict):
-            return {key: without_folders(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return (
-                published_list(value)
-                if all(isinstance(item, str) for item in value)
-                else list(map(without_folders, value))
-            )
-        return published(value) if isinstance(value, str) else value
-
     prose = {key: recipe[key] for key in ("name", "description")}
-    return without_folders(recipe) | prose
+    return _without_folders(recipe) | prose
+
+
+def _without_folders(value: Any) -> Any:
+    """Plain data as it may be published."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return (
+            published_list(value)
+            if all(isinstance(item, str) for item in value)
+            else list(map(_without_folders, value))
+        )
+    return published(value) if isinstance(value, str) else value
 
 
 def published_override(text: str) -> str:
@@ -185,12 +187,10 @@ def published_override(text: str) -> str:
     key, _, value = text.partition("=")
     if key in ("name", "description"):
         return text
-    if value.lstrip().startswith("[") and {"/", "\\"} & set(value):
-        with suppress(yaml.YAMLError):
-            items = yaml.safe_load(value)
-            if isinstance(items, list) and all(isinstance(item, str) for item in items):
-                form = {"default_flow_style": True, "allow_unicode": True, "width": float("inf")}
-                return f"{key}={yaml.safe_dump(published_list(items), **form).strip()}"
+    if value.lstrip().startswith(("[", "{")) and {"/", "\\"} & set(value):
+        with suppress(yaml.YAMLError, RecursionError):
+            form = {"default_flow_style": True, "allow_unicode": True, "width": float("inf"), "sort_keys": False}
+            return f"{key}={yaml.safe_dump(_without_folders(yaml.safe_load(value)), **form).strip()}"
     return f"{key}={published(value)}"
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import MachineError, OutputExistsError, SurgeryError, system_code
 from surgery.io.files import PROGRESS, REPORT, read_json, sha256, write_json
@@ -92,10 +93,8 @@ class OutputFolder:
                     with suppress(OSError):
                         remove_own(self.partial)
                 raise
-            finally:  # in this order: a run that waits for a file that is gone makes a new one
-                with suppress(OSError):
-                    Path(lock.lock_file).unlink()
-                lock.release()
+            finally:
+                _let_go(lock)
 
     def finished(self, file: str, info: dict, records: list[dict]) -> None:
         """Note that a file is complete (its `sha256` and `bytes`), and what the operations have recorded so far."""
@@ -254,7 +253,14 @@ def used_alone(folder: Path, fix: str):
     try:
         yield
     finally:
-        lock.release()
+        _let_go(lock)
+
+
+def _let_go(lock: Any) -> None:
+    """Remove the file of a lock and release it; in this order: a run that gets a file that is gone makes another."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def output_path(out: str | Path) -> Path:

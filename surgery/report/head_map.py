@@ -85,7 +85,7 @@ def draw_recorded(record: dict, folder: Path) -> bool:
     scores, streaming = split.get("scores") or {}, split.get("streaming")
     if made.get("op") != "duo_attention" or not streaming or not any(streaming):
         return False
-    table = scores.get("scores")
+    table, method = scores.get("scores"), str(scores.get("method") or "")
     if not table or len(table) != len(streaming):
         return False
     sees = f"{fields['sinks']} sinks + {fields['window']} tokens" if {"sinks", "window"} <= fields.keys() else ""
@@ -97,7 +97,7 @@ def draw_recorded(record: dict, folder: Path) -> bool:
             name=name.rsplit("/", 1)[-1],
             streaming=streaming,
             sees=sees,
-            scores=HeadScores(str(scores.get("method") or ""), table),
+            scores=HeadScores(method, table) if method != "none" else None,  # all heads stream, and none was scored
         )
     except SurgeryError:  # matplotlib is not installed
         return False

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.stock_class import base_type_of
+from surgery.data.text import BUILTIN
 from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
+from surgery.evaluation.probes import main
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
-from surgery.io.files import published
+from surgery.io.files import published, read_json
 from surgery.io.model_in_memory import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
-from surgery.report.report import Report
+from surgery.report.report import FILE, Report
 
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
@@ -57,10 +59,24 @@ def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = N
         recorded = recorded if recorded and recorded.get("status") == "done" else None
     if recorded is not None and not (result and not probe.main and probe.joined(recorded, result)):
         return KEPT
+    if wanted is None and probe.main and not data["recipe"].get("evaluate"):  # any score is better than none
+        wanted = probe
     if (wanted is None and probe.main) or (wanted and not same_settings(wanted, probe)):
         *names, last = probe.aliases.flags or type(probe).model_fields
-        return f"{', '.join(names)} or {last} are not those of its recipe"
-    return another_base(data["base"], base)
+        asked = wanted.model_dump(exclude_unset=True) if wanted else {}
+        own = ", ".join(f"{key}={value}" for key, value in asked.items())
+        return f"{', '.join(names)} or {last} are not those of its recipe{f' ({own})' if own else ''}"
+    return another_base(data, base)
+
+
+def missing_score(folder: Path) -> Probe | None:
+    """The probe by which the recipe of a checkpoint judges it, where it was not scored yet; else None."""
+    if not (folder / FILE).is_file():
+        return None
+    data = Report.of(folder).data
+    judged = recipe_probe(data, main()) if (data["evaluation"] or {}).get("status") != "done" else None
+    text = getattr(judged, "text", BUILTIN)  # of a file, a record has the last name alone
+    return judged if text == BUILTIN or Path(text).is_file() else None
 
 
 def recipe_probe(data: dict, kind: type[Probe]) -> Probe | None:
@@ -86,18 +102,18 @@ def comparable(recorded: dict) -> bool:
     return (recorded.get("fingerprint") or "").startswith(BY_CONTENT)
 
 
-def another_base(recorded: dict, base) -> str:
+def another_base(record: dict, base) -> str:
     """Why a base is not the one that a checkpoint was made from, or cannot be identified; "" if it is that base.
 
     Args:
-        recorded: `base` in the checkpoint's surgery.json.
+        record: the checkpoint's surgery.json, of which `base` and `history` are read.
         base: a folder or a name; a loaded model cannot be identified.
     """
     if not isinstance(base, str | Path):
         return "a base in memory cannot be identified"
     from surgery.io.hub import resolve
 
-    source = resolve(str(base))
+    recorded, source = record["base"], resolve(str(base))
     if recorded.get("hub_id") and recorded.get("revision") and source.hub_id:
         same = (source.hub_id, source.revision) == (recorded["hub_id"], recorded["revision"])
         return "" if same else f"it was made from {recorded['hub_id']}@{recorded['revision']}, not from this base"
@@ -109,7 +125,18 @@ def another_base(recorded: dict, base) -> str:
         same = Checkpoint(source.path).fingerprint() == recorded["fingerprint"]
     except SurgeryError as error:
         return f"the base cannot be compared with the one it was made from ({error.what})"
+    if same and _is_converted(source.path, record.get("history") or []):
+        return f"this model was itself converted, from the base it was made from ({recorded.get('name')})"
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
+
+
+def _is_converted(folder: Path, history: list[dict]) -> bool:
+    """Whether a folder is the result of a surgery that is not in this history. Some surgeries leave all weights."""
+    try:
+        own = read_json(folder / FILE)
+    except (OSError, SurgeryError):
+        return False
+    return all((own.get("created"), own.get("plan_hash")) != (e.get("created"), e.get("plan_hash")) for e in history)
 
 
 def recorded_base(data: dict) -> str | None:

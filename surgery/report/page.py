@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.evaluation import probes
+from surgery.evaluation.paired import REPORTABLE, few_words
 from surgery.io.printing import Table, as_html_table
 from surgery.report.card import ALTERNATIVES, alternatives, checks_text, costs_text
 from surgery.report.card_healing import CURVE, healing
@@ -145,6 +146,10 @@ def _needles(evaluation: dict) -> str:
                 grids.append(
                     _grid(f"{name}: {cls.sentence(record)}" if label == "out" else name, grid, lengths, depths)
                 )
+        if grids and (asked := (record.get("out") or {}).get("of")):
+            cells = len(lengths) * len(depths)
+            few = few_words([asked // cells] * cells, "needle", f"samples={REPORTABLE}")
+            grids.append(f"<p>{escape(few)}</p>" if few else "")
     return "".join(grids)
 
 

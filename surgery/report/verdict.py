@@ -26,8 +26,10 @@ def verdict(data: dict[str, Any]) -> str:
         return f"damaged: {', '.join(faults)}"
     if not evaluation or evaluation["status"] != "done":
         return "nothing is known of its quality"
-    costs, missed = damage(evaluation), [each for each in comparisons(evaluation, gate["limits"]) if not each.passed]
     healed = bool(data.get("heal"))
+    if gate["status"] == "not run" and is_no_text(data):
+        return "nothing is known of its quality: its base cannot tell this text from noise"
+    costs, missed = damage(evaluation), [each for each in comparisons(evaluation, gate["limits"]) if not each.passed]
     if gate["status"] == "failed":
         amounts = [
             f"{each.words} is {abs(each.value - each.limit):.3g} too {'low' if each.at_least else 'high'}"
@@ -49,13 +51,19 @@ def notes(data: dict[str, Any]) -> list[str]:
     """Reasons why the figures say little, and trackers that did not get all of them."""
     faults = (data.get("heal") or {}).get("tracker_faults")
     faults = [f"the tracker {fault}" for fault in faults] if isinstance(faults, list) else []
-    before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
-    if not isinstance(before, int | float) or before <= NO_MODEL:
+    if not is_no_text(data):
         return faults
+    before = data["evaluation"]["base"]["perplexity"]
     return [
         *faults,
         f"the base's perplexity is {shown_perplexity(before)}: it is no language model, or this is not its text",
     ]
+
+
+def is_no_text(data: dict[str, Any]) -> bool:
+    """Whether the base is no language model on the text of the score, which then says nothing."""
+    before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
+    return isinstance(before, int | float) and before > NO_MODEL
 
 
 def nothing_came_back(data: dict[str, Any]) -> bool:

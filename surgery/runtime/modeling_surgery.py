@@ -329,14 +329,16 @@ class _ModelMixin:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "offloaded"):
             raise ValueError(f"cache_implementation={kind!r} would undo the surgery: leave it out")
-        user_cache = model_kwargs.get(CACHE)
-        if isinstance(user_cache, SurgeryCache):  # an assisted generation has ended: what the cache recorded may go
+        user_cache, drafts = model_kwargs.get(CACHE), getattr(generation_config, "is_assistant", False)
+        # A model that drafts for another one gets its cache back in every round. Of any other, an assisted generation
+        # has ended, and what the cache recorded may go.
+        if isinstance(user_cache, SurgeryCache) and not drafts:
             user_cache.stop_past_recording()
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)
         if made is not None and made is not user_cache:
             ours = self.make_cache(offloading=kind == "offloaded")
-            if getattr(generation_config, "is_assistant", False):
+            if drafts:
                 ours.activate_past_recording()
             model_kwargs[CACHE] = ours
         return result

@@ -32,7 +32,7 @@ def test_a_benchmark_in_words():
 @pytest.mark.parametrize(
     ("statuses", "evaluated", "says"),
     [
-        (["passed"] * 3 + ["measured"], False, "3 checks passed. next: surgery eval 'o ut' --base 'the base'"),
+        (["passed"] * 3 + ["measured"], False, "3 checks passed. next: surgery eval 'o ut' --base MODEL"),
         (["passed"], True, "1 check passed. next: surgery push 'o ut' OWNER/NAME"),
         (["passed", "not run"], True, "1 check passed, 1 not run. next: surgery push 'o ut' OWNER/NAME"),
         (["passed", "failed"], True, "1 of 2 checks failed."),
@@ -43,6 +43,10 @@ def test_a_check_in_words(capsys, statuses, evaluated, says):
     data = {"check": {"items": items}, "base": {"name": "the base"}, "evaluation": {"out": 1} if evaluated else None}
     check_verdict(data, "o ut")
     assert capsys.readouterr().out == f"{says}\n"
+    if "eval" in says:
+        for base in ({"name": "smollm2-135m"}, {"name": "owner/name", "hub_id": "owner/name"}):
+            check_verdict(data | {"base": base}, "out")
+            assert capsys.readouterr().out.endswith(f"next: surgery eval out --base {base['name']}\n")
 
 
 CPU = {"device": "cpu", "name": "EPYC"}

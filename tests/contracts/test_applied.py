@@ -103,6 +103,16 @@ def test_a_model_made_in_inference_mode(kept):
     same()
 
 
+def test_what_trains_is_as_before(kept):
+    model = TINY["llama"]().eval()
+    model.lm_head.requires_grad_(False)
+    same = kept(model)
+    with surgery.applied("streaming", model, sinks=1, window=3):
+        for weight in model.parameters():
+            weight.requires_grad_(not weight.requires_grad)
+    same()
+
+
 def test_blocks_may_be_nested(kept):
     model = TINY["llama"]().eval()
     outside = kept(model)

@@ -52,6 +52,105 @@ def made(model, tmp_path):
     return tmp_path
 
 
+def hits(kept: int, of: int, base: int, asked: int = 48) -> dict:
+    """The record of a recall test or of short requests."""
+    share = {"kept": kept, "of": of, "share": kept / of}
+    return {"status": "done", "base": {"hits": base, "of": asked}, "out": {"hits": kept + 1}, "kept": share}
+
+
+def written(kv: float, kl: float, needles: dict, late: dict, own: float | None) -> dict:
+    """The records of a model, as they are kept."""
+    losses = {"base": {"cross_entropy": 2.5}, "out": {"cross_entropy": 2.5 + kl}, "kl": {"mean": kl}}
+    cache = {"base": {"per_token": 100, "long_mib": 8.0}, "out": {"per_token": 40, "long_mib": kv}}
+    speed = {"ratio": {"prefill": 2.0, "decode": 1.25, "own": own}}
+    done = {"status": "done"}
+    return {
+        "loss-512": done | losses,
+        "loss-2048": done | losses | {"notes": ["windows end early"]},
+        "choices": done | {"base": {"right": 90, "of": 200}, "out": {"right": 80, "of": 200}},
+        "needles": needles,
+        "late": late,
+        "chat": hits(7, 9, 9, 10),
+        "cache": done | cache,
+        "speed": done | speed,
+    }
+
+
+def test_every_cell_number_and_point_of_the_picture(tmp_path, monkeypatch):
+    """From records that were written by hand: what is kept, out of what, and where a model stands in the picture."""
+    from surgery.evaluation.comparison.result import Comparison
+    from surgery.report import plots
+
+    records = {
+        "a": written(2.0, 0.125, hits(40, 44, 44), hits(11, 44, 44), 1.5),
+        "b": written(6.0, 0.5, hits(39, 44, 44), hits(44, 44, 44), None),
+    }
+    found = Comparison("m", MEASURES, records)
+    titles = [column.title for _, column in found.columns]
+    cells = {
+        model: dict(zip(titles, (found.cell(model, *each) for each in found.columns), strict=True))
+        for model in ("the base", "a", "b")
+    }
+    assert cells["the base"] == {
+        "loss 512": "2.500", "loss 2,048": "2.500", "KL 2,048": "0.0000", "choices": "90/200", "needles": "44/48",
+        "late": "44/48", "chat": "9/10", "KV/token": "100", "KV at 8k": "8.0", "prompt": "1.00", "decode": "1.00",
+        "own": "",
+    }  # fmt: skip
+    assert cells["a"] == {
+        "loss 512": "2.625", "loss 2,048": "2.625", "KL 2,048": "0.1250", "choices": "80/200", "needles": "40/44",
+        "late": "11/44", "chat": "7/9", "KV/token": "40", "KV at 8k": "2.0", "prompt": "2.00", "decode": "1.25",
+        "own": "1.50",
+    }  # fmt: skip
+    assert (cells["b"]["needles"], cells["b"]["late"], cells["b"]["own"]) == ("39/44", "44/44", "")
+    rows = {row["model"]: row for row in found.to_dict()["rows"]}
+    assert (rows["a"]["needles"], rows["a"]["late"], rows["b"]["late"]) == (40, 11, 44)
+    assert found.all_notes == ["loss on windows of 2,048 tokens: windows end early"], "of all models, so once"
+    drawn = {}
+    monkeypatch.setattr(plots, "points", lambda path, marks, **words: drawn.update(marks))
+    found.plot(tmp_path / "x.png")
+    assert {name: (mark.x, mark.y, mark.filled) for name, mark in drawn.items()} == {
+        "a": (0.25, 0.125, True), "b": (0.75, 0.5, False), "the base": (1.0, 0.0, True),
+    }  # fmt: skip
+
+
+def test_what_the_windows_do_not_show_is_said(model, text, tmp_path):
+    """They lie within the prompt that this sparse prefill reads whole."""
+    package.apply("sparse-prefill", model, output=tmp_path / "sparse", check=False, evaluate=False, dense_below=512)
+    package.apply("gqa", model, output=tmp_path / "merged", check=False, evaluate=False, method="mean")
+    models = [tmp_path / "sparse", tmp_path / "merged"]
+    found = package.compare(models, model, folder=tmp_path / "c", text=str(text), only=["loss-512"])
+    (note,) = [note for note in found.all_notes if "show nothing of it" in note]
+    assert "sparse_prefill leaves unchanged" in note
+    assert note.endswith(f"({models[0]})")
+
+
+def test_a_converted_model_is_no_base(refused, made, model, tmp_path):
+    """Its weights are the base's: a head split leaves them. A model that was made from it has it as its base."""
+    package.apply("streaming", model, output=tmp_path / "other", check=False, evaluate=False, sinks=2, window=9)
+    second = [tmp_path / "second", tmp_path / "third"]
+    for head, out in enumerate(second):
+        gates = {"op": "head_mask", "values": {0: {head: 0.5}}}
+        step = {"version": 1, "name": "masked", "operations": [gates]}
+        package.apply(step, made / "short", output=out, check=False, evaluate=False)
+    pair = (made / "merged", made / "short")
+    refused("compare", *pair, "--base", tmp_path / "other", "--only", "cache", says=["was itself converted"])
+    refused("compare", *second, "--base", tmp_path / "other", "--only", "cache", says=["was itself converted"])
+    assert package.compare(second, made / "short", folder=tmp_path / "c1", only=["cache"])
+    assert package.compare([*pair, *second], model, folder=tmp_path / "c2", only=["cache"])
+    with pytest.raises(SurgeryError, match="was itself converted"):
+        package.reproduce(made / "short", tmp_path / "other")
+    refused("report", made / "short", "--base", tmp_path / "other", says=["was itself converted"], has_json=False)
+
+
+def test_the_page_has_the_rows(surgery, made, model):
+    page = made / "c.html"
+    done = surgery("compare", made / "merged", made / "short", "--base", model, "--only", "cache", "--html", page)
+    assert done.code == 0, done.err
+    text = page.read_text(encoding="utf-8")
+    for word in ("the base", str(made / "merged"), str(made / "short"), "KV/token"):
+        assert word in text
+
+
 def test_two_runs_do_not_share_a_folder(made, model, text):
     from surgery.io.output_folder import used_alone
 
@@ -284,7 +383,10 @@ def test_speed_is_beside_the_base(made, model, text, monkeypatch):
     for row in found.to_dict()["rows"]:
         assert row["prompt"] > 0
         assert row["decode"] > 0
-    assert found.to_dict()["rows"][0] == {"model": "the base", "prompt": 1.0, "decode": 1.0}
+    base, merged, short = found.to_dict()["rows"]
+    assert base == {"model": "the base", "prompt": 1.0, "decode": 1.0, "own": None}
+    assert merged["own"] is None, "it decodes from the stock cache"
+    assert short["own"] > 0
     assert f"torch {torch.__version__}" in found.records[str(models[0])]["speed"]["machine"]
 
 

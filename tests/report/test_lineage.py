@@ -47,6 +47,26 @@ def report(converted, tmp_path) -> Report:
     return report
 
 
+def test_eval_without_settings_measures_as_the_recipe_does(tiny, tmp_path, monkeypatch):
+    """So its score is that of the card, which the hint asks for; a recipe that judges nothing takes any score."""
+    text = tmp_path / "novel.txt"
+    text.write_text("the cat sat on the old green door and the dog slept . " * 200)
+    monkeypatch.chdir(tmp_path)
+    steps = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    judged = {"evaluate": {"text": "novel.txt", "windows": 2, "length": 16, "max_kl": 9.0}}
+    surgery.apply(steps | judged, str(tiny), output="judged", check=False, evaluate=False)
+    surgery.evaluate("judged", str(tiny))
+    assert surgery.Report.of("judged").gate == "passed"
+    surgery.apply(steps, str(tiny), output="free", check=False, evaluate=False, overrides=["evaluate=null"])
+    surgery.evaluate("free", str(tiny), text="novel.txt", windows=2, length=16)
+    assert surgery.Report.of("free").perplexity is not None
+    surgery.apply(steps | judged, str(tiny), output="other", check=False, evaluate=False)
+    found = surgery.evaluate("other", str(tiny), text="novel.txt", windows=1, length=16)
+    (note,) = [note for note in found.notes if "not added" in note]
+    assert "are not those of its recipe (" in note
+    assert "windows=2" in note
+
+
 def test_the_first_score_of_a_probe_comes_into_the_card(report, tiny):
     probe = make("needles", {"length": 64, "cases": 4})
     assert record_score(report, str(tiny), probe, NEEDLES) == ""

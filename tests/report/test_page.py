@@ -8,6 +8,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from conftest import edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 from test_card import REPORT
 
@@ -107,6 +108,7 @@ def test_the_needles_are_a_grid_of_shares():
     cells = [part.partition("</td>")[0].rpartition(">")[2] for part in page.split('<td class="cell"')[1:]]
     assert cells == ["100%", "100%", "50%", "", "0%", "25%", "100%", "0%"]
     assert "2,048 tokens" in page
+    assert "A cell of 1 needle has no share of its own: 48 make it reportable" in page
 
 
 def test_pictures_are_inside_and_too_large_ones_are_left_out(tmp_path):
@@ -146,8 +148,8 @@ def test_what_the_command_refuses(refused, model, tmp_path):
     package.apply("streaming", str(model), output=tmp_path / "out", check=False, evaluate=False, sinks=1, window=3)
     refused("report", "out", "-p", "Hello", says=["--prompt asks both models", "--base MODEL"])
     refused("report", model, says=["no surgery.json"])
-    other = shutil.copytree(model, tmp_path / "other")
-    (other / "config.json").write_text((other / "config.json").read_text())
+    edit_tensors(shutil.copytree(model, tmp_path / "other"), lambda tensors: next(iter(tensors.values())).add_(1))
+    refused("report", "out", "--base", "./other", says=["not the base it was made from"])
     refused("report", "out", "--base", "./nowhere", says=["nowhere"])
 
 

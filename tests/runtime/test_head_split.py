@@ -89,6 +89,24 @@ def test_generation(base):
     assert torch.equal(plain, model.generate(**one, **options, assistant_model=copy.deepcopy(model)))
 
 
+@some
+@pytest.mark.parametrize(
+    "more", [{"do_sample": False}, {"do_sample": True, "temperature": 2.0}], ids=["best", "drawn"]
+)
+def test_it_drafts_for_its_base(base, more):
+    """In every round some of its tokens are taken back, long after its windows moved on."""
+    model = operated(base, random_split(base, 3))
+    ids = batch(base)[0][:1]
+    options = {"max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None, **more}
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
+    torch.manual_seed(0)
+    drafted = base.generate(**asked, assistant_model=model)
+    assert drafted.shape[1] == ids.shape[1] + 40
+    if not more["do_sample"]:
+        assert torch.equal(drafted, base.generate(**asked))
+    assert torch.equal(model.generate(**asked | {"do_sample": False}), model.generate(**asked | {"do_sample": False}))
+
+
 @pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "mistral"], indirect=True)  # stock gpt_oss knows none
 @torch.no_grad()
 def test_packed_rows_are_separate_rows(base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from surgery.cli.render.layout import hanging, show
 from surgery.evaluation.benchmark.result import SPLIT
 from surgery.evaluation.probes.base import Probe, Result
 from surgery.evaluation.probes.base import Table as Data
+from surgery.io.hub import DEMO
 from surgery.io.printing import Table as Plain
 from surgery.io.printing import byte_size, count
 
@@ -44,12 +46,16 @@ def check_verdict(data: dict, folder: str) -> None:
     """
     statuses = [item["status"] for item in data["check"]["items"]]
     failed, passed, left_out = (statuses.count(status) for status in ("failed", "passed", "not run"))
-    out, quoted, base = console(), shlex.quote(folder), data["base"].get("name")
+    out, quoted, base = console(), shlex.quote(folder), data["base"].get("name") or ""
+    if not (
+        data["base"].get("hub_id") or base == DEMO or os.path.isdir(base)
+    ):  # of a folder the last name is recorded
+        base = "MODEL"
     more = f", {left_out} not run" if left_out else ""
     if failed:
         out.print(Text(f"{failed} of {count(len(statuses), 'check')} failed{more}.", style="bold red"))
         return
-    compare = f"surgery eval {quoted} --base {shlex.quote(base or 'MODEL')}"
+    compare = f"surgery eval {quoted} --base {shlex.quote(base)}"
     following = f"surgery push {quoted} OWNER/NAME" if data["evaluation"] else compare
     hanging(out, "", f"{count(passed, 'check')} passed{more}. next: {following}", 0)
 

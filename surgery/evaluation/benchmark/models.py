@@ -45,7 +45,7 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
             )
     if not (Path(out_name) / FILE).is_file():
         return [f"no {FILE} in {out_name}: it is not known which base it was made from"]
-    reason = another_base(Report.of(out_name).data["base"], base_name)
+    reason = another_base(Report.of(out_name).data, base_name)
     return [f"the base: {reason}"] if reason else []
 
 

@@ -28,6 +28,7 @@ class Column:
         value: computes the number of a side ("base" or "out") from the measurement's record; None: there is none.
         form: format of the number.
         of: computes what a count is out of, if it is one.
+        of_some: whether it is left out where no model has it.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Column:
     value: Callable[[dict, str], float | None]
     form: str
     of: Callable[[dict, str], int | None] | None = None
+    of_some: bool = False
 
     def cell(self, record: dict | None, side: str) -> str:
         """The text of a cell."""
@@ -160,6 +162,13 @@ MEASURES = (
         (
             Column("prompt", "times as fast as the base on a prompt of 2,000 tokens", _ratio("prefill"), "{:.2f}"),
             Column("decode", "times as fast as the base in decoding after it", _ratio("decode"), "{:.2f}"),
+            Column(
+                "own",
+                "times as fast in decoding as the same cache with all heads full, for a head split",
+                lambda record, side: None if side == "base" else (record.get("ratio") or {}).get("own"),
+                "{:.2f}",
+                of_some=True,
+            ),
         ),
         is_cost=True,
     ),

@@ -38,7 +38,9 @@ class Comparison(Printed):
     @property
     def columns(self) -> list[tuple[Measure, Column]]:
         """The columns of the table, with their measurements."""
-        return [(measure, column) for measure in self.measures for column in measure.columns]
+        every = [(measure, column) for measure in self.measures for column in measure.columns]
+        shown = [each for each in every if any(self.cell(model, *each) for model in self.records)]
+        return [each for each in every if not each[1].of_some or each in shown]
 
     def cell(self, model: str, measure: Measure, column: Column) -> str:
         """The text of a cell; of the base the first record that has its figure."""
@@ -75,15 +77,22 @@ class Comparison(Printed):
 
     @property
     def all_notes(self) -> list[str]:
-        """The notes, why measurements were not run, and which figures were taken from surgery.json."""
+        """The notes, those of the measurements, why some were not run, and what was taken from surgery.json."""
         why = {
             f"{measure.what} of {model}: not run: {record.get('reason') or 'no reason was recorded'}"
             for model, records in self.records.items()
             for measure in self.measures
             if (record := records[measure.name]).get("status") != "done"
         }
+        said: dict[str, list[str]] = {}  # note -> the models of whose measurement it is
+        for model, records in self.records.items():
+            for measure in self.measures:
+                for note in records[measure.name].get("notes") or []:
+                    said.setdefault(f"{measure.what}: {note}", []).append(model)
+        whose = ("" if len(models) == len(self.records) else f" ({', '.join(models)})" for models in said.values())
+        notes = [*self.notes, *(f"{note}{of}" for note, of in zip(said, whose, strict=True))]
         taken = [f"{model} ({', '.join(names)})" for model, names in self.taken.items() if names]
-        return [*self.notes, *sorted(why), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
+        return [*notes, *sorted(why), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: the rows of the table as numbers, and the records that they come from."""

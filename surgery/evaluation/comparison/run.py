@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.config.arguments import refuse_no_function, refuse_no_path
+from surgery.config.recipe import recorded
 from surgery.data.text import load_text
 from surgery.errors import MachineError, ModelMismatchError, SettingError, SurgeryError, shown
 from surgery.evaluation.base_runs import BaseRuns
@@ -32,6 +33,7 @@ from surgery.report.report import Report, measured_dtype
 from surgery.version import __version__
 
 if TYPE_CHECKING:
+    from surgery.config.recipe import Recipe
     from surgery.machine.progress import Progress
 
 OTHER_FOLDER = "name another folder for the figures"
@@ -50,12 +52,14 @@ class Candidate:
         identity: changes when the model does.
         opened: gives its folder; it exists only inside the context.
         report: its record, if it has one.
+        recipe: by which it was made or will be, if that is known.
     """
 
     name: str
     identity: str
     opened: Callable[[], AbstractContextManager[Path]]
     report: Report | None = None
+    recipe: Recipe | None = None
 
 
 @placed
@@ -109,8 +113,10 @@ def compare(
     source = resolve(str(base if base is not None else named))
     notes = refuse_strangers(reports, folders, source.path, str(base or named))
     candidates = [
-        Candidate(name, _identity_of(path), partial(nullcontext, path), reports[name])
-        for name, path in folders.items()
+        Candidate(
+            name, _identity_of(path), partial(nullcontext, path), report, recorded(report.data) if report else None
+        )
+        for (name, path), report in zip(folders.items(), reports.values(), strict=True)
     ]
     found = measure_all(candidates, source.path, source.name, Path(folder), measures, str(text), progress)
     found.notes += notes
@@ -145,7 +151,8 @@ def refuse_strangers(
     for model, path in folders.items():
         report = reports[model]
         if report is not None:
-            records = [report.data["base"], *(each.get("base") or {} for each in report.data.get("history") or [])]
+            history = report.data.get("history") or []
+            records = [report.data, *({"base": each.get("base") or {}, "history": history} for each in history)]
             reasons = [another_base(record, base) for record in records]
             if all(reasons):
                 faults.append(ModelMismatchError(f"{model} is of another base: {reasons[0]}"))
@@ -184,6 +191,7 @@ def measure_all(
         write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
         shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
         comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": _machine()})
+        comparison.notes += _too_short(candidates, measures, config, text)
         for candidate in candidates:
             finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
             if finished["identity"] != candidate.identity:
@@ -209,6 +217,17 @@ def measure_all(
             comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
         write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
     return comparison
+
+
+def _too_short(candidates: Sequence[Candidate], measures: Sequence[Measure], config: Any, text: str) -> list[str]:
+    """Where windows are too short to show what an operation of a recipe changes."""
+    found: dict[str, list[str]] = {}
+    for candidate in candidates:
+        for measure in measures:
+            probe, recipe = measure.for_model(config, text) if measure.probe else None, candidate.recipe
+            if recipe and isinstance(probe, main()) and (said := recipe.too_short(probe.length, "windows", "")):
+                found.setdefault(said, []).append(candidate.name)
+    return [f"{said} ({', '.join(names)})" for said, names in found.items()]
 
 
 def stages(models: Sequence[str], measures: Sequence[Measure]) -> list[str]:
@@ -283,7 +302,7 @@ def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, dig
     if measured_dtype(data) != current().dtype:
         return None
     evaluation = data.get("evaluation")
-    if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data["base"], base):
+    if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data, base):
         return None  # of a second surgery, the scores are beside the model that it began from
     probe = measure.for_model(read_config(base), text)
     asked = recipe_probe(data, type(probe))
@@ -338,8 +357,8 @@ def _speed(path: Path, base: Path, progress: Progress | None) -> dict:
     """Speed-ups of prompt and decoding over the base on its own cache, with their ranges."""
     result = bench(path, base, lengths=(PROMPT,), rounds=ROUNDS, progress=progress)
     (row,) = result.ratios()
-    names = {"prefill": "prefill_vs_stock", "decode": "decode_vs_stock"}
-    ratio = {name: row[key] for name, key in names.items()}
+    names = {"prefill": "prefill_vs_stock", "decode": "decode_vs_stock", "own": "decode_vs_block_cache"}
+    ratio = {name: row.get(key) for name, key in names.items()}
     ranges = {name: row["ranges"].get(key) for name, key in names.items()}
     record = {"status": "done", "tokens": PROMPT, "rounds": ROUNDS, "machine": result.machine}
     return finite(record | {"ratio": ratio, "ranges": ranges})

@@ -83,8 +83,13 @@ class DuoAttention(Operation):
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         problems = []
-        if (self.streaming_ratio is None) == (self.threshold is None):
-            problems.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
+        if self.streaming_ratio is None and self.threshold is None:
+            problems.append("duo_attention: give streaming_ratio, or threshold in its place")
+        elif self.streaming_ratio is not None and self.threshold is not None:
+            problems.append(
+                f"duo_attention: streaming_ratio ({self.streaming_ratio:g}) and threshold both choose the heads: "
+                "streaming_ratio=null, or leave threshold out"
+            )
         return problems + self._choice.problems(anatomy)
 
     def milder(self) -> str:
