@@ -158,21 +158,22 @@ def find(name: str | Path) -> Path:
     if path.suffix in SUFFIXES or len(path.parts) > 1:
         if path.is_file():
             return path
-        what = "is a folder, not a recipe" if path.is_dir() else "does not exist"
-        raise SurgeryError(
-            f"the recipe file {what}",
-            where=str(path),
-            fix="`surgery cp NAME` writes one here to edit",
-            code="unknown-recipe",
-        )
+        what, fix = "the recipe file does not exist", "`surgery cp NAME` writes one here to edit"
+        if path.is_dir():
+            what = "this is a folder, and a recipe is wanted"
+            fix = "the recipe comes first, then the model" if (path / "config.json").is_file() else fix
+        raise SurgeryError(what, where=str(path), fix=fix, code="unknown-recipe")
     known = shipped()
     if str(name) in known:
         return known[str(name)]
     close = nearest(str(name), known)
+    mine = next((file for suffix in SUFFIXES if (file := Path(f"{name}{suffix}")).is_file()), None)
+    fix = f"did you mean {close!r}?" if close else "a path to a file of yours ends in .yaml"
+    fix = "the recipe comes first, then the model" if (path / "config.json").is_file() else fix
     raise SurgeryError(
         f"unknown recipe {str(name)!r}",
         exists=", ".join(known),
-        fix=f"did you mean {close!r}?" if close else "a path to a file of yours ends in .yaml",
+        fix=f"did you mean {str(mine)!r}?" if mine else fix,
         code="unknown-recipe",
     )
 

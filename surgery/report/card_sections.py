@@ -12,6 +12,7 @@ from surgery.io.card_text import REPOSITORY
 from surgery.io.printing import count
 from surgery.report.card_healing import heal_commands
 from surgery.report.gate import finite
+from surgery.report.verdict import has_tokenizer
 
 FITTED = "fit.png"  # the picture that `surgery fit` draws
 
@@ -86,7 +87,7 @@ def _example(report: dict, ours: bool = False) -> str:
     if surgical and not ours:
         flags = ", trust_remote_code=True, revision=revision"
         lines.append('revision = "the commit whose code you have read"')
-    source = f"name{flags}" if _has_tokenizer(report) else f'"{get(report, "base").get("hub_id") or "its base"}"'
+    source = f"name{flags}" if has_tokenizer(report) else f'"{get(report, "base").get("hub_id") or "its base"}"'
     lines += [f"{name} = {reader}.from_pretrained({source})", f"model = {model}.from_pretrained(name{flags})", ""]
     if report.get("chat_template", "chat_template.jinja" in get(report, "other_files")):
         content = '[{"type": "text", "text": "Name three colours."}]' if composite else '"Name three colours."'
@@ -104,13 +105,6 @@ def _example(report: dict, ours: bool = False) -> str:
         f'print({name}.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return fenced("\n".join(lines), "python")
-
-
-def _has_tokenizer(report: dict) -> bool:
-    """Whether the folder has a tokenizer, by the list of files in its record; True if there is no list."""
-    names = get(report, "other_files")
-    kinds = ("tokenizer", "vocab", "spiece", "processor", "preprocessor")
-    return not names or any(name.startswith(kinds) for name in names)
 
 
 def searched(report: dict) -> list[str]:

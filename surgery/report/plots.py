@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,7 +359,9 @@ def _write(figure: Figure, path: str | Path, title: str) -> Path:
         figure.suptitle("\n".join(part for line in title.split("\n") for part in wrap(line, letters)))
     suffix = Path(path).suffix.lower()
     try:
-        figure.savefig(path, dpi=150, format=suffix[1:], metadata=UNDATED[suffix])
+        with warnings.catch_warnings():  # a letter of a name that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+            figure.savefig(path, dpi=150, format=suffix[1:], metadata=UNDATED[suffix])
     except OSError as error:
         raise MachineError(f"cannot write the picture: {error.strerror}", where=str(path)) from error
     return Path(path)

@@ -51,6 +51,8 @@ def notes(data: dict[str, Any]) -> list[str]:
     """Reasons why the figures say little, and trackers that did not get all of them."""
     faults = (data.get("heal") or {}).get("tracker_faults")
     faults = [f"the tracker {fault}" for fault in faults] if isinstance(faults, list) else []
+    if not has_tokenizer(data):
+        faults.append("the folder has no tokenizer: surgery.save(model, OUT, report, tokenizer=tokenizer) adds it")
     if not is_no_text(data):
         return faults
     before = data["evaluation"]["base"]["perplexity"]
@@ -64,6 +66,13 @@ def is_no_text(data: dict[str, Any]) -> bool:
     """Whether the base is no language model on the text of the score, which then says nothing."""
     before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
     return isinstance(before, int | float) and before > NO_MODEL
+
+
+def has_tokenizer(data: dict[str, Any]) -> bool:
+    """Whether the folder has a tokenizer, by the list of files in its record; True if there is no list."""
+    names = data.get("other_files")
+    kinds = ("tokenizer", "vocab", "spiece", "processor", "preprocessor")
+    return not isinstance(names, dict) or not names or any(name.startswith(kinds) for name in names)
 
 
 def nothing_came_back(data: dict[str, Any]) -> bool:

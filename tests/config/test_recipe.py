@@ -137,12 +137,15 @@ def test_a_binary_file_is_no_recipe(refused, model, tmp_path):
         ("zzzzzz", ["unknown recipe 'zzzzzz'", "flexprefill, gqa-distill, gqa-uptrain, gqa", "ends in .yaml"]),
         ("none.yaml", ["none.yaml: the recipe file does not exist", "surgery cp NAME"]),
         ("model/none", ["model/none: the recipe file does not exist", "surgery cp NAME"]),
-        ("folder.yaml", ["folder.yaml: the recipe file is a folder"]),
+        ("folder.yaml", ["folder.yaml: this is a folder, and a recipe is wanted"]),
         ("", ["unknown recipe ''", "flexprefill, gqa-distill, gqa-uptrain, gqa"]),
+        ("ours", ["unknown recipe 'ours'", "did you mean 'ours.yaml'?"]),
+        ("model", ["unknown recipe 'model'", "the recipe comes first, then the model"]),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(refused, model, tmp_path, name, says):
     (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "ours.yaml").write_text(GOOD, encoding="utf-8")
     refused("apply", name, model, "-o", "out", says=says)
     refused("cp", name, says=says, has_json=False)
 

@@ -115,6 +115,12 @@ def test_settings_of_the_calling_program_stay(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
+def test_names_in_letters_that_the_font_lacks(tmp_path, recwarn):
+    curves(tmp_path / "x.png", Panel({"模型": Line([1, 2, 4], [1.0, 1.2, 1.4])}, "y"), x_label="x", title="出力")
+    assert (tmp_path / "x.png").is_file()
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+
+
 def test_another_suffix_and_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(SurgeryError, match=r"\.png, \.svg or \.pdf") as caught:
         heat_maps(tmp_path / "x.jpeg", {"base": GRID}, **AXES)
