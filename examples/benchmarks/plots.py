@@ -38,6 +38,7 @@ STYLE = {
 }
 RECALL = "recall test, of 12 that the base finds"
 HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
+STEPS = (35, 70, 140, 280)  # of healing from the closed form, at which each route has a figure
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,28 @@ def healing(axes: Axes, routes: Results) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.18), ncols=2)
 
 
+def healing_from_closed(axes: Axes, curves: Results) -> None:
+    looks = {
+        "`full`": (BLUE, "o"),
+        "`lora`": (ORANGE, "s"),
+        "`parts`": (GREEN, "^"),
+        "`both`": (PURPLE, "D"),
+        "`ce`": (GREY, "v"),
+        "`layers first`, then `lora`": (VERMILION, "P"),
+    }
+    for row in curves.rows:
+        color, marker = looks[row[0]]
+        losses = [curves.number(row, f"{steps} steps") for steps in STEPS]
+        axes.plot(STEPS, losses, color=color, marker=marker, label=row[0].replace("`", ""))
+    axes.set_xscale("log")
+    axes.set_xticks(STEPS, list(map(str, STEPS)))
+    axes.minorticks_off()
+    axes.set_xlabel("steps of 2,048 tokens")
+    axes.set_ylabel("loss on a little held-out text,\nnats a token")
+    axes.grid(axis="y", color="#DDDDDD")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
 PLOTS = {
     "cost": Plot(
         cost,
@@ -305,5 +328,11 @@ PLOTS = {
     "sinks": Plot(sinks, ("sinks",), "Loss above full attention of windows without sinks and with four stand-ins."),
     "healing": Plot(
         healing, ("heal-routes",), "Loss after ten minutes of training by seven routes, on two texts.", (7.4, 4.4)
+    ),
+    "healing-from-closed": Plot(
+        healing_from_closed,
+        ("heal-closed-routes",),
+        "Loss after 35, 70, 140 and 280 steps of training from the closed form, by six routes.",
+        size=(7.4, 3.6),
     ),
 }
