@@ -212,8 +212,8 @@ def _evaluate(
     refuse_no_function(progress=progress)
     if report is not None:
         refuse_another(model, report)
-    out, beside = _source(model), _source(base, "base")
     chosen = _chosen(probe, settings, report)
+    out, beside = _source(model), _source(base, "base")
     if chosen is None and report is None and base is not None and isinstance(out, Path):
         chosen = missing_score(out)
     options = {"tokenizer": tokenizer, "progress": progress}

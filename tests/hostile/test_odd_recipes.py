@@ -307,7 +307,7 @@ CONFLICTS = {
     "split twice": ([SPLIT, SPLIT], "duo_attention before it sets the visibility"),
     "a merge after a split": ([SPLIT, {"op": "gqa", "kv_heads": 2, "method": "mean"}], "weight rewrites come before"),
     "gates of two kinds": ([{"op": "moh", "router": "zero"}, {"op": "mae", "router": "zero"}], "sets the gate"),
-    "a share and a threshold": ([SPLIT | {"threshold": 0.5}], "either streaming_ratio or threshold"),
+    "a share and a threshold": ([SPLIT | {"threshold": 0.5}], "threshold both choose the heads"),
     "all kept and all streaming": ([SPLIT | {"per_layer_min_retrieval": 5}], "a layer has only 4 KV heads"),
     "a layer that is not there": ([SPLIT | {"protect_layers": [2]}], "there are layers 0 to 1"),
     "values and scores": ([{"op": "head_mask", "values": {}, "scores": "s.json"}], "either values or scores"),

@@ -110,7 +110,7 @@ def test_peft_trains_merges_and_saves(split, tmp_path):
         ("sinks=-1", "sinks"),
         ("protect_layers=[7]", "layers 0 to 1"),
         ("per_layer_min_retrieval=9", "per_layer_min_retrieval"),
-        ("threshold=0.5", "either streaming_ratio or threshold"),
+        ("threshold=0.5", "threshold both choose the heads: streaming_ratio=null"),
         ("scores=none.json", "no such score file"),
         ("scores=far-mas", "did you mean 'far-mass'"),
     ],

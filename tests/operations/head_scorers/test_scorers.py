@@ -14,7 +14,14 @@ from recalls import plant_answers
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import answer_logits, attention_weights, hook_attention
-from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_identity, ranks
+from surgery.calibration.head_scores import (
+    HeadScores,
+    choose_streaming,
+    load_scores,
+    model_identity,
+    names_method,
+    ranks,
+)
 from surgery.data.passkeys import Recall, passkeys, plain_windows
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
@@ -23,7 +30,7 @@ from surgery.operations.head_scorers import learned_gates as gates_module
 from surgery.operations.head_scorers.far_mass import mass_outside
 from surgery.operations.head_scorers.learned_gates import MixedAttention, answer_states, gates, schedule
 from surgery.operations.head_scorers.retrieval import NOWHERE, rows_of_passkeys, strongest_tokens
-from surgery.operations.head_scorers.scorers import METHODS, is_method, score, settings_of
+from surgery.operations.head_scorers.scorers import METHODS, score, settings_of
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -763,9 +770,9 @@ def test_the_hash_is_of_the_config_and_the_same_from_disk_and_memory(tmp_path):
 def test_a_word_is_a_method_a_file_or_a_slip(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("1 2")
-    assert is_method("gates")
-    assert not is_method("mine")
-    assert not is_method("none.json")
-    assert not is_method("folder/none")
+    assert names_method("gates", METHODS, "a file")
+    assert not names_method("mine", METHODS, "a file")
+    assert not names_method("none.json", METHODS, "a file")
+    assert not names_method("folder/none", METHODS, "a file")
     with pytest.raises(SurgeryError, match="did you mean 'ablation'"):
-        is_method("ablations")
+        names_method("ablations", METHODS, "a file")
