@@ -61,8 +61,6 @@ def evaluate(
     write_task = options.pop("write_task")
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
     chosen = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
-    if base is not None and chosen.main and not chosen.model_fields_set:  # nothing was asked: as the recipe does
-        chosen = missing_score(resolve(out).path) or chosen
     if write_task is not None:
         if base is not None:
             raise SurgeryError("--write-task runs nothing, so that it takes no --base", fix="leave one of them out")
@@ -72,6 +70,8 @@ def evaluate(
         from surgery.report import plots
 
         plots.ready(plot)
+    if base is not None and chosen.main and not chosen.model_fields_set:  # nothing was asked: as the recipe does
+        chosen = missing_score(resolve(out).path) or chosen
     advice = interrupt.answers_kept if chosen.resumes else interrupt.nothing_kept
     with interrupt.advised(advice), progress_bar(quiet or as_json) as progress:
         progress.expect(chosen.stages(base is not None))

@@ -214,8 +214,9 @@ def _evaluate(
         refuse_another(model, report)
     chosen = _chosen(probe, settings, report)
     out, beside = _source(model), _source(base, "base")
-    if chosen is None and report is None and base is not None and isinstance(out, Path):
-        chosen = missing_score(out)
+    unset = chosen is None or (chosen.main and not chosen.model_fields_set)
+    if unset and report is None and base is not None and isinstance(out, Path):  # as the recipe does
+        chosen = missing_score(out) or chosen
     options = {"tokenizer": tokenizer, "progress": progress}
     if any(side is not None and not isinstance(side, Path) for side in (out, beside)):
         refuse_for_loaded()

@@ -17,6 +17,8 @@ import json
 import os
 import sys
 
+HEADS = ("HeadModel", "HeadsModel")  # GPT2LMHeadModel, GPT2DoubleHeadsModel
+
 
 def load_in_this_process(job: dict) -> dict:
     """Load the model of a job, run it and generate. The result becomes one JSON object."""
@@ -34,9 +36,7 @@ def load_in_this_process(job: dict) -> dict:
     if model_type not in transformers.CONFIG_MAPPING and model_type != "surgery":
         return {"no_class": f"Transformers has no class for model_type {model_type!r}"}
     config = transformers.AutoConfig.from_pretrained(folder, **options)
-    headless = [
-        name for name in config.architectures or [] if name.endswith("Model") and not name.endswith("HeadModel")
-    ]
+    headless = [name for name in config.architectures or [] if name.endswith("Model") and not name.endswith(HEADS)]
     if headless:
         return {"no_class": f"{headless[0]} has no output head, so it is no language model"}
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
 
 SURGERY = "surgery_"
-# They have no gradient: one recognises sinks by a comparison, by the other a step of decoding ranks keys.
+# Neither has a gradient: the first recognises sinks by a comparison, the second ranks keys in decoding.
 FIXED = ("surgery_sink_probe", "surgery_read_basis")
 EVERY = frozenset("qkvo")
 EMBEDDINGS = "embeddings"  # in `heal.freeze`: the token embeddings and the output head, whatever a family calls them

@@ -126,7 +126,7 @@ def another_base(record: dict, base) -> str:
     except SurgeryError as error:
         return f"the base cannot be compared with the one it was made from ({error.what})"
     if same and _is_converted(source.path, record.get("history") or []):
-        return f"this model was itself converted, from the base it was made from ({recorded.get('name')})"
+        return f"the base that was named is itself a converted model; its base is {recorded.get('name')}"
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
 
 
@@ -136,7 +136,7 @@ def _is_converted(folder: Path, history: list[dict]) -> bool:
         own = read_json(folder / FILE)
     except (OSError, SurgeryError):
         return False
-    return all((own.get("created"), own.get("plan_hash")) != (e.get("created"), e.get("plan_hash")) for e in history)
+    return all(own.get("plan_hash") != each.get("plan_hash") for each in history)
 
 
 def recorded_base(data: dict) -> str | None:

@@ -27,7 +27,7 @@ def verdict(data: dict[str, Any]) -> str:
     if not evaluation or evaluation["status"] != "done":
         return "nothing is known of its quality"
     healed = bool(data.get("heal"))
-    if gate["status"] == "not run" and is_no_text(data):
+    if says_nothing(data):
         return "nothing is known of its quality: its base cannot tell this text from noise"
     costs, missed = damage(evaluation), [each for each in comparisons(evaluation, gate["limits"]) if not each.passed]
     if gate["status"] == "failed":
@@ -52,20 +52,25 @@ def notes(data: dict[str, Any]) -> list[str]:
     faults = (data.get("heal") or {}).get("tracker_faults")
     faults = [f"the tracker {fault}" for fault in faults] if isinstance(faults, list) else []
     if not has_tokenizer(data):
-        faults.append("the folder has no tokenizer: surgery.save(model, OUT, report, tokenizer=tokenizer) adds it")
-    if not is_no_text(data):
+        given = (
+            "surgery.save(model, OUT, report, tokenizer=tokenizer) adds it"
+            if data.get("in_memory")
+            else "add its files"
+        )
+        faults.append(f"the folder has no tokenizer: {given}")
+    before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
+    if not isinstance(before, int | float) or before <= NO_MODEL:
         return faults
-    before = data["evaluation"]["base"]["perplexity"]
     return [
         *faults,
         f"the base's perplexity is {shown_perplexity(before)}: it is no language model, or this is not its text",
     ]
 
 
-def is_no_text(data: dict[str, Any]) -> bool:
-    """Whether the base is no language model on the text of the score, which then says nothing."""
+def says_nothing(data: dict[str, Any]) -> bool:
+    """Whether the gate was not run since the base is no language model on the text of the score."""
     before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
-    return isinstance(before, int | float) and before > NO_MODEL
+    return data["gate"]["status"] == "not run" and isinstance(before, int | float) and before > NO_MODEL
 
 
 def has_tokenizer(data: dict[str, Any]) -> bool:

@@ -133,13 +133,17 @@ def test_a_converted_model_is_no_base(refused, made, model, tmp_path):
         step = {"version": 1, "name": "masked", "operations": [gates]}
         package.apply(step, made / "short", output=out, check=False, evaluate=False)
     pair = (made / "merged", made / "short")
-    refused("compare", *pair, "--base", tmp_path / "other", "--only", "cache", says=["was itself converted"])
-    refused("compare", *second, "--base", tmp_path / "other", "--only", "cache", says=["was itself converted"])
+    refused("compare", *pair, "--base", tmp_path / "other", "--only", "cache", says=["is itself a converted model"])
+    refused("compare", *second, "--base", tmp_path / "other", "--only", "cache", says=["is itself a converted model"])
     assert package.compare(second, made / "short", folder=tmp_path / "c1", only=["cache"])
+    package.apply("streaming", model, output=tmp_path / "again", check=False, evaluate=False, sinks=1, window=3)
+    assert package.compare(second, tmp_path / "again", folder=tmp_path / "c3", only=["cache"]), "the same, made again"
     assert package.compare([*pair, *second], model, folder=tmp_path / "c2", only=["cache"])
-    with pytest.raises(SurgeryError, match="was itself converted"):
+    with pytest.raises(SurgeryError, match="is itself a converted model"):
         package.reproduce(made / "short", tmp_path / "other")
-    refused("report", made / "short", "--base", tmp_path / "other", says=["was itself converted"], has_json=False)
+    refused(
+        "report", made / "short", "--base", tmp_path / "other", says=["is itself a converted model"], has_json=False
+    )
 
 
 def test_the_page_has_the_rows(surgery, made, model):

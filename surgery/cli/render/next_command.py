@@ -9,7 +9,7 @@ from typing import Any
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.report.gate import damage
-from surgery.report.verdict import is_no_text, nothing_came_back
+from surgery.report.verdict import nothing_came_back, says_nothing
 
 BUDGETS = ("tokens", "steps", "minutes")
 LONGER = 4  # factor on the training's budget
@@ -49,10 +49,11 @@ def next_command(data: dict[str, Any], folder: str, command: Typed) -> str:
     if evaluation is None or evaluation["status"] != "done":
         where = "" if evaluation is None else ", on a machine with more memory"
         return f"surgery eval {quoted} --base {base}{_requested_options(data)}{where}"
+    if says_nothing(data):  # of text that the base knows, it may say something
+        asked = f"surgery eval {quoted} --base {base} --text FILE"
+        return command.again("evaluate.text=FILE", folder) if command.verb == "apply" else asked
     if damage(evaluation) or data["gate"]["status"] == "failed" or nothing_came_back(data):
         return _mend(data, folder, command)
-    if is_no_text(data):
-        return f"surgery eval {quoted} --base {base} --text FILE, of text that the base knows"
     return f"surgery push {quoted} OWNER/NAME"
 
 

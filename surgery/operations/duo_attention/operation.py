@@ -183,7 +183,6 @@ class DuoAttention(Operation):
         )
 
     def apply(self, model, context: ApplyContext) -> dict:
-
         scores = self._choice.measure(model, context)
         streaming = self._choice.chosen(scores.scores, self._local(context.before))
         layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]

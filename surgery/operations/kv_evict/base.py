@@ -272,7 +272,6 @@ class KVEvict(Variants, Operation):
         )
 
     def apply(self, model, context: ApplyContext) -> dict:
-
         before = context.before
         scores = self._choice.measure(model, context)
         evicting = self._choice.chosen(scores.scores, self._local(before))
