@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from surgery.cli.render.next_command import Typed, next_command
 from surgery.cli.render.tables import bench_verdict, check_verdict, doctor_verdict
 from surgery.config import recipe as recipes
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.needles import Needles
 from surgery.evaluation.probes.perplexity import Perplexity
+from surgery.report.verdict import verdict
 
 
 def ratios(cache=0.63, prompt=(0.9, 1.0, 1.1), decoding=(0.9, 1.0, 1.1)) -> dict:
@@ -115,3 +117,20 @@ def test_a_mistyped_model_is_said_to_be_no_folder_first(surgery, out_folder, mon
     assert ran.code in (2, 5)
     assert ran.err.startswith("error: no folder `mergde` here, and ")
     assert "did you mean 'merged'?" in ran.err
+
+
+def test_a_score_on_noise_says_nothing():
+    """The base is no language model on this text; neither a push nor a milder setting follows from such figures."""
+    figures = {"base": {"perplexity": 5e4}, "out": {"perplexity": 9e5}, "kl": {"mean": 2.0, "p99": 3.0}}
+    data = {
+        "check": {"passed": True, "items": []}, "evaluation": {"status": "done", **figures}, "files": {},
+        "gate": {"status": "not run", "limits": {"max_kl": 1.0}}, "recipe": {"operations": []},
+    }  # fmt: skip
+    assert verdict(data) == "nothing is known of its quality: its base cannot tell this text from noise"
+    asked = Typed("apply", "mqa", "model", ("kv_heads=1",))
+    said = "surgery apply mqa model kv_heads=1 evaluate.text=FILE -o out-2"
+    assert next_command(data, "out", asked) == said
+    known = {"base": {"perplexity": 50.0}, "out": {"perplexity": 51.0}, "kl": {"mean": 0.01, "p99": 0.1}}
+    known = data | {"evaluation": {"status": "done", **known}}
+    assert next_command(known, "out", asked) == "surgery push out OWNER/NAME"
+    assert verdict(known).startswith("usable, if the cost is right for you")

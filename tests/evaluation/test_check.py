@@ -250,3 +250,17 @@ def test_one_memory_rule():
     assert too_big(10 * gib, memory=14 * gib) == ""
     assert too_big(10 * gib, memory=12 * gib) == "needs about 13.0 GiB of memory, 12.0 GiB are free"
     assert too_big(0, memory=gib, extra=2 * gib) == "needs about 2.0 GiB of memory, 1.0 GiB are free"
+
+
+@pytest.mark.parametrize(("name", "fields"), [("streaming", {"sinks": 1, "window": 8}), ("mqa", {})])
+def test_a_model_without_an_output_head_is_not_called_damaged(name, fields, tmp_path):
+    """It computes hidden states, and no logits that could be compared."""
+    from transformers import LlamaConfig, LlamaModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaModel(LlamaConfig(vocab_size=100, **shape))
+    report = surgery.apply(name, model, **fields)
+    surgery.save(model, tmp_path / "out", report)
+    found = surgery.check(tmp_path / "out")
+    assert found.passed, str(found)
+    assert "has no output head" in str(found.data["check"])
