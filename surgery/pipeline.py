@@ -297,8 +297,6 @@ class AppliedBlock(AbstractContextManager["Report"]):
             raise RecipeError("a healing is not undone", where="heal", fix="heal=null, or surgery.apply")
         self._entered = True
         self._restore = snapshot(model, _rewritten(self._recipe, model))
-        self._trains = {name: weight.requires_grad for name, weight in model.named_parameters()}
-        self._name = getattr(model, "name_or_path", "")
         self._generation = getattr(model, "generation_config", None)
         self._kept = deepcopy(vars(self._generation)) if self._generation is not None else {}
         try:
@@ -325,10 +323,6 @@ class AppliedBlock(AbstractContextManager["Report"]):
 
     def _undo(self) -> None:
         self._restore()
-        self._model.name_or_path = self._name
-        for name, weight in self._model.named_parameters():
-            if name in self._trains and weight.requires_grad != self._trains[name]:
-                weight.requires_grad_(self._trains[name])
         if self._generation is not None:
             vars(self._generation).clear()
             vars(self._generation).update(self._kept)

@@ -71,7 +71,7 @@ def own_config(model) -> None:
 
 
 def snapshot(model, weights: Iterable[Tensor] = ()) -> Callable[[], None]:
-    """Remember the state of a model: classes, modules, parameters, hooks and configs.
+    """Remember the state of a model: classes, modules, parameters and which of them train, hooks and configs.
 
     Args:
         weights: parameters whose values are copied; no other weight is.
@@ -80,6 +80,7 @@ def snapshot(model, weights: Iterable[Tensor] = ()) -> Callable[[], None]:
         A function that restores this state. Other tensors whose values were changed in place stay changed.
     """
     values = [(weight, weight.detach().clone()) for weight in {id(each): each for each in weights}.values()]
+    trains = [(weight, weight.requires_grad) for weight in model.parameters()]
     modules = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     known = {id(module.config): module.config for module, *_ in modules if hasattr(module, "config")}
     inner = {id(value): value for config in known.values() for value in vars(config).values() if _is_config(value)}
@@ -92,6 +93,9 @@ def snapshot(model, weights: Iterable[Tensor] = ()) -> Callable[[], None]:
             vars(owner).update(state)
         for weight, value in values:
             weight.data.copy_(value)
+        for weight, asked in trains:
+            if weight.requires_grad != asked:  # a weight made in inference mode takes no other
+                weight.requires_grad_(asked)
 
     return restore
 

@@ -55,8 +55,7 @@ def evaluate(
     from surgery.api import evaluate as run
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
-    from surgery.io.hub import resolve
-    from surgery.report.lineage import missing_score
+    from surgery.report.lineage import as_its_recipe
 
     write_task = options.pop("write_task")
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
@@ -70,8 +69,8 @@ def evaluate(
         from surgery.report import plots
 
         plots.ready(plot)
-    if base is not None and chosen.main and not chosen.model_fields_set:  # nothing was asked: as the recipe does
-        chosen = missing_score(resolve(out).path) or chosen
+    if base is not None:
+        chosen = as_its_recipe(chosen, out)
     advice = interrupt.answers_kept if chosen.resumes else interrupt.nothing_kept
     with interrupt.advised(advice), progress_bar(quiet or as_json) as progress:
         progress.expect(chosen.stages(base is not None))

@@ -204,7 +204,7 @@ def _evaluate(
     progress: Progress | None,
 ) -> Result:
     from surgery.evaluation.run import evaluate_in_memory
-    from surgery.report.lineage import missing_score, refuse_another
+    from surgery.report.lineage import as_its_recipe, refuse_another
 
     if model is None:
         raise no_model(model)
@@ -214,19 +214,19 @@ def _evaluate(
         refuse_another(model, report)
     chosen = _chosen(probe, settings, report)
     out, beside = _source(model), _source(base, "base")
-    unset = chosen is None or (chosen.main and not chosen.model_fields_set)
-    if unset and report is None and base is not None and isinstance(out, Path):  # as the recipe does
-        chosen = missing_score(out) or chosen
     options = {"tokenizer": tokenizer, "progress": progress}
     if any(side is not None and not isinstance(side, Path) for side in (out, beside)):
         refuse_for_loaded()
     if report is not None:
         return evaluate_in_memory(report, out, beside, chosen, **options)
-    result = (chosen or _usual()).measure(out, beside, **options)
+    asked = chosen or _usual()
+    if base is not None and isinstance(out, Path):
+        asked = as_its_recipe(asked, out)
+    result = asked.measure(out, beside, **options)
     if isinstance(out, Path) and (dtype := current().dtype) != AUTO:
         result.notes.append(f"measured in {dtype}" + ", so not added to the card" * (base is not None))
     elif base is not None and isinstance(out, Path):
-        _record(out, base, chosen or _usual(), result)
+        _record(out, base, asked, result)
     return result
 
 

@@ -12,7 +12,6 @@ import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from surgery.errors import MachineError, OutputExistsError, SurgeryError, system_code
 from surgery.io.files import PROGRESS, REPORT, read_json, sha256, write_json
@@ -74,15 +73,8 @@ class OutputFolder:
         Args:
             needed_bytes: disk space that the whole output needs.
         """
-        import filelock
-
-        with parent_folder(self.out):
-            lock = filelock.FileLock(str(self.out.with_name(f".{self.out.name}.lock")))
-            with machine_errors(self.out):
-                try:
-                    lock.acquire(timeout=0)
-                except filelock.Timeout:
-                    raise MachineError("another run is writing this folder", where=str(self.out)) from None
+        taken = MachineError("another run is writing this folder", where=str(self.out))
+        with parent_folder(self.out), _locked(self.out.with_name(f".{self.out.name}.lock"), self.out, taken):
             try:
                 with machine_errors(self.out, self.partial):
                     self._prepare(needed_bytes)
@@ -93,8 +85,6 @@ class OutputFolder:
                     with suppress(OSError):
                         remove_own(self.partial)
                 raise
-            finally:
-                _let_go(lock)
 
     def finished(self, file: str, info: dict, records: list[dict]) -> None:
         """Note that a file is complete (its `sha256` and `bytes`), and what the operations have recorded so far."""
@@ -241,26 +231,34 @@ def used_alone(folder: Path, fix: str):
     Args:
         fix: what to do where another run uses it.
     """
-    import filelock
-
     with machine_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(str(folder / ".lock"))
+    with _locked(folder / ".lock", folder, MachineError("another run uses this folder", where=str(folder), fix=fix)):
+        yield
+
+
+@contextmanager
+def _locked(file: Path, folder: Path, taken: MachineError):
+    """Inside, no other run holds the lock of a folder.
+
+    Args:
+        file: of the lock; it is there as long as the lock is held.
+        taken: the error where another run holds it.
+    """
+    import filelock
+
+    lock = filelock.FileLock(str(file))
+    with machine_errors(folder):
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise MachineError("another run uses this folder", where=str(folder), fix=fix) from None
+            raise taken from None
     try:
         yield
-    finally:
-        _let_go(lock)
-
-
-def _let_go(lock: Any) -> None:
-    """Remove the file of a lock and release it; in this order: a run that gets a file that is gone makes another."""
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
+    finally:  # in this order: a run that gets a file that is gone makes another
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
 
 
 def output_path(out: str | Path) -> Path:

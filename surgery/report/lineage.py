@@ -69,14 +69,22 @@ def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = N
     return another_base(data, base)
 
 
-def missing_score(folder: Path) -> Probe | None:
-    """The probe by which the recipe of a checkpoint judges it, where it was not scored yet; else None."""
+def as_its_recipe(probe: Probe, out: str | Path) -> Probe:
+    """The probe by which the recipe of a checkpoint judges it, where nothing else was asked and it has no score yet.
+
+    Otherwise `probe`.
+    """
+    if not probe.main or probe.model_fields_set:
+        return probe
+    from surgery.io.hub import folder_of
+
+    folder = folder_of(out)
     if not (folder / FILE).is_file():
-        return None
+        return probe
     data = Report.of(folder).data
     judged = recipe_probe(data, main()) if (data["evaluation"] or {}).get("status") != "done" else None
     text = getattr(judged, "text", BUILTIN)  # of a file, a record has the last name alone
-    return judged if text == BUILTIN or Path(text).is_file() else None
+    return judged if judged is not None and (text == BUILTIN or Path(text).is_file()) else probe
 
 
 def recipe_probe(data: dict, kind: type[Probe]) -> Probe | None:

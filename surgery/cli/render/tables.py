@@ -47,15 +47,12 @@ def check_verdict(data: dict, folder: str) -> None:
     statuses = [item["status"] for item in data["check"]["items"]]
     failed, passed, left_out = (statuses.count(status) for status in ("failed", "passed", "not run"))
     out, quoted, base = console(), shlex.quote(folder), data["base"].get("name") or ""
-    if not (
-        data["base"].get("hub_id") or base == DEMO or os.path.isdir(base)
-    ):  # of a folder the last name is recorded
-        base = "MODEL"
+    found = data["base"].get("hub_id") or base == DEMO or os.path.isdir(base)  # of a folder, only its name is recorded
     more = f", {left_out} not run" if left_out else ""
     if failed:
         out.print(Text(f"{failed} of {count(len(statuses), 'check')} failed{more}.", style="bold red"))
         return
-    compare = f"surgery eval {quoted} --base {shlex.quote(base)}"
+    compare = f"surgery eval {quoted} --base {shlex.quote(base) if found else 'MODEL'}"
     following = f"surgery push {quoted} OWNER/NAME" if data["evaluation"] else compare
     hanging(out, "", f"{count(passed, 'check')} passed{more}. next: {following}", 0)
 

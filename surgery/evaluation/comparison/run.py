@@ -222,10 +222,11 @@ def measure_all(
 def _too_short(candidates: Sequence[Candidate], measures: Sequence[Measure], config: Any, text: str) -> list[str]:
     """Where windows are too short to show what an operation of a recipe changes."""
     found: dict[str, list[str]] = {}
+    probes = [measure.for_model(config, text) for measure in measures if measure.probe]
+    lengths = [probe.length for probe in probes if isinstance(probe, main())]
     for candidate in candidates:
-        for measure in measures:
-            probe, recipe = measure.for_model(config, text) if measure.probe else None, candidate.recipe
-            if recipe and isinstance(probe, main()) and (said := recipe.too_short(probe.length, "windows", "")):
+        for length in lengths if candidate.recipe else ():
+            if said := candidate.recipe.too_short(length, "windows", ""):
                 found.setdefault(said, []).append(candidate.name)
     return [f"{said} ({', '.join(names)})" for said, names in found.items()]
 
