@@ -22,7 +22,7 @@ from surgery.healing.parameters import touched
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.io.printing import Block, Printed
 from surgery.io.safetensors import stored_bytes
-from surgery.operations.base import NATIVE, SURGICAL, InWords, Operation, PlannedChange, missing_texts
+from surgery.operations.base import NATIVE, SURGICAL, TERMS, InWords, Operation, PlannedChange, missing_texts
 from surgery.operations.rewrite import author_error
 
 if TYPE_CHECKING:
@@ -281,10 +281,10 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
     earlier_terms, own_layers = anatomy.terms, operation.term_layers(anatomy)
     if operation.term is None:
         if blocking := [term for term in earlier_terms if term not in operation.carries_terms]:
-            reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
+            reason = f"sets the {' and the '.join(map(_explained, blocking))}, and weight rewrites come before"
             return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     elif shared := own_layers & earlier_terms.get(operation.term, set()):
-        reason = f"sets the {operation.term} already{_where(shared, anatomy)}"
+        reason = f"sets the {_explained(operation.term)} already{_where(shared, anatomy)}"
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         name, term = step.operation.op, step.operation.term
@@ -295,8 +295,13 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         )
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
-            return [f"{what}; a layer's {term} is set by one operation"]
+            return [f"{what}; one operation sets a head's {_explained(term)}"]
     return problems_of(operation, "problems_before", anatomy)
+
+
+def _explained(term: str) -> str:
+    """A term with what it decides, for readers who do not know the terms of the equation."""
+    return f"{term} ({TERMS[term]})" if term in TERMS else term
 
 
 def after_latent(operation: Operation, current: Anatomy) -> list[str]:

@@ -200,15 +200,17 @@ def recall_problems(op: str, length: int) -> list[str]:
     ]
 
 
+TERMS = {  # term of the equation -> what it decides, for errors
+    "visibility": "which keys a head sees",
+    "visibility in prefill": "which keys a prompt reads",
+    "visibility in decoding": "which keys a step reads",
+    "visibility of the cache": "which keys the cache keeps",
+    "bias": "what is added to the scores of some keys",
+    "virtual keys": "what is added to the softmax beside the keys",
+    "gate": "which heads a token uses",
+}
 # Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.
-TERMS_OF_A_HEAD = (
-    "visibility",
-    "visibility in prefill",
-    "visibility in decoding",
-    "visibility of the cache",
-    "bias",
-    "virtual keys",
-)
+TERMS_OF_A_HEAD = tuple(term for term in TERMS if term != "gate")
 RENAMED = {  # former name of an operation's member -> present name
     "caveats": "LIMITATIONS or limitations()",
     "follows_terms": "carries_terms",
@@ -274,8 +276,7 @@ class Operation(BaseModel):
     LATER: ClassVar[tuple[str, ...]] = ()
     TEXTS: ClassVar[tuple[str, ...]] = tuple(CALIBRATION_TEXTS)  # names that `text` and `calibration_text` take
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
-    # A term of the equation, by its name in the runtime (`Part.terms`): "visibility", "visibility in prefill",
-    # "visibility in decoding", "visibility of the cache", "bias", "virtual keys", "gate". None: it changes weights.
+    # A term of the equation, by its name in the runtime (`Part.terms`): one of TERMS. None: it changes weights.
     term: ClassVar[str | None] = None
     on_latent: ClassVar[bool] = False
     carries_terms: ClassVar[tuple[str, ...]] = ()  # terms set earlier that stay valid after this weight change

@@ -48,7 +48,7 @@ def test_through_the_command(surgery, split, model):
     assert "trust_remote_code=True" in card
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)
     assert again.code == 2
-    assert "sets the visibility already" in again.err
+    assert "sets the visibility (which keys a head sees) already" in again.err
     inspected = surgery("inspect", split, "--json")
     streaming = [(layer["streaming"] or {"kv_heads": []})["kv_heads"] for layer in inspected.json["layers"]]
     assert streaming == report["operations"][0]["record"]["streaming"]

@@ -44,7 +44,7 @@ def test_through_the_command(surgery, model, tmp_path):
     assert planned["kv_bytes_fixed"]["after"] == 2 * 3 * kept * (2 * head_dim * 2 + 4 + 8)  # bfloat16
     again = surgery("apply", "evict", tmp_path / "out", "-o", "again", "observe=2", *SMALL)
     assert again.code == 2
-    assert "sets the visibility of the cache already" in again.err
+    assert "sets the visibility of the cache (which keys the cache keeps) already" in again.err
     for engine, file in (("llama.cpp", "out.gguf"), ("vllm", "exported")):
         exported = surgery("export", "out", "--for", engine, "-o", file)
         assert exported.code == 2

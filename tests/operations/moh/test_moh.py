@@ -290,7 +290,7 @@ def test_one_recipe_with_every_part_saved_and_through_both_doors(surgery, model,
         "surgery_balance",
     }
     for step in (moh(), {"op": "mae"}):
-        with pytest.raises(SurgeryError, match=f"{step['op']}: this checkpoint sets the gate already"):
+        with pytest.raises(SurgeryError, match=rf"{step['op']}: this checkpoint sets the gate .* already"):
             package.plan(recipe(step), str(tmp_path / "out"))
     with pytest.raises(SurgeryError, match="weight rewrites come before"):
         package.plan(recipe({"op": "expand"}), str(tmp_path / "out"))

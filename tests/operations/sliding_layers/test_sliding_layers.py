@@ -470,7 +470,7 @@ def test_it_does_not_follow_a_surgery_beyond_stock_models():
     with pytest.raises(SurgeryError, match="weight rewrites come before duo_attention"):
         surgery.apply(recipe(split, step), model)
     surgery.apply(recipe(split), model)
-    with pytest.raises(SurgeryError, match="this checkpoint sets the visibility, and weight rewrites come before"):
+    with pytest.raises(SurgeryError, match=r"checkpoint sets the visibility .*, and weight rewrites come before"):
         surgery.apply(recipe(step), model)
     merge = {"op": "gqa", "kv_heads": [4, 2, 4, 4], "method": "mean"}
     with pytest.raises(SurgeryError, match="beyond a stock model: put sliding_layers before that surgery"):
