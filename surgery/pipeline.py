@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -248,10 +248,11 @@ def write_page(
 
     report, named = Report.of(out), None if base is None else str(base)
     folder, record = Path(out), report.data
-    plan: list[str] = []
-    with suppress(SurgeryError):  # without the base, or an operation of another version, the page has no tree
+    try:
         source = resolve(_recorded_base(record, named, str(out)), cached_only=True)
         plan = lines(make_plan(recipes.load(record["recipe"]), Anatomy.of(source.path), source.name, source.path))
+    except SurgeryError as error:  # the base is not here, or an operation is of another version
+        plan = [f"not shown: {'; '.join(filter(None, (error.what, error.fix)))}"]  # no path: pages are passed on
     models: dict[str, Path] = {}
     if named is not None:
         models = {"the base": resolve(_recorded_base(record, named, str(out))).path, "this model": folder}

@@ -132,6 +132,11 @@ def test_the_command_writes_it_and_the_check_knows_it(surgery, model, tmp_path):
     text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     refuse_requests(text)
     assert "Answers, side by side" not in text
+    assert "├── model.layers.0-1.self_attn" in text, "the plan as a tree, since the base is here"
+    model.rename(tmp_path / "gone")
+    assert surgery("report", "out", "-o", "without.html").code == 0
+    assert "<pre>not shown: " in (tmp_path / "without.html").read_text(encoding="utf-8")
+    (tmp_path / "gone").rename(model)
     assert package.check(tmp_path / "out").passed
     assert surgery("report", "out", "-o", "mine.html", "--json").json["page"] == "mine.html"
     asked = surgery("report", "out", "--base", model, "-p", "the cat sat", "-p", "old <b>green</b> doors")
@@ -141,7 +146,6 @@ def test_the_command_writes_it_and_the_check_knows_it(surgery, model, tmp_path):
     assert text.count("<strong>the base</strong>") == text.count("<strong>this model</strong>") == 2
     assert "old &lt;b&gt;green&lt;/b&gt; doors" in text
     assert "2 KV heads" not in text
-    assert "├── model.layers.0-1.self_attn" in text, "the plan as a tree, since the base is here"
 
 
 def test_what_the_command_refuses(refused, model, tmp_path):
