@@ -80,6 +80,8 @@ def test_every_recipe_has_a_row_of_the_index_and_a_page_that_names_it(modules):
     assert set(index) == recipes, f"rows of recipes.json: missing or too many: {set(index) ^ recipes}"
     for recipe, page in index.items():
         assert f"`{recipe}`" in (ROOT / "recipes" / page).read_text(encoding="utf-8"), (recipe, page)
+    second = {cells[0].strip("`") for cells in modules["results"].read("gemma3-270m").texts()}
+    assert second == recipes, f"rows of gemma3-270m.json: missing or too many: {second ^ recipes}"
 
 
 def test_the_table_of_papers_names_tests_that_exist(modules, monkeypatch):

@@ -51,6 +51,10 @@ SMALL: dict[str, tuple[str, ...]] = {
     "moh-heal": (*GATES, *HEALS, *SHORT),
     "gqa-distill": (*HEALS, *SHORT),
     "gqa-uptrain": (*HEALS, *SHORT),
+    "evict-duo": ("kv_evict.calibration_samples=2", "kv_evict.calibration_length=768"),
+    "loki": ("calibration_samples=4",),
+    "mla-heal": (*HEALS, *SHORT),
+    "hybrid-swa-heal": (*HEALS, "heal.batch_tokens=2048"),
 }  # fmt: skip
 CHEAPEST_FIRST = (
     *("expand-kv", "mqa", "streaming", "sparse-prefill", "xattention", "flexprefill", "streaming-delta", "moba"),
@@ -139,7 +143,7 @@ def write_results(measured: Measured, recipes: list[str], options) -> None:
     """Write results/NAME.json."""
     command = f"python examples/benchmarks/every_recipe.py {Path(options.model).name} --out rows.json"
     command += f" --windows {options.windows} --length {options.length} --minutes {options.minutes:g}"
-    command += f" --results {options.results}"
+    command += " --check" * options.check + f" --results {options.results}"
     columns = [
         "recipe",
         {"name": "outcome", "align": "left"},

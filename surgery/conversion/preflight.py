@@ -56,7 +56,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     if options.on_plan:
         options.on_plan(plan)
     if options.evaluate and recipe.evaluate is not None:
-        refuse_unscorable(base, recipe.evaluate)
+        refuse_unscorable(base, recipe.evaluate, plan.after)
     if recipe.heal is not None:
         from surgery.healing.validate import refuse_early
 

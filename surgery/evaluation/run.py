@@ -16,6 +16,7 @@ from surgery.machine.placement import AUTO, current
 from surgery.report.lineage import recipe_probe, same_settings
 
 if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
     from surgery.config.recipe import Evaluate
     from surgery.evaluation.figures import Evaluation
     from surgery.evaluation.result import Result
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 SCORE_LISTENERS: WeakKeyDictionary[Any, Callable[[dict[str, Any]], None]] = WeakKeyDictionary()
 
 
-def refuse_unscorable(base: Path, settings: Evaluate) -> None:
-    """Raise, before anything is written, the errors that the evaluation would raise at the end."""
+def refuse_unscorable(base: Path, settings: Evaluate, out: Anatomy) -> None:
+    """Raise, before anything is written, the errors that the evaluation would raise at the end.
+
+    Args:
+        out: of the model that will be scored.
+    """
     for probe in settings.asked:
-        probe.refuse(base)
+        probe.refuse(base, out)
     refuse_unknown_items(settings.asked, settings.limits)
 
 

@@ -154,7 +154,7 @@ def _scorable_base(report: Report, base: str | Path | None, heal: Heal, scored_b
     wanted = scored_by is not None or bool(heal.eval_every)
     source = base_folder(report.data, base, needed=heal.needs_base, wanted=wanted)
     if scored_by is not None and source is not None:
-        refuse_unscorable(source, scored_by)
+        refuse_unscorable(source, scored_by, Anatomy.of(report.folder))
     return source
 
 

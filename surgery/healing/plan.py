@@ -229,6 +229,8 @@ class HealPlan(Printed):
                 f"heal: in {heal.recall:.0%} of the rows something said earlier comes back{rows} (passages, codes, "
                 "lists, quotations)"
             )
+        if heal.alternate:
+            lines.append("heal: gates and experts train in turn, one step each; experts are drawn for each token")
         if heal.sure:
             lines.append(f"heal: a token counts {1 - heal.sure:g} + {heal.sure:g} p, p the base's largest probability")
         if self.started:

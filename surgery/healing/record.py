@@ -92,10 +92,11 @@ def _recovered_fraction(base, converted, healed) -> float | None:
 
 def of_metrics(lines: list[dict]) -> dict:
     """The entries of the record that follow from metrics.jsonl."""
-    # Losses under sparse and under full attention are not compared with each other.
-    losses = [line["loss"] for line in lines if line.get("full_attention") == lines[0].get("full_attention")]
+    losses = [line["loss"] for line in lines if _kind(line) == _kind(lines[0])]
     span = max(1, min(CURVE_ENDS, len(losses) // 4))
-    return {"loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}} | record_of(lines)
+    loss = {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}
+    of = {"of": lines[0]["trains"]} if lines and "trains" in lines[0] else {}
+    return {"loss": loss | of} | record_of(lines)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -123,9 +124,9 @@ def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
     goal = losses.written(settings.loss)
     first = {"marker": "o", "markevery": [0]}
     shown = {}
-    for label, full in ((f"loss ({goal})", False), (f"loss ({goal}), full attention", True)):
-        points = [(at, line["loss"]) for at, line in zip(before, lines, strict=True) if _is_full(line) == full]
-        shown |= {label: Line(*zip(*points, strict=True), style=first)} if points else {}
+    for kind in dict.fromkeys(map(_kind, lines)):
+        points = [(at, line["loss"]) for at, line in zip(before, lines, strict=True) if _kind(line) == kind]
+        shown[f"loss ({goal}){kind}"] = Line(*zip(*points, strict=True), style=first)
     known = [line for line in lines if "kl" in line]
     if any(line["kl"] != line["loss"] for line in known):  # else KL is the loss
         at = dict(zip(map(id, lines), before, strict=True))
@@ -146,6 +147,7 @@ def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
         return
 
 
-def _is_full(line: dict) -> bool:
-    """Whether a step had full attention where others had sparse attention (`heal.full_from`)."""
-    return bool(line.get("full_attention"))
+def _kind(line: dict) -> str:
+    """What sets a step's loss apart from that of others, with which it is not compared; "" where nothing does."""
+    full = ", full attention" * bool(line.get("full_attention"))  # where others had sparse attention
+    return full + (f", {line['trains']} train" if "trains" in line else "")  # with one expert drawn, or their mixture

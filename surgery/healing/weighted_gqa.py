@@ -32,6 +32,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.errors import ModelMismatchError, SettingError, TrainingError, UnsupportedModelError
 from surgery.healing.lora import TOLERANCE, logits, random_tokens
+from surgery.io.printing import count as counted
 from surgery.io.safetensors import Checkpoint
 from surgery.operations.gqa.merge import group_members
 
@@ -117,7 +118,7 @@ def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None
             merged.append((mine, other, [[order[head] for head in group] for group in groups]))
     if not merged:
         raise SettingError(
-            f"every layer has the base's {ours.layers[0].kv_heads} KV heads: there is nothing to mix",
+            f"every layer has the base's {counted(ours.layers[0].kv_heads, 'KV head')}: there is nothing to mix",
             where="heal.mixing",
             fix="convert the base with gqa to fewer KV heads, or heal.mixing=none",
         )

@@ -115,6 +115,8 @@ def _how(record: dict) -> list[str]:
     if settings.get("keep_adapter"):
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"
         lines.append(f"The updates alone are in `adapter/`; they load on the model as it was before them{before}")
+    if settings.get("alternate"):
+        lines.append("Gates and experts were trained in turn, one step each")
     if attention := record.get("attention"):
         lines += _attention(attention, record.get("keys_read"))
     if record.get("ended_by") == "gate":
@@ -122,6 +124,7 @@ def _how(record: dict) -> list[str]:
     if None not in (loss.get("first"), loss.get("last")):
         attention = record.get("attention") or {}
         under = " in the steps with sparse attention" * bool(attention.get("full_steps") and attention["sparse_steps"])
+        under += f" in the steps that train the {loss['of']}" if "of" in loss else ""
         lines.append(f"The training loss went from {loss['first']:.3f} to {loss['last']:.3f}{under}")
     return lines
 

@@ -299,6 +299,24 @@ def test_bad_input(folder, scores, refused, tmp_path, settings, says):
     refused("eval", folder, "--probe", "needles", "lengths=300", "depths=1", "samples=1", *settings, says=says)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"without": "s.json", "top": 9}, "top is 9, and the model has 8 query heads"),
+        ({"without": "none.json"}, "no such score file"),
+        ({"without": "base/config.json"}, "JSON, but no table of scores"),
+        ({"without": "kv.txt", "top": 1}, "the scores are of another model"),
+    ],
+)
+def test_a_recipe_is_refused_before_its_base_is_converted(folder, scores, refused, tmp_path, settings, says):
+    (tmp_path / "kv.txt").write_text("0.1 0.9\n0.8 0.2\n")
+    probes = {"needles": {"lengths": 300, "depths": 1, "samples": 1} | settings}
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "duo_attention", "streaming_ratio": 1.0}]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe | {"evaluate": {"windows": 1, "length": 64, "probes": probes}}))
+    refused("apply", "r.yaml", folder, "-o", "out", "--no-check", "--no-gate", says=[says])
+    assert not any(tmp_path.glob("out*"))
+
+
 def test_the_card_of_a_figure_that_is_not_a_number():
     record = {"status": "done", "settings": {"secret": "digits", "lengths": [64]}, "kept": {}}
     side = {"hits": 0, "of": 2, "nll": None, "heads": [[0, 1]]}

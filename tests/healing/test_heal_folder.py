@@ -196,7 +196,14 @@ def test_the_gates_of_mae_and_the_rest_train_in_turn(converted, heal, monkeypatc
     assert not any("surgery_router" in each for each in second)
     assert third
     assert all("surgery_router" in each for each in third)
-    assert "balance" not in read(folders[2] / "healing/metrics.jsonl")[0]
+    lines = read(folders[2] / "healing/metrics.jsonl")
+    assert "balance" not in lines[0]
+    assert [line["trains"] for line in lines] == ["gates", "experts", "gates"]
+    loss = Report.of(folders[2]).data["heal"]["loss"]
+    assert loss == {"first": lines[0]["loss"], "last": lines[2]["loss"], "of": "gates"}, "like with like"
+    card = (folders[2] / "README.md").read_text(encoding="utf-8")
+    assert "Gates and experts were trained in turn" in card
+    assert "in the steps that train the gates" in card
 
 
 def test_alternating_without_mae_is_refused(refused, converted, surgery, model, text):

@@ -21,6 +21,7 @@ from surgery.machine.progress import PERCENT
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from surgery.architecture.anatomy import Anatomy
     from surgery.evaluation.base_runs import BaseRuns
     from surgery.io.loading import ModelSource
 
@@ -33,8 +34,7 @@ class Limit:
     """A figure that a recipe may bound.
 
     Attributes:
-        figure: computes the number that is compared with the limit from the probe's record; None if there is none.
-            With `by_item`, a dict of such numbers.
+        figure: computes the number that a limit bounds from the probe's record; None: none; with `by_item` a dict.
         at_least: True: the number must not be below the limit. False: it must not be above.
         description: text for the schema.
         most: the largest limit that makes sense (1 for a share).
@@ -221,8 +221,8 @@ class Probe(BaseModel):
         """
         return ""
 
-    def refuse(self, base: ModelSource) -> None:
-        """Raise, before a base is converted, the errors that `measure` would raise at the end."""
+    def refuse(self, base: ModelSource, out: Anatomy) -> None:
+        """Raise, before a base is converted, the errors that `measure` would raise at the end for the result `out`."""
 
     @abstractmethod
     def measure(

@@ -33,6 +33,7 @@ from surgery.io.loading import read_tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from surgery.architecture.anatomy import Anatomy
     from surgery.io.loading import ModelSource
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # Unicode's other separators may be part of a request
@@ -190,7 +191,7 @@ class Chat(CaseProbe):
             return {"length": room}
         return {"lengths": list(dict.fromkeys(min(length, room) for length in self.lengths))}
 
-    def refuse(self, base: ModelSource) -> None:
+    def refuse(self, base: ModelSource, out: Anatomy) -> None:
         """Raise if the requests, or the text before them, cannot be read."""
         load_text(self.requests)
         if any(self.before):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from surgery.architecture.anatomy import Anatomy
     from surgery.calibration.massive import Massive
     from surgery.io.loading import ModelSource
 
@@ -143,7 +144,7 @@ class MassiveActivations(CaseProbe):
     def effort(self) -> Effort:
         return Effort((self.samples + 3 * self.windows) * self.length, self.length)
 
-    def refuse(self, base: ModelSource) -> None:
+    def refuse(self, base: ModelSource, out: Anatomy) -> None:
         """Raise the errors that `make_cases` raises for the base alone."""
         self.make_cases(read_tokenizer(base), {"out": read_config(base)})
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, create_model, model_validator
 
 from surgery.architecture.anatomy import Anatomy, positions_of
-from surgery.calibration.head_scores import ABOVE, read_scores
+from surgery.calibration.head_scores import ABOVE
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data import needle_kinds
 from surgery.data.haystack import FORMS, SECRETS, form_for, refuse_form, refuse_settings, spread
@@ -212,10 +212,15 @@ class Needles(RecallOfKinds):
             return {"length": longest}
         return {"lengths": list(dict.fromkeys(min(length, longest) for length in self.lengths))}
 
-    def refuse(self, base: ModelSource) -> None:
-        """Raise if there is no such score file; whether it fits the converted model is not known yet."""
-        if self.without is not None:
-            read_scores(self.without)
+    def refuse(self, base: ModelSource, out: Anatomy) -> None:
+        """Raise if the score file of `without` is not of this model, or names too few heads."""
+        self._chosen_heads(out)
+
+    def _chosen_heads(self, out: Anatomy) -> HeadAblation | None:
+        """The query heads that are switched off in a model; None: none."""
+        if self.without is None:
+            return None
+        return HeadAblation.of(self.without, out, top=self.top, draws=self.draws, seed=self.seed, rows=self.off)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
         """The needles, from the kind.
@@ -223,10 +228,7 @@ class Needles(RecallOfKinds):
         Raises:
             SurgeryError: as for `Kind.make`; prompts exceed a model's positions; the tokenizer is another model's.
         """
-        chosen = None
-        if self.without is not None:
-            options = {"top": self.top, "draws": self.draws, "seed": self.seed, "rows": self.off}
-            chosen = HeadAblation.of(self.without, Anatomy.of(configs["out"]), **options)
+        chosen = self._chosen_heads(Anatomy.of(configs["out"]))
         message = ("prompt and answer", "shorter lengths")
         refuse_too_long(configs, max(self.tokens, default=0), *message)
         text = load_text(self.text, part="held-out")

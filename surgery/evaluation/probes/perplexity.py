@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from surgery.architecture.anatomy import Anatomy
     from surgery.io.loading import ModelSource
 
 UNKNOWN = 0.2  # share of unknown tokens above which a note says that the text does not suit the model
@@ -117,7 +118,7 @@ class Perplexity(Probe):
     def stages(self, compared: bool = True) -> list[str]:
         return [*STAGES.values()] if compared else [SCORING]
 
-    def refuse(self, base: ModelSource) -> None:
+    def refuse(self, base: ModelSource, out: Anatomy) -> None:
         """Raise the errors that `tokens` raises for the base alone."""
         self.tokens({"base": base})
 

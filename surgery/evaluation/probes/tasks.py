@@ -25,6 +25,7 @@ from surgery.io.printing import count
 from surgery.machine.progress import begin
 
 if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
     from surgery.io.loading import ModelSource
     from surgery.machine.progress import Progress
 
@@ -83,7 +84,7 @@ class Tasks(CaseProbe):
     def stages(self, compared: bool = True) -> list[str]:
         return [READING, self.stage, *([ALONE] if self.both_ways else [])]
 
-    def refuse(self, base: ModelSource) -> None:
+    def refuse(self, base: ModelSource, out: Anatomy) -> None:
         """Raise for what needs no data of a task: lm-eval is missing, unknown names, prompts that are too long."""
         harness.version()
         self._refuse_nothing()
