@@ -165,8 +165,9 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
             exists=f"this model is {_name_of(anatomy)} ({ours['hash']}); they differ in {', '.join(differ) or 'hash'}",
             fix=f"measure this one: {command}",
         )
-    if any(x != x for row in scores.scores for x in row):
-        raise SurgeryError("the scores hold NaN", where=str(path), code="invalid-file")
+    if not all(math.isfinite(x) for row in scores.scores for x in row):
+        fix = f"measure them again: {command}"
+        raise SurgeryError("the scores hold NaN or infinity", where=str(path), fix=fix, code="invalid-file")
     return scores
 
 

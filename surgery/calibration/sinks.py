@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from surgery.architecture.anatomy import positions_of
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.calibration.massive import MAGNITUDE, RATIO, relative_sizes
 from surgery.calibration.scoring import inputs_of
-from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
+from surgery.data.text import BUILTIN, begin_of_text, load_text, windows
 from surgery.errors import SettingError, TextError, UnsupportedModelError
 from surgery.machine.placement import exact
 from surgery.machine.progress import begin
@@ -53,7 +54,10 @@ class SinkRules:
             SurgeryError: epsilon is no share, or a text is shorter than the tokens that were asked for.
         """
         if not 0 < self.epsilon < 1:
-            raise SettingError(f"the threshold of the sink rate is {self.epsilon:g}", exists="a share between 0 and 1")
+            raise SettingError(
+                f"the threshold of the sink rate is {self.epsilon:g}",
+                exists="a share between 0 and 1; the paper has 0.3",
+            )
         shortest = min(span.stop - span.start for span in spans)
         if self.rated is not None and not 1 <= self.rated <= shortest:
             raise TextError(
@@ -377,11 +381,13 @@ def survey_sinks(
         SurgeryError: the model or the text cannot be read or measured.
     """
     from surgery.io.hub import resolve
-    from surgery.io.loading import load_for_run, read_tokenizer
+    from surgery.io.loading import load_for_run, read_config, read_tokenizer
 
     source, text = resolve(name), load_text(text, part="calibration")
-    model, tokenizer = load_for_run(source.path), read_tokenizer(source.path)
-    sequences = windows(text, tokenizer, fitting_length(model, length), samples)
+    tokenizer, longest = read_tokenizer(source.path), positions_of(read_config(source.path))
+    sequences = windows(text, tokenizer, min(length, longest or length), samples)
+    rules.rated_tokens([slice(0, sequences.shape[1])])  # raises before the model is loaded
+    model = load_for_run(source.path)
     sinks = sink_map(model, sequences, tokenizer=tokenizer, rules=rules, progress=progress)
     bos = {"token": tokenizer.bos_token, "added": bool(begin_of_text(tokenizer))}
     return sinks, {"model": source.name, "text": text.title, "sha256": text.sha256[:12], "bos": bos}

@@ -21,6 +21,7 @@ FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # fields of an
 MAX_DIGITS = 40
 FIELD = 3  # steps from a recipe's top to the value of an operation's field
 Path = tuple[str | int, ...]
+QUOTED = """put text that begins with * or & in quotes, such as '["*router*"]'"""
 
 
 def _line_of_fault(text: str, loader) -> str:
@@ -60,7 +61,8 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
             if depth > MAX_DEPTH:
                 raise RecipeError(f"this is nested more than {MAX_DEPTH} levels deep", where=f"{where}:{line}")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError("anchors and aliases (&, *) are not allowed in a recipe", where=f"{where}:{line}")
+                what = "anchors and aliases (&, *) are not allowed in a recipe"
+                raise RecipeError(what, where=f"{where}:{line}", fix=QUOTED)
             if getattr(event, "tag", None):
                 raise RecipeError(f"the tag {event.tag} is not allowed in a recipe", where=f"{where}:{line}")
         node = yaml.compose(text, Loader=loader)
@@ -68,7 +70,8 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f"{where}:{mark.line + 1}" if mark else where
-        raise RecipeError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at) from None
+        fix = QUOTED if "alias" in (getattr(error, "context", None) or "") else ""
+        raise RecipeError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at, fix=fix) from None
     except (RecursionError, ValueError, OverflowError) as error:
         at = _line_of_fault(text, loader)
         raise RecipeError(f"this YAML cannot be read: {type(error).__name__}", where=where + at) from None

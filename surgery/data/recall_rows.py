@@ -25,7 +25,7 @@ from surgery.data import haystack, name_list
 from surgery.data.documents import TURN, Documents
 from surgery.data.packing import Packed
 from surgery.data.repeats import KINDS, LINE_SHARE, LabelledLine, Marks, RepeatRow
-from surgery.data.text import CLOSERS, RECALL_ROWS, STOPS, source_names
+from surgery.data.text import CLOSERS, RECALL_ROWS, SHORTEST_RECALL, STOPS, source_names
 from surgery.errors import ModelMismatchError, TextError
 
 SENTENCE = 64  # tokens; a longer sentence is cut
@@ -286,11 +286,12 @@ class _RowMaker:
     def _no_lines(self, shortest: int) -> Exception:
         recall, length, data, _ = self.settings
         if shortest:
+            enough = max(SHORTEST_RECALL, LINE_SHARE * shortest + len(self.texts.begin))
             return TextError(
                 f"rows of {self.heal.length} tokens are too short for {recall}: a line of a word and a code has "
                 f"{shortest} tokens, and a row should have {LINE_SHARE} times as many",
                 where=length,
-                fix=f"{length}={LINE_SHARE * shortest + len(self.texts.begin)}, or {recall}=0",
+                fix=f"{length}={enough}, or {recall}=0",
             )
         return ModelMismatchError(
             f"{recall} makes lines of words of the text, and this text has {len(self.words)} words that the "

@@ -305,7 +305,8 @@ def _refuse_start(heal: Heal, operations: Sequence[dict], fitted: Sequence[str],
         raise SettingError(
             "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
             where="heal.warm_start",
-            fix="heal.warm_start=0, heal.warm_start_of=attention, or heal.method=full",
+            fix="heal.warm_start=0, heal.method=full, or "
+            + ("freeze less" if heal.warm_start_of == "attention" else "heal.warm_start_of=attention"),
         )
 
 

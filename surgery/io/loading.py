@@ -219,7 +219,7 @@ def read_tokenizer(source: ModelSource):
         raise ModelError(
             "no tokenizer files",
             where=str(folder),
-            fix="copy the base's tokenizer files there, or skip scoring with --no-eval",
+            fix="copy the base's tokenizer files there; `surgery apply --no-eval` needs none for weights alone",
         )
     from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ from families import TINY, base, one_thread  # noqa: F401 (a fixture)
 from sinks import recipe, sink
 
 import surgery as package
-from surgery.calibration.sinks import SinkRules, other_sinks, sink_map
+from surgery.calibration.sinks import SinkRules, other_sinks, sink_map, survey_sinks
 from surgery.cli.render import sinks as display
 from surgery.errors import SurgeryError
 from surgery.runtime.modeling_surgery import CACHE
@@ -218,6 +218,13 @@ def test_the_command(surgery, model, text, tmp_path):
     assert data["bos"] == {"token": "<s>", "added": False}
     row = next(line.split() for line in shown.out.splitlines() if line.split()[:1] == ["1"])
     assert row[1:3] == [f"{sum(data['first'][1]) / 9:.2f}", f"{max(data['first'][1]):.2f}"]
+
+
+@pytest.mark.parametrize("rules", [SinkRules(epsilon=1.5), SinkRules(rated=61)])
+def test_rules_are_refused_before_the_model_is_loaded(model, text, monkeypatch, rules):
+    monkeypatch.setattr("surgery.io.loading.load_for_run", None)
+    with pytest.raises(SurgeryError, match="sink rate"):
+        survey_sinks(str(model), text=str(text), samples=2, length=60, rules=rules)
 
 
 def test_a_bos_that_the_tokenizer_adds_or_has_not():

@@ -362,7 +362,9 @@ def test_a_stored_teacher_is_asked_about_the_rows_that_are_read(healing, stop, t
 def test_a_layerwise_start_that_has_nothing_to_fit_is_refused_first(surgery, refused, model, text, tmp_path):
     assert surgery("apply", "streaming", model, "evaluate.length=512", "-o", "split", *QUICK).code == 0
     asked = ("heal", "split", *SETTINGS, f"data={text}", "warm_start=64", "--base", model, "-o", "healed")
-    refused(*asked, says=["a layer-wise start has nothing to train", "heal.warm_start=0"])
+    refused(*asked, says=["a layer-wise start has nothing to train", "heal.warm_start_of=attention"])
+    said = ["a layer-wise start has nothing to train", "heal.method=full, or freeze less"]
+    refused(*asked, "warm_start_of=attention", 'freeze=["*self_attn*"]', says=said)
     assert not list(tmp_path.glob("healed*"))
 
 

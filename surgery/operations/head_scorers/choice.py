@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes
@@ -19,6 +20,7 @@ from surgery.calibration.head_scores import (
     names_method,
     unsupported,
 )
+from surgery.data.text import BUILTIN
 from surgery.errors import SurgeryError
 from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
 from surgery.operations.base import ApplyContext, Measurement
@@ -112,6 +114,9 @@ class HeadChoice:
         if own := [key for key in self.scoring if key in OWN]:
             first, second, third = self.fields
             yield f"{', '.join(own)} cannot be set here; {self.op} has the fields {first}, {second} and {third}"
+        text = self.scoring.get("text", BUILTIN)
+        if isinstance(text, str) and text != BUILTIN and not Path(text).is_file():
+            yield f"no such text file: {text!r} (available: {BUILTIN}; a UTF-8 text file)"
         for key in ("samples", "length"):
             if key in self.scoring and getattr(self, key) is not None:
                 yield f"{key} and calibration_{key} are two ways to say the same: drop one"

@@ -203,8 +203,10 @@ def read_settings(method: str, texts: Iterable[str]) -> dict[str, Any]:
     Raises:
         SurgeryError: as for `refuse_wrong_settings` and `read_key_values`.
     """
-    where, known = f"--method {method}", settings_of(method)
+    where, known = f"--method {method}", [name for name in settings_of(method) if name != "state"]  # of a resumed run
     settings = read_key_values(texts, where, ", ".join(known))
+    if "state" in settings:
+        raise SettingError(f"{method} takes no state", where=where, exists=", ".join(known), fix="--resume")
     refuse_wrong_settings(method, settings, where)
     return settings
 

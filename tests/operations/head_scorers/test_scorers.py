@@ -694,9 +694,10 @@ def test_score_files(tmp_path, anatomy):
     (tmp_path / "pattern.tsv").write_text("0.5\t0.25\n1.0\n")
     with pytest.raises(SurgeryError, match=r"another model: 2 x \[2, 1\]"):
         load_scores(tmp_path / "pattern.tsv", anatomy)
-    (tmp_path / "pattern.tsv").write_text("0.5\tnan\n1.0\t0.0\n")
-    with pytest.raises(SurgeryError, match="NaN"):
-        load_scores(tmp_path / "pattern.tsv", anatomy)
+    for broken in ("nan", "inf"):
+        (tmp_path / "pattern.tsv").write_text(f"0.5\t{broken}\n1.0\t0.0\n")
+        with pytest.raises(SurgeryError, match=r"NaN or infinity(.|\n)*measure them again"):
+            load_scores(tmp_path / "pattern.tsv", anatomy)
     with pytest.raises(SurgeryError, match="no such score file"):
         load_scores(tmp_path / "none.json", anatomy)
     for text in (
