@@ -214,13 +214,12 @@ class Needles(RecallOfKinds):
 
     def refuse(self, base: ModelSource, out: Anatomy) -> None:
         """Raise if the score file of `without` is not of this model, or names too few heads."""
-        self._chosen_heads(out)
+        if self.without is not None:
+            self._heads_off(self.without, out)
 
-    def _chosen_heads(self, out: Anatomy) -> HeadAblation | None:
-        """The query heads that are switched off in a model; None: none."""
-        if self.without is None:
-            return None
-        return HeadAblation.of(self.without, out, top=self.top, draws=self.draws, seed=self.seed, rows=self.off)
+    def _heads_off(self, scores: str, out: Anatomy) -> HeadAblation:
+        """The query heads of a model that are switched off, by a score file."""
+        return HeadAblation.of(scores, out, top=self.top, draws=self.draws, seed=self.seed, rows=self.off)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
         """The needles, from the kind.
@@ -228,7 +227,7 @@ class Needles(RecallOfKinds):
         Raises:
             SurgeryError: as for `Kind.make`; prompts exceed a model's positions; the tokenizer is another model's.
         """
-        chosen = self._chosen_heads(Anatomy.of(configs["out"]))
+        chosen = None if self.without is None else self._heads_off(self.without, Anatomy.of(configs["out"]))
         message = ("prompt and answer", "shorter lengths")
         refuse_too_long(configs, max(self.tokens, default=0), *message)
         text = load_text(self.text, part="held-out")
