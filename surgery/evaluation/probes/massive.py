@@ -28,6 +28,7 @@ from surgery.evaluation.paired import NAMES, CaseResult, kept_words
 from surgery.evaluation.probes.base import CaseProbe, Effort, Row, Table
 from surgery.evaluation.probes.fields import TextSource
 from surgery.io.loading import loaded, read_config, read_tokenizer
+from surgery.io.printing import count
 
 if TYPE_CHECKING:
     import torch
@@ -251,13 +252,12 @@ class MassiveActivations(CaseProbe):
                 effect.append([words, _shown(side["perplexity"].get(key)), f"{side['set'].get(key, 0):,}"])
             lines += [Table(("massive activations", "perplexity", "values set"), effect), ""]
         if kept := result.compare():
-            new = f", and has {kept['new']} others" if kept["new"] else ""
+            new = f", and has {count(kept['new'], 'other')}" if kept["new"] else ""
             lines.append(f"The converted model keeps {kept['kept']} of {kept['of']} massive activations{new}.")
         rule = f"a magnitude above {settings['magnitude']:g}, and at least {settings['ratio']:,g} times the median"
         lines.append(f"Massive: {rule} after the layer. They are set after the layer where they first appear.")
-        size = (
-            f"{settings['samples']} windows of {settings['length']:,} tokens, scored on {settings['windows']} others"
-        )
+        scored = count(settings["windows"], "other")
+        size = f"{settings['samples']} windows of {settings['length']:,} tokens, scored on {scored}"
         return [*lines, f"Found in {size}: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
 
 
