@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from surgery.architecture.anatomy import positions_of
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.calibration.massive import MAGNITUDE, RATIO, relative_sizes
 from surgery.calibration.scoring import inputs_of
-from surgery.data.text import BUILTIN, begin_of_text, load_text, windows
+from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SettingError, TextError, UnsupportedModelError
 from surgery.machine.placement import exact
 from surgery.machine.progress import begin
@@ -384,8 +383,8 @@ def survey_sinks(
     from surgery.io.loading import load_for_run, read_config, read_tokenizer
 
     source, text = resolve(name), load_text(text, part="calibration")
-    tokenizer, longest = read_tokenizer(source.path), positions_of(read_config(source.path))
-    sequences = windows(text, tokenizer, min(length, longest or length), samples)
+    tokenizer, length = read_tokenizer(source.path), fitting_length(read_config(source.path), length)
+    sequences = windows(text, tokenizer, length, samples)
     rules.rated_tokens([slice(0, sequences.shape[1])])  # raises before the model is loaded
     model = load_for_run(source.path)
     sinks = sink_map(model, sequences, tokenizer=tokenizer, rules=rules, progress=progress)

@@ -50,7 +50,7 @@ def calibration_sequences(
         SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
             serve.
     """
-    length, (plain, conversations) = fitting_length(model, length), written_samples(text, samples)
+    length, (plain, conversations) = fitting_length(model.config, length), written_samples(text, samples)
     written, sequences = plain + conversations, []
     if conversations:
         _refuse_template(tokenizer, length)

@@ -72,7 +72,7 @@ def sample(
 
 
 def _documents(model, tokenizer, heal, tokens: int, folder: Path | None, batch: int, progress) -> list[list[int]]:
-    length, device = fitting_length(model, heal.length), model.device
+    length, device = fitting_length(model.config, heal.length), model.device
     begin = Begin.of(model, tokenizer, heal.chat, length)
     writer = fast_writer(model)
     settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin}

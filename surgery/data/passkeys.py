@@ -88,7 +88,7 @@ def calibration(
         Others: as for `passkeys`.
     """
     text, reach = load_text(text, part="calibration"), {"sinks": sinks, "window": window}
-    settings = {"samples": samples, "length": fitting_length(model, length), "keys": keys, "seed": seed}
+    settings = {"samples": samples, "length": fitting_length(model.config, length), "keys": keys, "seed": seed}
     return passkeys(text, tokenizer, **reach, **settings), {
         "text": text.title,
         "sha256": text.sha256[:12],

@@ -129,9 +129,9 @@ def _shorter(tokens: int, body: int) -> str:
     return f"use a longer text, or at most {fits} windows" if fits else "use a longer text, or shorter windows"
 
 
-def fitting_length(model, length: int) -> int:
-    """`length`, cut to the model's positions."""
-    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+def fitting_length(config, length: int) -> int:
+    """`length`, cut to the positions of a model with this config."""
+    return min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
 
 
 SHORTEST_RECALL = 64  # tokens of a row that holds lines, text, and some of the lines again

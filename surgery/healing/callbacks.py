@@ -69,7 +69,6 @@ class HealCallback(TrainerCallback):
         self.held_out, self.earlier, self.progress = held_out, earlier, progress
         self.trainer: HealTrainer | None = None  # set when the Trainer exists
         self.rate, self.step_started, self.fraction_at_start = 0.0, 0.0, 0.0
-        self.turn = ""  # what the step trains, where gates and experts take turns (`heal.alternate`)
         self.figures_before: dict[str, float] = {}  # held-out figures of the untrained model
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -109,7 +108,7 @@ class HealCallback(TrainerCallback):
         if self.heal.full_from is not None:
             line["full_attention"] = self.trainer.attends_full
         if self.heal.alternate:
-            line["trains"] = self.turn
+            line["trains"] = "gates" if self.trainer.trains_gates(state.global_step - 1) else "experts"
         if self.trainer.sparse and (self.trainer.ended or state.global_step == self.steps):
             line |= self.trainer.text_losses(model)
         if self.trainer.ended:  # nothing is lost: the result is made from this checkpoint
@@ -125,7 +124,6 @@ class HealCallback(TrainerCallback):
         """Note when the step starts, and decide whether its attention is full."""
         self.step_started = time.monotonic()
         self.fraction_at_start = self.trainer.clock.fraction if self.trainer.clock.limit else 0.0
-        self.turn = "gates" if self.trainer.trains_gates else "experts"
         if self.heal.full_from is not None:
             self.trainer.attends_full = self._full(state.global_step)
 

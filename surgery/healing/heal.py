@@ -101,7 +101,7 @@ def heal_folder(
     folder, resume, overwrite = report.folder, options.resume, options.overwrite
     ranks, weights = Ranks(), Checkpoint(folder)
     anatomy, rewritten = _trainable_anatomy(folder), rewritten_by(report.data)
-    source = _scorable_base(report, base, heal, judged_by if options.evaluate else None)
+    source = _scorable_base(report, base, heal, judged_by if options.evaluate else None, anatomy)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(heal, judged_by)
     plan = HealPlan.of(heal, anatomy, table, rewritten, **_settings_of_plan(report, heal, source))
@@ -149,12 +149,14 @@ def _settings_of_plan(report: Report, heal: Heal, base: Path | None) -> dict[str
     }
 
 
-def _scorable_base(report: Report, base: str | Path | None, heal: Heal, scored_by: Evaluate | None) -> Path | None:
+def _scorable_base(
+    report: Report, base: str | Path | None, heal: Heal, scored_by: Evaluate | None, anatomy: Anatomy
+) -> Path | None:
     """The base's folder, where training or scores need the base. Raises where the base cannot be scored as asked."""
     wanted = scored_by is not None or bool(heal.eval_every)
     source = base_folder(report.data, base, needed=heal.needs_base, wanted=wanted)
     if scored_by is not None and source is not None:
-        refuse_unscorable(source, scored_by, Anatomy.of(report.folder))
+        refuse_unscorable(source, scored_by, anatomy)
     return source
 
 

@@ -114,15 +114,15 @@ class HealTrainer(Trainer):
         self.sums, self.means = {}, dict(zip(names, totals.tolist(), strict=True))
         return self.means
 
-    @property
-    def trains_gates(self) -> bool:
-        """Whether it is the gates' turn to train; the other parameters' turn comes after it (`heal.alternate`)."""
-        return self.state.global_step % 2 == 0
+    @staticmethod
+    def trains_gates(done: int) -> bool:
+        """Whether the step after `done` steps is the gates' turn; the others' comes after it (`heal.alternate`)."""
+        return done % 2 == 0
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and a backward. Where gates and the rest take turns, each expert of the rest's turn is drawn."""
         for module in self.gated:
-            module.surgery_call.draws = self.heal.alternate and not self.trains_gates
+            module.surgery_call.draws = self.heal.alternate and not self.trains_gates(self.state.global_step)
         try:
             with full_attention(self.sparse if self.attends_full else []):
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -141,7 +141,7 @@ class HealTrainer(Trainer):
     def _clip_grad_norm(self, model):
         if self.heal.alternate:
             for name, parameter in self.model.named_parameters():
-                if _is_router(name) != self.trains_gates:
+                if _is_router(name) != self.trains_gates(self.state.global_step):
                     parameter.grad = None
         norm = super()._clip_grad_norm(model)
         if norm is None:  # DeepSpeed knows the norm only after the step

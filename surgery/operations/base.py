@@ -227,10 +227,16 @@ def missing_texts(operation: Operation) -> list[str]:
     problems = []
     for field in ("text", "calibration_text"):
         text = getattr(operation, field, None)
-        if isinstance(text, str) and text not in operation.TEXTS and not os.path.isfile(text):
-            words = "; ".join((*operation.TEXTS, "a UTF-8 text file"))
-            problems.append(f"{operation.op}: {field}: no such text file: {text!r} (available: {words})")
+        if isinstance(text, str) and (reason := missing_text(text, operation.TEXTS)):
+            problems.append(f"{operation.op}: {field}: {reason}")
     return problems
+
+
+def missing_text(text: str, names: tuple[str, ...]) -> str:
+    """Why there is no such text; "" where it has one of these names, or is a file."""
+    if text in names or os.path.isfile(text):
+        return ""
+    return f"no such text file: {text!r} (available: {'; '.join((*names, 'a UTF-8 text file'))})"
 
 
 def give_entries(model: Any, layers: list[dict[str, Any]], op: str) -> None:

@@ -58,8 +58,7 @@ def notes(data: dict[str, Any]) -> list[str]:
             else "add its files"
         )
         faults.append(f"the folder has no tokenizer: {given}")
-    before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
-    if not isinstance(before, int | float) or before <= NO_MODEL:
+    if (before := _perplexity_of_no_model(data)) is None:
         return faults
     return [
         *faults,
@@ -69,8 +68,13 @@ def notes(data: dict[str, Any]) -> list[str]:
 
 def says_nothing(data: dict[str, Any]) -> bool:
     """Whether the gate was not run since the base is no language model on the text of the score."""
+    return data["gate"]["status"] == "not run" and _perplexity_of_no_model(data) is not None
+
+
+def _perplexity_of_no_model(data: dict[str, Any]) -> float | None:
+    """The base's perplexity where the base is no language model on this text; None: it is one, or was not scored."""
     before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
-    return data["gate"]["status"] == "not run" and isinstance(before, int | float) and before > NO_MODEL
+    return before if isinstance(before, int | float) and before > NO_MODEL else None
 
 
 def has_tokenizer(data: dict[str, Any]) -> bool:

@@ -43,7 +43,9 @@ def ablation(
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
     recalls, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
-    plain = plain_windows(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
+    plain = plain_windows(
+        load_text(text, "calibration"), tokenizer, fitting_length(model.config, 2 * length), samples, seed
+    )
     answers = [(recall.ids, recall.rows) for recall in recalls]
     kinds = [answers, [(ids, far_rows(len(ids), sinks, window)) for ids in plain]]
     with hook_attention(model) as hook, torch.no_grad():

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.calibration.cost import GRADIENT, activation_bytes, forward_flops, gradient_bytes, logit_bytes
@@ -23,7 +22,7 @@ from surgery.calibration.head_scores import (
 from surgery.data.text import BUILTIN
 from surgery.errors import SurgeryError
 from surgery.machine.placement import GRADIENTS, LAYERS, PASSES, Use
-from surgery.operations.base import ApplyContext, Measurement
+from surgery.operations.base import ApplyContext, Measurement, missing_text
 from surgery.operations.head_scorers.scorers import METHODS, refuse_wrong_settings, resolved_settings, score
 
 if TYPE_CHECKING:
@@ -115,8 +114,8 @@ class HeadChoice:
             first, second, third = self.fields
             yield f"{', '.join(own)} cannot be set here; {self.op} has the fields {first}, {second} and {third}"
         text = self.scoring.get("text", BUILTIN)
-        if isinstance(text, str) and text != BUILTIN and not Path(text).is_file():
-            yield f"no such text file: {text!r} (available: {BUILTIN}; a UTF-8 text file)"
+        if isinstance(text, str) and (reason := missing_text(text, (BUILTIN,))):
+            yield reason
         for key in ("samples", "length"):
             if key in self.scoring and getattr(self, key) is not None:
                 yield f"{key} and calibration_{key} are two ways to say the same: drop one"

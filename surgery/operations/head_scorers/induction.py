@@ -48,7 +48,7 @@ def induction(
     Raises:
         SurgeryError: the sequence holds no copy outside sinks + window.
     """
-    loaded, length = load_text(text, "calibration"), fitting_length(model, length)
+    loaded, length = load_text(text, "calibration"), fitting_length(model.config, length)
     start = begin_of_text(tokenizer)
     period = max(window + 1, (length - len(start)) // repeats)
     if len(start) + 2 * period > length or sinks >= len(start) + period:

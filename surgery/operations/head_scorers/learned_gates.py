@@ -177,7 +177,7 @@ class _Sequences:
 
     def __init__(self, model, tokenizer, text: Text, reach: dict, settings: dict):
         asked = settings["length"] if isinstance(settings["length"], list) else [settings["length"]]
-        lengths = [fitting_length(model, length) for length in asked]
+        lengths = [fitting_length(model.config, length) for length in asked]
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(settings["seed"])).tolist()
         self.lengths = [lengths[order[index % len(order)]] for index in range(settings["samples"])]
         self.recorded_length = lengths if isinstance(settings["length"], list) else lengths[0]

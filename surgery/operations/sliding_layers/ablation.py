@@ -42,7 +42,7 @@ def choose_layers(
     """
     options = {"samples": search.samples, "length": search.length, "seed": search.seed}
     recalls, origin = calibration(model, tokenizer, search.text, sinks=0, window=search.window, keys=KEYS, **options)
-    length = fitting_length(model, search.length)
+    length = fitting_length(model.config, search.length)
     plain = plain_windows(load_text(search.text, "calibration"), tokenizer, length, search.samples, search.seed)
     sequences = [[(recall.ids, recall.rows) for recall in recalls]]
     sequences.append([(ids, torch.arange(search.window, len(ids), 2)) for ids in plain])
