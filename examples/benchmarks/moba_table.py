@@ -1,8 +1,10 @@
 """MoBA beside full attention: loss on text and share of the keys read, by queries and by blocks of queries.
 
     python examples/benchmarks/moba_table.py [MODEL] --out table.json
+    python examples/benchmarks/moba_table.py [MODEL] --ways --converted FOLDER... --length 2048 --out trained.json
 
-Each way is a value of `sparse` in all layers, as `bench_sparse.py --ways` has it. A row has:
+Each way is a value of `sparse` in all layers, as `bench_sparse.py --ways` has it. A converted folder is measured
+twice: with the attention that it has, and with full attention. A row has:
 
     read        the share of attention's multiply-adds that is done, over all layers
     perplexity  of held-out windows of `--length` tokens, without and with the way; all tokens count
@@ -16,6 +18,7 @@ import argparse
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 import surgery
 from surgery.data.text import load_text, windows
+from surgery.healing.sparse_attention import full_attention, sparse_modules
 from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
 from surgery.runtime.modeling_surgery import patch
@@ -54,17 +58,27 @@ def row(model, ids) -> dict:
     return dict(zip(names, (*map(statistics.mean, (losses, late, seconds)), read), strict=True))
 
 
+def beside(name: str, found: dict, full: dict) -> None:
+    """Print a row of the table."""
+    print(
+        f"| {name} | {found['read']:.1%} | {math.exp(found['loss']):.2f} | {math.exp(found['late']):.2f} | "
+        f"{found['seconds'] / full['seconds']:.2f} |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--ways", nargs="+", default=WAYS)
+    parser.add_argument("--ways", nargs="*", default=WAYS)
+    parser.add_argument("--converted", nargs="*", default=[], help="folders with sparse attention")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=1)
     parser.add_argument("--text", default="builtin", help="builtin (its held-out part), or a text file")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     measured = Measured(
-        options.out, {key: value for key, value in vars(options).items() if key not in ("out", "ways")}
+        options.out, {key: value for key, value in vars(options).items() if key not in ("out", "ways", "converted")}
     )
     folder = resolve(options.model).path
     text = load_text(options.text, part="held-out")
@@ -80,12 +94,12 @@ def main() -> None:
     for way in (FULL, *options.ways):
         if way != FULL:
             patch(model, {"layers": [{"sparse": setting(way)}] * model.config.num_hidden_layers})
-        found = measured.once(way, lambda: row(model, ids))
-        print(
-            f"| {way} | {found['read']:.1%} | {math.exp(found['loss']):.2f} | {math.exp(found['late']):.2f} | "
-            f"{found['seconds'] / full['seconds']:.2f} |",
-            flush=True,
-        )
+        beside(way, measured.once(way, lambda: row(model, ids)), full)
+    for name in options.converted:
+        model = surgery.load(name).float().eval()
+        beside(name, measured.once(name, partial(row, model, ids)), full)
+        with full_attention(sparse_modules(model)):
+            beside(f"{name}, full attention", measured.once(f"{name}, {FULL}", partial(row, model, ids)), full)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,6 +80,10 @@ class FittedLayer:
         """
         return with_bias(new, letter)
 
+    def queries_and_keys(self, fitted: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a fit of scores has made, as queries [H, d, n] and keys [G', d, n]. Here it is the pair of them."""
+        return fitted
+
     def packed(self, new: Any) -> dict[str, torch.Tensor]:
         """The tensors of the new layer as they are stored, by name in its attention module."""
         return pack(new)
@@ -105,10 +110,7 @@ class FittedLayer:
 
     def _mix_values(self, new: Any, index: int, weights: torch.Tensor) -> torch.Tensor:
         """Outputs of the heads [r, H, d]: a sequence's values, averaged by attention weights [H, r, T]."""
-        x = self.inputs.x[index]
-        values = project(self.projection(new, "v"), x)
-        mixed = weights.reshape(len(values), -1, len(x)) @ values
-        return mixed.view(*weights.shape[:2], -1).transpose(0, 1)
+        return mix(weights, project(self.projection(new, "v"), self.inputs.x[index]))
 
     def _attention_weights(self, new: Any, index: int, rows: torch.Tensor) -> torch.Tensor:
         """The new layer's attention weights [H, r, T] of some rows of a sequence."""
@@ -185,15 +187,67 @@ class FittedLayer:
             moments.add(read, row_weights(rms[rows]).repeat(len(sample.weights)))
         return moments
 
-    def _reweighted(self, q, k, index: int) -> ScoreSample:
-        """A sample whose attention weights are the mean of the base's and those of these queries and keys."""
+    def _weights_with(self, q: torch.Tensor, k: torch.Tensor, index: int) -> torch.Tensor:
+        """Attention weights [H, r, T] of a sample's rows, with these queries [H, d, n] and keys [G', d, n]."""
         sample, x = self.inputs.samples[index], self.inputs.x[index]
         key, query = self.key_rotation.to(x)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
         queries = project(q, x[sample.rows])  # other rows are not read
         query[:, sample.rows] = self.query_rotation.to(x).at(sample.rows)(queries)
-        new = self._weights_of(query, key, index, sample.rows)
-        mean = ((sample.weights + new) / 2).masked_fill(sample.weights == 0, 0.0)
+        return self._weights_of(query, key, index, sample.rows)
+
+    def _reweighted(self, q: torch.Tensor, k: torch.Tensor, index: int) -> ScoreSample:
+        """A sample whose attention weights are the mean of the base's and those of these queries and keys."""
+        sample = self.inputs.samples[index]
+        mean = ((sample.weights + self._weights_with(q, k, index)) / 2).masked_fill(sample.weights == 0, 0.0)
         return replace(sample, weights=mean)
+
+    def fit_in_turn(self, start: Any, fits: Iterable[tuple[Callable, bool]], record: dict) -> Any:
+        """Fit queries and keys to the base's scores, one after the other.
+
+        A fit sees scores, and all heads count alike in it, also those whose values hardly differ. So it can bring the
+        scores nearer to the base's and move the output away. A fit after the first that does so is dropped; the first
+        has none before it to fall back to.
+
+        Args:
+            start: what is fitted; `queries_and_keys` takes it.
+            fits: each takes what is fitted so far and the samples, and returns the same fitted, and its `Solution`.
+                True: its samples weigh keys by the attention so far (`FitSettings.reweight_keys`), from the second
+                fit on; False: as the fit before it.
+            record: gets the loss before and after each fit ("scores_lost"), and how far the output is moved at the
+                start and after each fit, dropped or not ("output_moved").
+        """
+        best, least, samples = start, math.inf, self.inputs.samples
+        record["scores_lost"], record["output_moved"] = [], [self.output_moved(*self.queries_and_keys(start))]
+        for step, (fit, reweights) in enumerate(fits):
+            if step and reweights and self.settings.reweight_keys:
+                samples = list(self._map_samples(partial(self._reweighted, *self.queries_and_keys(best))))
+            fitted, solution = fit(best, samples)
+            moved = self.output_moved(*self.queries_and_keys(fitted))
+            record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
+            record["output_moved"].append(moved)
+            if moved <= least:
+                best, least = fitted, moved
+        return best
+
+    def output_moved(self, q: torch.Tensor, k: torch.Tensor) -> float:
+        """How far these queries [H, d, n] and keys [G', d, n] move attention's output on the text held back.
+
+        It is a share of the output's energy. Values and output projection are the base's, so that only the attention
+        weights differ.
+        """
+        moved, energy, output = 0.0, 0.0, self.layer.o.flatten(1)
+        for index, sample in enumerate(self.inputs.samples):
+            if not is_validation(index, len(self.inputs.samples)):
+                continue
+            values, own = project(with_bias(self.layer, "v"), self.inputs.x[index]), sample.weights
+            sizes = row_weights(self.inputs.rms[index][sample.rows])
+            outputs = (
+                mix(weights, values).flatten(1) @ output.to(values).T
+                for weights in (own, self._weights_with(q, k, index) - own)
+            )
+            own_energy, error = (float((sizes * exact(rows).square().sum(-1)).sum()) for rows in outputs)
+            moved, energy = moved + error, energy + own_energy
+        return share(moved, energy)
 
     def _fit_output(self, new: Any, o, record: dict, weights: list | None = None) -> Any:
         """The layer with its output projection refitted to the output of the base's attention.
@@ -221,6 +275,12 @@ class FittedLayer:
         lost = [share(energy + error, energy) for error in (result.before, result.after)]
         record["output_lost"] = record.get("output_lost", []) + lost
         return new.replace(o=result.weight.unflatten(1, o.shape[1:]).cpu().to(new.o.dtype))
+
+
+def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values [G, T, d], averaged by attention weights [H, r, T]: outputs of the heads [r, H, d]."""
+    mixed = weights.reshape(len(values), -1, values.shape[1]) @ values
+    return mixed.view(*weights.shape[:2], -1).transpose(0, 1)
 
 
 def row_weights(rms: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from surgery.operations.gqa.lost_alone import LayerLosses
 from surgery.operations.gqa.merge import permute_kv_heads
 
 NEEDS = "method: closed_form needs the tokenizer, for its calibration text"
-REVISION = 3  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
+REVISION = 4  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
 def share_kv_heads(

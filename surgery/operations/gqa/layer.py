@@ -12,9 +12,9 @@ import torch
 
 from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import AttentionLayer, stacked, with_bias
-from surgery.calibration.closed_form.conjugate_gradient import solve
+from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.cost import efforts
-from surgery.calibration.closed_form.fit_scores import ScoreObjective
+from surgery.calibration.closed_form.fit_scores import ScoreObjective, ScoreSample
 from surgery.calibration.closed_form.fit_values import ValueProblem, ValueSample
 from surgery.calibration.closed_form.layer import FittedLayer, row_weights
 from surgery.calibration.closed_form.layer_inputs import (
@@ -105,28 +105,27 @@ class SharedLayer(FittedLayer):
 
     def _fit_scores(self, q, k, refit: list[str], record: dict):
         """Fit queries and keys in turn to the base's scores. Later fits take more steps, as they undo earlier ones."""
-        settings, call = self.settings, self.inputs.base[0]
-        x = self.inputs.x[0]
-        record["scores_lost"] = []
-        samples = self.inputs.samples
-        fits = settings.rounds * len(refit) + (len(refit) - 1)
-        for step, effort in enumerate(efforts(fits)):
-            if step and settings.reweight_keys:
-                samples = list(self._map_samples(partial(self._reweighted, q, k)))
-            rope = self.query_rotation.to(x), self.key_rotation.to(x)
-            train, validation = (
-                ScoreObjective(subset, scale_of(call), *rope, len(k)) for subset in train_and_validation(samples)
-            )
-            projection = refit[step % len(refit)]
-            options = {"steps": round(effort * settings.steps), "damping": settings.damping}
-            if projection == "q":
-                solution = solve(train.query_problem(k), validation.query_problem(k), q, **options)
-                q = solution.weight
-            else:
-                solution = solve(train.key_problem(q), validation.key_problem(q), k, **options)
-                k = solution.weight
-            record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
-        return q, k
+        all_efforts = efforts(self.settings.rounds * len(refit) + (len(refit) - 1))
+        fits = (
+            (partial(self._fit_one, refit[step % len(refit)], round(effort * self.settings.steps)), True)
+            for step, effort in enumerate(all_efforts)
+        )
+        return self.fit_in_turn((q, k), fits, record)
+
+    def _fit_one(self, projection: str, steps: int, pair: tuple, samples: list[ScoreSample]) -> tuple[tuple, Solution]:
+        """Queries and keys of which one is fitted, "q" or "k"."""
+        (q, k), x = pair, self.inputs.x[0]
+        rope = self.query_rotation.to(x), self.key_rotation.to(x)
+        train, validation = (
+            ScoreObjective(subset, scale_of(self.inputs.base[0]), *rope, len(k))
+            for subset in train_and_validation(samples)
+        )
+        options = {"steps": steps, "damping": self.settings.damping}
+        if projection == "q":
+            solution = solve(train.query_problem(k), validation.query_problem(k), q, **options)
+            return (solution.weight, k), solution
+        solution = solve(train.key_problem(q), validation.key_problem(q), k, **options)
+        return (q, solution.weight), solution
 
     def _merge_values(self, v, o, moments: Moments, record: dict):
         """The merged values [groups, d, n], and the output columns [D, H, d] that read them."""

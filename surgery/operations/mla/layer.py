@@ -113,20 +113,24 @@ class CompressedLayer(FittedLayer):
         parts = queries, merged.head[None, self.turned], joint.vector, key_maps, value_maps, o
         return LatentLayer(self.target, *(part.to(self.layer.q.device) for part in parts))
 
+    def queries_and_keys(self, fitted: LatentLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.projection(fitted, "q"), self.projection(fitted, "k")
+
     def _fit_scores(self, new: LatentLayer, record: dict) -> LatentLayer:
         """Fit queries, the shared key and the maps to keys in turn to the base's scores."""
-        samples, record["scores_lost"] = self.inputs.samples, []
-        for step, (part, effort) in enumerate(SCORE_FITS):
-            if ("q" if part == "q" else "k") not in self.settings.refit:
-                continue
-            if step and part != "maps" and self.settings.reweight_keys:
-                rows = self.projection(new, "q"), self.projection(new, "k")
-                samples = list(self._map_samples(partial(self._reweighted, *rows)))
-            steps = round(effort * self.settings.steps)
-            fit = self._fit_queries if part == "q" else partial(self._fit_keys, part)
-            new, solution = fit(new, samples, steps)
-            record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
-        return new
+        fits = (
+            (partial(self._fit_part, part, round(effort * self.settings.steps)), part != "maps")
+            for part, effort in SCORE_FITS
+            if ("q" if part == "q" else "k") in self.settings.refit
+        )
+        return self.fit_in_turn(new, fits, record)
+
+    def _fit_part(
+        self, part: str, steps: int, new: LatentLayer, samples: list[ScoreSample]
+    ) -> tuple[LatentLayer, Solution]:
+        if part == "q":
+            return self._fit_queries(new, samples, steps)
+        return self._fit_keys(part, new, samples, steps)
 
     def _fit_queries(self, new: LatentLayer, samples: list[ScoreSample], steps: int) -> tuple[LatentLayer, Solution]:
         x, keys = self.inputs.x[0], self.projection(new, "k")
