@@ -29,6 +29,10 @@ from surgery.errors import UnsupportedModelError
 from surgery.machine.parallel import parallel_map
 from surgery.machine.placement import exact
 
+# A fit of scores is dropped if it moves attention's output so much further from the base's than it was at its nearest:
+# a share of the output's energy. Smaller steps away are often part of the way, since queries and keys fit in turn.
+FURTHER = 0.05
+
 
 class FittedLayer:
     """The conversion of one layer. A method is a subclass that defines `convert`.
@@ -204,17 +208,17 @@ class FittedLayer:
     def fit_in_turn(self, start: Any, fits: Iterable[tuple[Callable, bool]], record: dict) -> Any:
         """Fit queries and keys to the base's scores, one after the other.
 
-        A fit sees scores, and all heads count alike in it, also those whose values hardly differ. So it can bring the
-        scores nearer to the base's and move the output away. A fit after the first that does so is dropped; the first
-        has none before it to fall back to.
+        In a fit of scores all heads count alike, also those whose values hardly differ. So it can bring the scores
+        nearer to the base's and move attention's output away. A fit that moves it clearly further (`FURTHER`) is
+        dropped. The first stays in any case, since the next one often wins back what it loses.
 
         Args:
-            start: what is fitted; `queries_and_keys` takes it.
-            fits: each takes what is fitted so far and the samples, and returns the same fitted, and its `Solution`.
-                True: its samples weigh keys by the attention so far (`FitSettings.reweight_keys`), from the second
-                fit on; False: as the fit before it.
-            record: gets the loss before and after each fit ("scores_lost"), and how far the output is moved at the
-                start and after each fit, dropped or not ("output_moved").
+            start: what is fitted, for `queries_and_keys`.
+            fits: functions, each with a flag. A function takes what is fitted so far and the samples, and returns the
+                next state of it and a `Solution`. With the flag, and from the second fit on, the samples weigh keys
+                by the attention so far, too (`FitSettings.reweight_keys`); else they are those of the fit before.
+            record: gets "scores_lost", the loss before and after each fit, and "output_moved", how far the output is
+                moved at the start and after each fit, dropped or not.
         """
         best, least, samples = start, math.inf, self.inputs.samples
         record["scores_lost"], record["output_moved"] = [], [self.output_moved(*self.queries_and_keys(start))]
@@ -225,8 +229,8 @@ class FittedLayer:
             moved = self.output_moved(*self.queries_and_keys(fitted))
             record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
             record["output_moved"].append(moved)
-            if moved <= least:
-                best, least = fitted, moved
+            if moved <= least + FURTHER:
+                best, least = fitted, min(moved, least)
         return best
 
     def output_moved(self, q: torch.Tensor, k: torch.Tensor) -> float:

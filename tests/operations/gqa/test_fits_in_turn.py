@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.nn.functional import linear
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import with_bias
+from surgery.calibration.closed_form.layer import FURTHER
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.data.text import is_validation
 from surgery.operations.gqa.layer import SharedLayer, Sharing
@@ -83,35 +83,35 @@ def test_how_far_the_output_moves_is_what_transformers_moves(name, monkeypatch):
     assert moved / energy > 1e-3
 
 
-def with_idle_heads():
+def with_idle_heads(scale: float):
     """Half of the KV heads have the larger scores, and no say in the output: fits of scores serve them first."""
     model = copy.deepcopy(base("llama"))
     module, idle = attention_modules(model)[0], 2 * base("llama").config.head_dim
     with torch.no_grad():
-        module.k_proj.weight[:idle] *= 8
+        module.k_proj.weight[:idle] *= scale
         module.o_proj.weight[:, : 2 * idle] = 0
     return model
 
 
 def test_a_fit_that_moves_the_output_away_is_dropped(monkeypatch):
     """The keys' fit helps heads without a say. Keys stay as merged, and the last fit of queries reads those."""
-    model, few = with_idle_heads(), FitSettings(steps=8)
+    model, few = with_idle_heads(8), FitSettings(steps=8)
     targets = Anatomy.of(model).with_kv_heads(1).layers
     work, new, record = first_conversion(monkeypatch, SharedLayer, Sharing(model, targets, ONE_TEXT, few))
     start, first, keys, last = record["output_moved"]
     before, after = record["scores_lost"][1]
     assert after < 0.9 * before
-    assert keys > first
+    assert keys > first + FURTHER
     assert last < first < start
     assert work.output_moved(with_bias(new, "q"), with_bias(new, "k")) == pytest.approx(last, rel=1e-4)
     merged = first_conversion(monkeypatch, SharedLayer, Sharing(model, targets, ONE_TEXT, FitSettings(refit=())))[1]
     assert torch.equal(new.k, merged.k)
 
 
-def test_latent_attention_keeps_the_fit_that_moves_the_output_least(monkeypatch, tmp_path):
+def test_latent_attention_drops_such_fits_too(monkeypatch, tmp_path):
     """Here without its last fit, of queries, which comes nearest in any case."""
     monkeypatch.setattr("surgery.operations.mla.layer.SCORE_FITS", SCORE_FITS[:3])
-    letters = torch.randint(97, 123, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+    letters = torch.randint(97, 123, (64,), generator=torch.Generator().manual_seed(4)).tolist()
     (tmp_path / "text.txt").write_text("".join(map(chr, letters)) * 6, "utf-8")
     reached, convert = [], CompressedLayer.convert
 
@@ -122,8 +122,8 @@ def test_latent_attention_keeps_the_fit_that_moves_the_output_least(monkeypatch,
 
     monkeypatch.setattr(CompressedLayer, "convert", measured)
     fields = {"calibration_text": str(tmp_path / "text.txt"), "calibration_samples": 6, "calibration_length": 64}
-    package.apply(recipe({"op": "mla"} | fields), with_idle_heads(), tokenizer=Letters())
-    assert any(later > earlier for _, moved in reached for earlier, later in pairwise(moved)), "no fit was dropped"
+    package.apply(recipe({"op": "mla"} | fields), with_idle_heads(30), tokenizer=Letters())
+    assert any(max(moved) > moved[0] + FURTHER for _, moved in reached), "no fit was dropped"
     for final, moved in reached:
         assert len(moved) == 3
         assert final == pytest.approx(min(moved), rel=1e-3)
