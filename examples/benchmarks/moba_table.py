@@ -6,7 +6,7 @@
 Each way is a value of `sparse` in all layers, as `bench_sparse.py --ways` has it. A converted folder is measured
 twice: with the attention that it has, and with full attention. A row has:
 
-    read        the share of attention's multiply-adds that is done, over all layers
+    read        the share of attention's multiply-adds that is done, over the layers with sparse attention
     perplexity  of held-out windows of `--length` tokens, without and with the way; all tokens count
     late        the same of the last quarter of a window, where most keys are left out
     times       seconds of the whole prompt, as a multiple of full attention's

@@ -29,8 +29,8 @@ from surgery.errors import UnsupportedModelError
 from surgery.machine.parallel import parallel_map
 from surgery.machine.placement import exact
 
-# A fit of scores is dropped if it moves attention's output so much further from the base's than it was at its nearest:
-# a share of the output's energy. Smaller steps away are often part of the way, since queries and keys fit in turn.
+# A fit of scores is dropped if it moves attention's output so much further from the base's than the nearest fit before
+# it: a share of the output's energy. With 0 in its place, `mla` of SmolLM2-135M loses a little more on both texts.
 FURTHER = 0.05
 
 
@@ -209,29 +209,31 @@ class FittedLayer:
         """Fit queries and keys to the base's scores, one after the other.
 
         In a fit of scores all heads count alike, also those whose values hardly differ. So it can bring the scores
-        nearer to the base's and move attention's output away. A fit that moves it clearly further (`FURTHER`) is
-        dropped. The first stays in any case, since the next one often wins back what it loses.
+        nearer to the base's and move attention's output away. A fit that moves it clearly further than the fits before
+        (`FURTHER`) is dropped. The first stays in any case, since the next one often wins back what it loses.
 
         Args:
             start: what is fitted, for `queries_and_keys`.
             fits: functions, each with a flag. A function takes what is fitted so far and the samples, and returns the
                 next state of it and a `Solution`. With the flag, and from the second fit on, the samples weigh keys
                 by the attention so far, too (`FitSettings.reweight_keys`); else they are those of the fit before.
-            record: gets "scores_lost", the loss before and after each fit, and "output_moved", how far the output is
-                moved at the start and after each fit, dropped or not.
+            record: gets "scores_lost", the loss before and after each fit, "output_moved", how far the output is moved
+                at the start and after each fit, and "fits_kept", whether the fit was kept.
         """
-        best, least, samples = start, math.inf, self.inputs.samples
-        record["scores_lost"], record["output_moved"] = [], [self.output_moved(*self.queries_and_keys(start))]
+        kept, least, samples = start, math.inf, self.inputs.samples
+        record["scores_lost"], record["fits_kept"] = [], []
+        record["output_moved"] = [self.output_moved(*self.queries_and_keys(start))]
         for step, (fit, reweights) in enumerate(fits):
             if step and reweights and self.settings.reweight_keys:
-                samples = list(self._map_samples(partial(self._reweighted, *self.queries_and_keys(best))))
-            fitted, solution = fit(best, samples)
+                samples = list(self._map_samples(partial(self._reweighted, *self.queries_and_keys(kept))))
+            fitted, solution = fit(kept, samples)
             moved = self.output_moved(*self.queries_and_keys(fitted))
             record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
             record["output_moved"].append(moved)
-            if moved <= least + FURTHER:
-                best, least = fitted, min(moved, least)
-        return best
+            record["fits_kept"].append(moved <= least + FURTHER)
+            if record["fits_kept"][-1]:
+                kept, least = fitted, min(moved, least)
+        return kept
 
     def output_moved(self, q: torch.Tensor, k: torch.Tensor) -> float:
         """How far these queries [H, d, n] and keys [G', d, n] move attention's output on the text held back.

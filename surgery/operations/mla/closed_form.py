@@ -12,7 +12,7 @@ from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.mla.layer import Compression
 
-REVISION = 1  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
+REVISION = 2  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
 def compress(model, context: ApplyContext, text: CalibrationText, settings: FitSettings) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import linear
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import with_bias
+from surgery.calibration.closed_form.conjugate_gradient import Solution
 from surgery.calibration.closed_form.layer import FURTHER
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.data.text import is_validation
@@ -99,6 +101,7 @@ def test_a_fit_that_moves_the_output_away_is_dropped(monkeypatch):
     targets = Anatomy.of(model).with_kv_heads(1).layers
     work, new, record = first_conversion(monkeypatch, SharedLayer, Sharing(model, targets, ONE_TEXT, few))
     start, first, keys, last = record["output_moved"]
+    assert record["fits_kept"] == [True, False, True]
     before, after = record["scores_lost"][1]
     assert after < 0.9 * before
     assert keys > first + FURTHER
@@ -127,3 +130,25 @@ def test_latent_attention_drops_such_fits_too(monkeypatch, tmp_path):
     for final, moved in reached:
         assert len(moved) == 3
         assert final == pytest.approx(min(moved), rel=1e-3)
+
+
+def test_a_small_step_away_is_kept_and_the_first_fit_in_any_case(monkeypatch):
+    """What is kept, by how far the output is moved after each fit: from 0.2, up to 0.25."""
+    model = base("llama")
+    run = Sharing(model, Anatomy.of(model).with_kv_heads(2).layers, SEQUENCES, FitSettings(refit=()))
+    work, _, _ = first_conversion(monkeypatch, SharedLayer, run)
+    distances = {"start": 0.1, "first": 0.2, "away": 0.249, "far": 0.251, "near": 0.15, "again": 0.201}
+    monkeypatch.setattr(work, "queries_and_keys", lambda name: (name, None))
+    monkeypatch.setattr(work, "output_moved", lambda name, _: distances[name])
+    seen = []
+
+    def fit(name, before, _):
+        seen.append(before)
+        return name, Solution(None, 1.0, 0.5, 1)
+
+    names = [name for name in distances if name != "start"]
+    record = {}
+    assert work.fit_in_turn("start", [(partial(fit, name), False) for name in names], record) == "near"
+    assert seen == ["start", "first", "away", "away", "near"]
+    assert record["fits_kept"] == [True, True, False, True, False]
+    assert record["output_moved"] == [*distances.values()]
