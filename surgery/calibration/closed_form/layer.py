@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -241,19 +241,27 @@ class FittedLayer:
         It is a share of the output's energy. Values and output projection are the base's, so that only the attention
         weights differ.
         """
-        moved, energy, output = 0.0, 0.0, self.layer.o.flatten(1)
+        moved = self._output_energy(lambda index: self._weights_with(q, k, index) - self.inputs.samples[index].weights)
+        return share(moved, self._base_energy)
+
+    @cached_property
+    def _base_energy(self) -> float:
+        return self._output_energy(lambda index: self.inputs.samples[index].weights)
+
+    def _output_energy(self, weights: Callable[[int], torch.Tensor]) -> float:
+        """The energy of attention's output on the text held back, with the base's values and output projection.
+
+        Args:
+            weights: returns the attention weights [H, r, T] of a sample's rows, or a difference of such.
+        """
+        energy, output = 0.0, self.layer.o.flatten(1)
         for index, sample in enumerate(self.inputs.samples):
-            if not is_validation(index, len(self.inputs.samples)):
-                continue
-            values, own = project(with_bias(self.layer, "v"), self.inputs.x[index]), sample.weights
-            sizes = row_weights(self.inputs.rms[index][sample.rows])
-            outputs = (
-                mix(weights, values).flatten(1) @ output.to(values).T
-                for weights in (own, self._weights_with(q, k, index) - own)
-            )
-            own_energy, error = (float((sizes * exact(rows).square().sum(-1)).sum()) for rows in outputs)
-            moved, energy = moved + error, energy + own_energy
-        return share(moved, energy)
+            if is_validation(index, len(self.inputs.samples)):
+                values = project(with_bias(self.layer, "v"), self.inputs.x[index])
+                rows = mix(weights(index), values).flatten(1) @ output.to(values).T
+                sizes = row_weights(self.inputs.rms[index][sample.rows])
+                energy += float((sizes * exact(rows).square().sum(-1)).sum())
+        return energy
 
     def _fit_output(self, new: Any, o, record: dict, weights: list | None = None) -> Any:
         """The layer with its output projection refitted to the output of the base's attention.
