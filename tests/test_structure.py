@@ -37,8 +37,8 @@ DECIDED = {
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides heal_values options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
-    "data": "calibration_text documents generated haystack name_list packing passage_order passkeys questions "
-    "quotations recall_rows repeats requests text text_sources word_list",
+    "data": "calibration_text documents generated haystack name_list openings packing passage_order passkeys "
+    "questions quotations recall_rows repeats requests text text_sources word_list",
     "data/needle_kinds": "base",
     "evaluation": "ablation answers base_runs check check_code check_layers conversation evaluate figures footprint "
     "fresh_process lengths paired recall result run",

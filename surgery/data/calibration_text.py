@@ -1,7 +1,8 @@
 """The text on which an operation measures and fits: a part of the built-in text, a file, or what the model writes.
 
-What the model writes is running text, or half of it conversations in the chat template (`generated.py`). Some samples
-may be made into texts in which something said earlier comes back (`recall_rows.py`).
+What the model writes is running text, which may begin with openings of many kinds (`openings.py`), and conversations
+in the chat template (`generated.py`). Some samples may be made into texts in which something said earlier comes back
+(`recall_rows.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from surgery.data.documents import Documents
 from surgery.data.generated import sample, user_turn
+from surgery.data.openings import OPENINGS
 from surgery.data.recall_rows import Names, repeat_rows
 from surgery.data.text import (
     BUILTIN,
@@ -41,14 +43,14 @@ def calibration_sequences(
 
     Args:
         text: "builtin" (its calibration part), a file, "self" (what the model writes), "mixed" (half of the samples
-            from "builtin" and half from "self"), or "conversations" ("mixed", but half of what the model writes is
-            conversations).
+            from "builtin" and half from "self"), "varied" ("mixed", but what the model writes begins with English
+            openings of many kinds), or "conversations" ("mixed", but half of what the model writes is conversations).
         folder: folder for the model's text, so that a resumed run need not generate it again.
         progress: called as progress(done, total, label), in tokens that the model writes.
 
     Raises:
-        SurgeryError: a text that cannot be read or is too short; or "conversations" and a chat template that does not
-            serve.
+        SurgeryError: a text that cannot be read or is too short; "conversations" and a chat template that does not
+            serve; or "varied" and a tokenizer without English words.
     """
     length, (plain, conversations) = fitting_length(model.config, length), written_samples(text, samples)
     written, sequences = plain + conversations, []
@@ -62,7 +64,8 @@ def calibration_sequences(
             def report(done: int, _: int, __: str, first=first) -> None:
                 progress(first * length + done, written * length, STAGE)
 
-            settings = SimpleNamespace(length=length, chat=chat, seed=0)
+            openings = OPENINGS if CALIBRATION_TEXTS[text].varied else ()
+            settings = SimpleNamespace(length=length, chat=chat, seed=0, openings=openings)
             sequences.append(_written(model, tokenizer, settings, count, folder, progress and report))
     return torch.cat(sequences)
 
@@ -111,9 +114,11 @@ def calibration_source(text: str, samples: int) -> dict:
     plain, conversations = written_samples(text, samples)
     if plain + conversations == samples:
         return {"text": "what the model writes"}
-    source, half = _read(text), ", and as much that the model writes" if sum(CALIBRATION_TEXTS.get(text, ())) else ""
+    source, half = _read(text), ", and as much that the model writes" if plain + conversations else ""
     if conversations:
         half += f" ({plain} samples of text, {conversations} of conversations)"
+    if plain and CALIBRATION_TEXTS[text].varied:
+        half += " from English openings of many kinds"
     return {"text": source.title + half, "sha256": source.sha256[:12]}
 
 
@@ -137,7 +142,7 @@ def _written(model, tokenizer, settings, samples: int, folder, progress) -> torc
     first token as a sink. A conversation may begin anywhere in a sample.
 
     Args:
-        settings: length, chat and seed, as `heal` of `generated.sample`.
+        settings: length, chat, seed and openings, as `heal` of `generated.sample`.
     """
     rows = 2 * samples if settings.chat else samples  # conversations are shorter than a sample
     wanted, batch = samples * settings.length, samples_to_begin(rows)

@@ -2,7 +2,8 @@
 
 How a sample begins: a model that was trained with a BOS token before every text gets BOS alone, which samples the
 model's own distribution. Other models have no token for the beginning of a text. Their first token is drawn at random
-from the words of the vocabulary, and the rest is sampled. With `heal.chat` a sample begins with the tokens that begin
+from the words of the vocabulary, and the rest is sampled. Where openings are given, the first words of one, behind
+BOS if there is one, decide the kind of the text. With `heal.chat` a sample begins with the tokens that begin
 a user's message in the chat template, and the model writes the question. Where it writes the token with which the
 template ends the message, the template's tokens follow that begin the model's own turn, and the model writes the
 answer. A template may end messages with words, such as "[/INST]", or with a token that does not end this model's
@@ -20,8 +21,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ MARK = "surgery-mark"
 # Of a conversation, if the template prints the day. So the same settings give the same text on any day.
 DAY = "26 Jul 2024"
 STAGE = "text that the model writes"
+OPENING = 8  # words of an opening, which tell the kind of the text
 REPORTED = 16  # progress is reported after this many tokens of a sample
 REVISION = 2  # raised when a change of the code makes the same settings give another text
 
@@ -50,7 +52,7 @@ REVISION = 2  # raised when a change of the code makes the same settings give an
 def sample(
     model, tokenizer, heal, tokens: int, *, folder: Path | None = None, batch: int = BATCH, progress=None
 ) -> list[list[int]]:
-    """Documents of at most `heal.length` tokens that the model writes; it samples at least `tokens` of their tokens.
+    """Documents of at most `heal.length` tokens that the model writes, at least `tokens` in all, without their prefix.
 
     A document ends where the model ends it (its EOS is kept), or at that length. A conversation ends where the answer
     ends, if the template's tokens begin an answer (`Begin.answer`). Every batch has its own seed, so that a resumed
@@ -58,7 +60,8 @@ def sample(
 
     Args:
         model: the model in memory, in eval mode.
-        heal: its length, chat and seed are read.
+        heal: its length, chat and seed are read, and its openings, if it has any: beginnings of texts, of which the
+            first words begin the samples of running text.
         folder: folder in which each batch is saved, complete or not at all; None saves nothing.
         batch: number of samples at a time; fewer if the lengths of earlier samples show that fewer are enough.
         progress: called as progress(done, total, label), in tokens.
@@ -68,16 +71,18 @@ def sample(
         MachineError: the disk is full or not writable; saved batches stay.
     """
     with whole_on_cpu(model):
-        return _documents(model, tokenizer, heal, tokens, folder, batch, progress)
+        length, openings = fitting_length(model.config, heal.length), getattr(heal, "openings", ())
+        begin = Begin.of(model, tokenizer, heal.chat, length, openings)
+        return _documents(model, heal, tokens, begin, folder, batch, progress)
 
 
-def _documents(model, tokenizer, heal, tokens: int, folder: Path | None, batch: int, progress) -> list[list[int]]:
+def _documents(model, heal, tokens: int, begin: Begin, folder: Path | None, batch: int, progress) -> list[list[int]]:
     length, device = fitting_length(model.config, heal.length), model.device
-    begin = Begin.of(model, tokenizer, heal.chat, length)
     writer = fast_writer(model)
     settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin}
     settings |= {"revision": REVISION, "dtype": str(next(writer.parameters()).dtype)}
     settings |= {"model": fingerprint(model)} if folder else {}
+    settings |= {"openings": begin.openings} if begin.openings else {}
     settings |= {} if device.type == "cpu" else {"device": device.type}  # whose rounding may choose other tokens
     files = LayerFiles(folder, SELF_TEXT, settings)
     documents: list[list[int]] = []
@@ -239,33 +244,43 @@ class Begin:
         ends: the tokens that end a text of this model, sorted.
         answer: in a conversation, the template's tokens from the end of the user's message to the beginning of the
             answer; () if the model must write them itself.
+        openings: tokens of openings, all of one length, of which one follows; () if none does.
     """
 
     prefix: tuple[int, ...]
     words: tuple[int, ...]
     ends: tuple[int, ...] = ()
     answer: tuple[int, ...] = ()
+    openings: tuple[tuple[int, ...], ...] = field(default=(), repr=False)  # not in the names of files without openings
 
     @classmethod
-    def of(cls, model, tokenizer, chat: bool, length: int) -> Begin:
+    def of(cls, model, tokenizer, chat: bool, length: int, openings: Sequence[str] = ()) -> Begin:
         """The beginning for a model: of a conversation, or of running text.
 
         Args:
             length: tokens of the longest sample.
+            openings: beginnings of texts, whose first words begin running text; (): it begins with BOS or a word.
 
         Raises:
-            SurgeryError: `chat` and as for `user_turn`; or a vocabulary without words.
+            SurgeryError: `chat` and as for `user_turn`; or a vocabulary without words, or without those of openings.
         """
         prefix, answer = user_turn(tokenizer, length) if chat else ((), ())
         bos, ends = tuple(begin_of_text(tokenizer)), tuple(sorted(_end_tokens(model, tokenizer)))
         if prefix[: len(bos)] != bos:
             prefix = bos + prefix
+        answer = answer if set(answer[:1]) & set(ends) else ()
+        if openings and not chat:
+            return cls(prefix, (), ends, answer, _first_tokens(tokenizer, openings, (length - len(prefix)) // 2))
         words = () if prefix else _words(tokenizer, model.config.get_text_config().vocab_size)
-        return cls(prefix, words, ends, answer if set(answer[:1]) & set(ends) else ())
+        return cls(prefix, words, ends, answer)
 
     def draw(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """The first tokens of a batch of samples, long [batch, n]."""
         prefix = torch.tensor(self.prefix, dtype=torch.long).expand(batch, -1)
+        if self.openings:  # in their order, from a random one on: neighbours are of different kinds
+            first = torch.randint(len(self.openings), (1,), generator=generator)
+            openings = torch.tensor(self.openings)
+            return torch.cat([prefix, openings[(first + torch.arange(batch)) % len(openings)]], dim=1)
         if not self.words:
             return prefix
         words = torch.tensor(self.words)
@@ -309,6 +324,25 @@ def _rendered(tokenizer, messages: list[dict[str, str]]) -> str:
         template = macro + template.replace("strftime_now(", "surgery_day(")
     settings = {"chat_template": template, "date_string": DAY}
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+
+
+def _first_tokens(tokenizer, texts: Sequence[str], count: int) -> tuple[tuple[int, ...], ...]:
+    """The tokens of the first words of texts, at most `count` and as many of each as of the shortest, without doubles.
+
+    Raises:
+        SurgeryError: the tokenizer knows the words of no text.
+    """
+    unknown, beginnings = {None, tokenizer.unk_token_id}, [" ".join(text.split()[:OPENING]) for text in texts]
+    ids = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in beginnings]
+    known = [each for each in ids if each and not unknown & set(each)]
+    if not known:
+        raise ModelMismatchError(
+            "the tokenizer does not know the English words that texts would begin with",
+            where="text that the model writes",
+            fix="calibration_text: mixed, whose texts begin with words of its vocabulary",
+        )
+    count = max(1, min(count, *map(len, known)))
+    return tuple(dict.fromkeys(each[:count] for each in known))
 
 
 def _words(tokenizer, vocabulary: int) -> tuple[int, ...]:

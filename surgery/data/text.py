@@ -21,20 +21,43 @@ if TYPE_CHECKING:
 
 BUILTIN, SELF = "builtin", "self"  # the built-in text, and text that a model writes
 CONVERSATIONS = "conversations"  # that a model writes
+VARIED = "varied"  # that a model writes, from openings of many kinds
 WRITTEN = (SELF, CONVERSATIONS)  # the names of `heal.data` that the base writes
 SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself (generated.py)
 # Samples at a time. On one core, SmolLM2-135M wrote 66 tokens a second with 8 samples, 146 with 32, and 189 with 64
 # (examples/benchmarks/bench_healing.py write). The cache of 64 samples of 512 tokens takes 1.5 GB for this model.
 BATCH = 64
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
-# Calibration texts with a name -> the share of the samples that the model writes: running text, and conversations. The
-# other samples are of the built-in text. Any other name is a file, and all samples are of it.
+
+
+class Written(NamedTuple):
+    """What of a calibration text the model writes itself.
+
+    Attributes:
+        running, conversations: shares of the samples: running text, and conversations in the chat template.
+        varied: running text begins with English openings of many kinds (openings.py).
+    """
+
+    running: float = 0.0
+    conversations: float = 0.0
+    varied: bool = False
+
+
+# Calibration texts with a name. The samples that the model does not write are of the built-in text. Any other name is
+# a file, and all samples are of it.
 CALIBRATION_TEXTS = {
-    BUILTIN: (0.0, 0.0),
-    SELF: (1.0, 0.0),
-    "mixed": (0.5, 0.0),
-    CONVERSATIONS: (0.25, 0.25),
+    BUILTIN: Written(),
+    SELF: Written(1.0),
+    "mixed": Written(0.5),
+    CONVERSATIONS: Written(0.25, 0.25),
+    VARIED: Written(0.5, varied=True),
 }
+CALIBRATION_TEXTS_ARE = (  # of a field that takes these names
+    "builtin (the calibration part of Python's language reference), self (what the model writes), mixed (half builtin "
+    "and half self), varied (mixed, but the model's texts begin as stories, letters, news and other kinds of English "
+    "text), conversations (half builtin, a quarter self, and a quarter conversations that the model writes), or a "
+    "UTF-8 text file."
+)
 STOPS = tuple(".!?…。！？؟।\n")  # a sentence ends after a token that ends with one of them
 CLOSERS = "\"'”’»)]」』"  # may follow the stop
 
@@ -149,7 +172,7 @@ class CalibrationText(NamedTuple):
     """The text on which an operation measures and fits.
 
     Attributes:
-        source: "builtin" (its calibration part), "self", "mixed", "conversations" (`CALIBRATION_TEXTS`), or a file.
+        source: "builtin" (its calibration part), another name of `CALIBRATION_TEXTS`, or a file.
         length: tokens of a sample.
         samples: number of samples.
         recall: share of the samples in which something said earlier comes back.
@@ -163,9 +186,9 @@ class CalibrationText(NamedTuple):
 
 def written_samples(text: str, samples: int) -> tuple[int, int]:
     """How many samples of a calibration text the model writes itself: running text, and conversations."""
-    running, chats = CALIBRATION_TEXTS.get(text, (0.0, 0.0))
-    written = int(samples * (running + chats))
-    plain = int(written * running / (running + chats)) if written else 0
+    running, conversations, _ = CALIBRATION_TEXTS.get(text, Written())
+    written = int(samples * (running + conversations))
+    plain = int(written * running / (running + conversations)) if written else 0
     return plain, written - plain
 
 

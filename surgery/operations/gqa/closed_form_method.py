@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.calibration.closed_form.cost import TRIED, Calibration
-from surgery.data.text import CalibrationText, written_samples
+from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
 from surgery.errors import UnsupportedModelError, all_of
 from surgery.io.printing import count
 from surgery.operations.base import SURGICAL, ApplyContext, CalibrationRecall, Measurement, recall_problems
@@ -79,12 +79,7 @@ class ClosedForm(GQA):
         28, ge=2, strict=True, description="Pieces of text; a sixth is held back. More, to 40, lose less."
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
-    calibration_text: str = Field(
-        "mixed",
-        description="builtin (the calibration part of Python's language reference), self (what the model writes), "
-        "mixed (half of each), conversations (mixed, but half of what the model writes is conversations), or a UTF-8 "
-        "text file.",
-    )
+    calibration_text: str = Field("mixed", description=CALIBRATION_TEXTS_ARE)
     calibration_recall: CalibrationRecall = 0.0
 
     @property
@@ -261,6 +256,7 @@ class ClosedForm(GQA):
         calibration = self._calibration(anatomy)
         half = "text, half of it written by the model"
         kind = {"mixed": half, "conversations": f"{half}, with conversations", "self": "text that the model writes"}
+        kind[VARIED] = f"{half} from openings of many kinds"
         text = kind.get(self.calibration_text, "text")
         yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if self.candidates(anatomy):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from surgery.calibration.cost import Measurement, forward_flops
-from surgery.data.text import CalibrationText
+from surgery.data.text import CALIBRATION_TEXTS_ARE, CalibrationText
 from surgery.operations.base import ApplyContext, Count, Length, Seed
 from surgery.operations.kv_read.base import MOST_READ, KVRead
 
@@ -65,7 +65,7 @@ class LokiReading(RankingReading):
 
     method: Literal["loki"]
     dims: Count = Field(16, description="Number of directions, at most the size of a head.")
-    calibration_text: str = Field("builtin", description="builtin, mixed, conversations, self, or a text file.")
+    calibration_text: str = Field("builtin", description=CALIBRATION_TEXTS_ARE)
     calibration_samples: Count = Field(16, description="Sequences of it.")
     calibration_length: Length = Field(512, description="Tokens in each.")
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_problem, queries_of
 from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
-from surgery.data.text import CalibrationText, written_samples
+from surgery.data.text import CALIBRATION_TEXTS_ARE, CONVERSATIONS, CalibrationText, written_samples
 from surgery.operations.base import (
     NATIVE,
     CalibrationRecall,
@@ -71,12 +71,7 @@ class MLA(Operation):
     )
     calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
-    calibration_text: str = Field(
-        "conversations",
-        description="conversations (half Python's language reference, a quarter text and a quarter conversations that "
-        "the model writes), builtin (the calibration part of that reference), self (what the model writes), mixed "
-        "(half of each), or a UTF-8 text file.",
-    )
+    calibration_text: str = Field(CONVERSATIONS, description=CALIBRATION_TEXTS_ARE)
     calibration_recall: CalibrationRecall = 0.0
 
     @property
