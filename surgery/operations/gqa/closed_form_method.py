@@ -255,8 +255,12 @@ class ClosedForm(GQA):
             fitted += " (the MLP's output projection; not refitted in layers with experts or a norm after the MLP)"
         calibration = self._calibration(anatomy)
         half = "text, half of it written by the model"
-        kind = {"mixed": half, "conversations": f"{half}, with conversations", "self": "text that the model writes"}
-        kind[VARIED] = f"{half} from openings of many kinds"
+        kind = {
+            "mixed": half,
+            VARIED: f"{half} from openings of many kinds",
+            "conversations": f"{half}, with conversations",
+            "self": "text that the model writes",
+        }
         text = kind.get(self.calibration_text, "text")
         yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if self.candidates(anatomy):
