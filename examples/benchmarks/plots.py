@@ -36,7 +36,6 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-RECALL = "recall test, of 12 that the base finds"
 HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
 STEPS = (35, 70, 140, 280)  # of healing from the closed form, at which each route has a figure
 
@@ -107,29 +106,30 @@ def stale(name: str) -> str:
     return ""
 
 
-def cost(axes: Axes, judged: Results) -> None:
-    cache, text, recall = (
-        judged.row(name) for name in ("KV bytes per token (float32)", f"perplexity, {HELD}", RECALL)
-    )
-    looks = {"`duo-attention`": (BLUE, "o"), "`gqa`": (GREEN, "^"), "`gqa kv_heads=1`": (VERMILION, "s")}
-    axes.scatter(100, 1, color=BLACK, marker="D", s=50, zorder=2)
-    axes.annotate("the base", (100, 1), (0, 9), textcoords="offset points", ha="center")
-    for name, (color, marker) in looks.items():
-        share = 100 * (judged.number(cache, name) or 0) / (judged.number(cache, "base") or 1)
-        ratio = judged.number(text, name, "ratio") or 0
-        kept, of = (judged.number(recall, name, key) or 0 for key in ("kept", "of"))
-        axes.scatter(share, ratio, color=color, marker=marker, s=60, zorder=2)
-        label = f"{name.strip('`')}\nrecall {kept:.0f} of {of:.0f}"
-        axes.annotate(label, (share, ratio), (0, 9), textcoords="offset points", ha="center")
-    axes.set_xlim(0, 110)
+def cost(axes: Axes, found: Results) -> None:
+    """A table of `surgery compare`: KL against the cache at 8,192 tokens; colours say how many needles are kept."""
+    looks = ((0.9, BLUE, "o", "9 in 10 or more"), (0.5, ORANGE, "s", "half or more"), (0.0, VERMILION, "v", "fewer"))
+    unasked = (0.0, GREY, "D", "none was far enough back")
+    base = found.number(found.row("the base"), "KV at 8k") or 1
+    for _, color, marker, label in (*looks, unasked):
+        axes.scatter([], [], color=color, marker=marker, s=60, label=label)
+    for row in found.rows[1:]:
+        place = (100 * (found.number(row, "KV at 8k") or 0) / base, found.number(row, "KL 2,048") or 0)
+        kept, of = (found.number(row, "needles", key) or 0 for key in ("count", "of"))
+        _, color, marker, _ = next(look for look in looks if kept >= look[0] * of) if of else unasked
+        axes.scatter(*place, color=color, marker=marker, s=60, zorder=2)
+        axes.annotate(row[0].strip("`"), place, (9, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, 105)
     axes.set_xticks(range(0, 101, 25), [f"{x}%" for x in range(0, 101, 25)])
     axes.set_yscale("log")
-    axes.set_yticks([1, 1.1, 1.2, 1.5, 2], ["1", "1.1", "1.2", "1.5", "2"])
+    ticks = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    axes.set_yticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
-    axes.set_ylim(0.95, 2.3)
+    axes.set_ylim(0.002, 1)
     axes.grid(axis="y", color="#DDDDDD")
-    axes.set_xlabel("KV cache for each token, share of the base's (left is better)")
-    axes.set_ylabel("perplexity over the base's\n(log scale; down is better)")
+    axes.set_xlabel("KV cache at 8,192 tokens, share of the base's (left is better)")
+    axes.set_ylabel("KL from the base, nats a token\n(log scale; down is better)")
+    axes.legend(title="needles kept", loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
 
 
 def gqa(axes: Axes, closed: Results, means: Results) -> None:
@@ -304,8 +304,9 @@ def healing_from_closed(axes: Axes, curves: Results) -> None:
 PLOTS = {
     "cost": Plot(
         cost,
-        ("judged",),
-        "Perplexity against the size of the KV cache for the base and three conversions, with the recall of each.",
+        ("compare-smollm2",),
+        "KL from the base against the KV cache at 8,192 tokens for eight recipes, and how many needles each keeps.",
+        size=(8.0, 3.8),
     ),
     "gqa": Plot(
         gqa,
