@@ -34,13 +34,8 @@ def read(folder: Path) -> Comparison:
 
 def cell(comparison: Comparison, model: str, measure: Measure, column: Column) -> Any:
     """A number; what is counted as {"count", "of"}; None where it was not measured, and where nothing counts."""
-    text, number = comparison.cell(model, measure, column), comparison.number(model, measure, column)
-    if not text or number is None:
-        return None
-    _, slash, of = text.partition("/")
-    if not slash:
-        return number
-    return {"count": int(number), "of": int(of)} if int(of) else None
+    number, of = comparison.number(model, measure, column), comparison.whole(model, measure, column)
+    return number if number is None or of is None else {"count": number, "of": of}
 
 
 def table(comparison: Comparison, commands: list[str], machine: str) -> dict:

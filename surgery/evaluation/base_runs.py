@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
 from surgery.errors import SurgeryError
-from surgery.io.files import read_json, write_json
+from surgery.io.files import read_json, write_json, write_text
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,18 +21,15 @@ SCORES = "base.json"  # in the folder of the base's windows: its own figures, wr
 
 
 class BaseRuns:
-    """The runs of one base.
+    """The runs of one base, which a later process finds again.
 
     Args:
-        folder: holds the base's log-probabilities of windows of text, which a later process finds again.
-        identity: of the base; the log-probabilities of another are not found.
-
-    The answers to questions are kept in memory alone.
+        folder: holds the base's log-probabilities of windows of text, and what it answered to questions.
+        identity: of the base; what another scored is not found.
     """
 
     def __init__(self, folder: Path, identity: str):
         self._folder, self._identity = folder, identity
-        self._answers: dict[str, tuple[list, list]] = {}
 
     def windows(self, samples: Tensor, top_k: int) -> Path:
         """The folder for the log-probabilities of these windows [windows, length]."""
@@ -53,15 +54,35 @@ class BaseRuns:
         """Write the base's figures down; its windows are complete."""
         write_json(folder / SCORES, dict(figures))
 
-    def answers(self, probe: str, cases: list) -> list | None:
-        """The base's outcomes on these cases; None if it was not asked.
+    def answers(self, probe: str, cases: list, kind: type | None) -> list | None:
+        """The base's outcomes on these cases; None if it was not asked, or if the file cannot be read.
 
         Args:
             probe: the probe with its settings, as text.
+            kind: the dataclass of an outcome; None: the base's outcomes are not kept.
         """
-        asked, outcomes = self._answers.get(probe, ([], []))
-        return outcomes if asked and asked == cases else None
+        if kind is None:
+            return None
+        try:
+            outcomes = _of(kind).validate_json(self._file(probe, cases).read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return outcomes if len(outcomes) == len(cases) else None
 
-    def keep_answers(self, probe: str, cases: list, outcomes: list) -> None:
-        """Keep the base's outcomes on these cases."""
-        self._answers[probe] = (cases, outcomes)
+    def keep_answers(self, probe: str, cases: list, kind: type | None, outcomes: list) -> None:
+        """Keep the base's outcomes on these cases; the arguments are those of `answers`."""
+        if kind is None:
+            return
+        file = self._file(probe, cases)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, _of(kind).dump_json(outcomes).decode())
+
+    def _file(self, probe: str, cases: list) -> Path:
+        """The file of the answers to these cases; another version of the package asks anew."""
+        digest = hashlib.sha256(f"{self._identity} {__version__} {probe} ".encode() + to_json(cases)).hexdigest()
+        return self._folder / f"{digest[:16]}.json"
+
+
+def _of(kind: type) -> TypeAdapter:
+    """Reads and writes a list of these outcomes as JSON, NaN and infinity included."""
+    return TypeAdapter(list[kind], config=ConfigDict(ser_json_inf_nan="constants"))

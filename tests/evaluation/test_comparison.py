@@ -102,6 +102,7 @@ def test_every_cell_number_and_point_of_the_picture(tmp_path, monkeypatch):
         "own": "1.50",
     }  # fmt: skip
     assert (cells["b"]["needles"], cells["b"]["late"], cells["b"]["own"]) == ("39/44", "44/44", "")
+    assert "none:" not in str(found)
     rows = {row["model"]: row for row in found.to_dict()["rows"]}
     assert (rows["a"]["needles"], rows["a"]["late"], rows["b"]["late"]) == (40, 11, 44)
     assert found.all_notes == ["loss on windows of 2,048 tokens: windows end early"], "of all models, so once"
@@ -111,6 +112,21 @@ def test_every_cell_number_and_point_of_the_picture(tmp_path, monkeypatch):
     assert {name: (mark.x, mark.y, mark.filled) for name, mark in drawn.items()} == {
         "a": (0.25, 0.125, True), "b": (0.75, 0.5, False), "the base": (1.0, 0.0, True),
     }  # fmt: skip
+
+
+def test_a_count_out_of_nothing_is_no_zero():
+    """A model that still sees every prompt by its design has no needle that counts; 0 would say that it finds none."""
+    from surgery.evaluation.comparison.result import Comparison
+
+    nothing = {"status": "done", "base": {"hits": 44, "of": 48}, "kept": {"kept": 0, "of": 0, "share": None}}
+    records = {"a": written(2.0, 0.1, nothing, hits(0, 44, 44), None)}
+    found = Comparison("m", MEASURES, records)
+    of = {column.title: (measure, column) for measure, column in found.columns}
+    assert [found.cell(model, *of["needles"]) for model in ("the base", "a")] == ["44/48", "none"]
+    assert found.cell("a", *of["late"]) == "0/44"
+    assert [found.number("a", *of[title]) for title in ("needles", "late")] == [None, 0]
+    assert (found.whole("a", *of["late"]), found.whole("a", *of["KV/token"])) == (44, None)
+    assert "none: of the prompts that the base answers, none counts for this model" in str(found)
 
 
 def test_what_the_windows_do_not_show_is_said(model, text, tmp_path):
@@ -202,8 +218,13 @@ def test_the_base_runs_once(made, model, text, monkeypatch):
     again = package.compare(models, model, folder=made / "c", text=str(text), only=ONLY)
     assert loaded == scored == [model, *models], "what is finished is not measured again"
     assert again.to_dict() == first.to_dict()
-    apart = package.compare(models, model, folder=made / "d", text=str(text), only=ONLY)
-    assert apart.to_dict() == first.to_dict(), "and it would be the same"
+    package.apply("streaming", model, output=made / "added", check=False, evaluate=False, sinks=2, window=5)
+    loaded.clear(), scored.clear()
+    more = package.compare([*models, made / "added"], model, folder=made / "c", text=str(text), only=ONLY)
+    assert loaded == scored == [made / "added"], "a further model costs only itself"
+    assert more.to_dict()["rows"][:3] == first.to_dict()["rows"]
+    apart = package.compare([*models, made / "added"], model, folder=made / "d", text=str(text), only=ONLY)
+    assert apart.to_dict() == more.to_dict(), "and it would be the same"
 
 
 def test_a_comparison_that_was_stopped_goes_on(made, model, text, monkeypatch):

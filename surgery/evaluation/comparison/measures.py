@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RECALL = "needles"  # the measurement that the picture marks
 LONG = 8192  # tokens of the sequence whose cache is counted
+NONE = "none"  # the cell of a count where nothing counts
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,12 @@ class Column:
     of_some: bool = False
 
     def cell(self, record: dict | None, side: str) -> str:
-        """The text of a cell."""
+        """The text of a cell; `NONE` where a count is out of nothing."""
         if record is None or record.get("status", "done") != "done":
             return ""
-        value = self.value(record, side)
+        value, whole = self.value(record, side), self.of(record, side) if self.of else None
         if value is None:
-            return ""
-        whole = self.of(record, side) if self.of else None
+            return NONE if whole == 0 else ""
         return self.form.format(value) + (f"/{whole}" if whole is not None else "")
 
 
@@ -83,11 +83,12 @@ def _side(name: str) -> Callable[[dict, str], float | None]:
 
 
 def _kept(record: dict, side: str) -> int | None:
-    """How many prompts the base answers; of these, if they count, how many the model answers."""
+    """How many prompts the base answers; of these, if they count, how many the model answers. None: none counts."""
     if side == "base":
         figures = record.get("base") or {}
         return figures.get("hits", figures.get("answered"))
-    return (record.get("kept") or {}).get("kept")
+    kept = record.get("kept") or {}
+    return kept.get("kept") if kept.get("of") else None
 
 
 def _kept_of(record: dict, side: str) -> int | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.evaluation.comparison.measures import MEASURES, RECALL, Column, Measure
+from surgery.evaluation.comparison.measures import MEASURES, NONE, RECALL, Column, Measure
 from surgery.io.printing import Block, Printed, Table, count
 
 BASE, ROW = "base", "the base"  # its side of a record, and the name of its row
@@ -71,8 +71,10 @@ class Comparison(Printed):
     def blocks(self) -> list[Block]:
         tables: list[Block] = []
         for columns in filter(None, (self.quality, self.cost)):
-            words = [f"{column.title}: {column.what}" for _, column in columns]
-            tables += [self.table(columns), "", *words, ""]
+            table, words = self.table(columns), [f"{column.title}: {column.what}" for _, column in columns]
+            if any(NONE in row for row in table.rows):
+                words.append(f"{NONE}: of the prompts that the base answers, none counts for this model")
+            tables += [table, "", *words, ""]
         return [*tables, *(f"note: {note}" for note in self.all_notes)]
 
     @property
@@ -104,12 +106,20 @@ class Comparison(Printed):
         return data | ({"taken": self.taken} if any(self.taken.values()) else {}) | {"notes": self.all_notes}
 
     def number(self, model: str, measure: Measure, column: Column) -> float | None:
-        """The number of a cell; None where it was not measured."""
+        """The number of a cell; None where it was not measured, and for a count out of nothing."""
+        return self._figure(model, measure, column.value)
+
+    def whole(self, model: str, measure: Measure, column: Column) -> int | None:
+        """What the number of a cell is a count out of; None if it is no count."""
+        return self._figure(model, measure, column.of) if column.of else None
+
+    def _figure(self, model: str, measure: Measure, value: Callable[[dict, str], Any]) -> Any:
+        """A value from a model's record; for the base from the first record that has it."""
         sides = [(self.records[model], "out")] if model != ROW else [(each, BASE) for each in self.records.values()]
         for records, side in sides:
             record = records.get(measure.name)
-            if record and record.get("status", "done") == "done" and (value := column.value(record, side)) is not None:
-                return value
+            if record and record.get("status", "done") == "done" and (found := value(record, side)) is not None:
+                return found
         return None
 
     def plot(self, path: str | Path) -> Path | None:

@@ -342,6 +342,7 @@ class CaseProbe(Probe):
 
     Attributes:
         cases_are: name of the cases in messages ("needles").
+        outcome: the dataclass of the outcomes, if the base's can be kept for other models; None: they cannot.
         model_first: whether the model runs before its base, because the base scores what the model wrote.
         task: keys of lm-eval's YAML that score the cases as this probe does; {}: they cannot be written as a task.
         stage: name of the stage in progress reports.
@@ -349,6 +350,7 @@ class CaseProbe(Probe):
 
     cases_are: ClassVar[str]
     stage: ClassVar[str]
+    outcome: ClassVar[type | None] = None
     model_first: ClassVar[bool] = False
     task: ClassVar[dict[str, Any]] = {}
 
@@ -430,9 +432,10 @@ class CaseProbe(Probe):
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
         self.prepare(result, sources, progress)
         order = dict(reversed(sources.items())) if self.model_first else sources
-        known, asked = None, f"{self.name} {self.model_dump_json()}"
-        if shared and base is not None and not self.model_first:  # otherwise the base scores what this model wrote
-            known = shared.answers(asked, result.cases)
+        if base is None or self.count_changes("base"):
+            shared = None
+        asked = (f"{self.name} {self.model_dump_json()}", result.cases, self.outcome)
+        known = shared.answers(*asked) if shared else None
         if known is not None:
             result.outcomes["base"] = known
         run_base_then_model(
@@ -442,8 +445,8 @@ class CaseProbe(Probe):
             tick if progress else None,
             allow_pickle,
         )
-        if shared and known is None and "base" in result.outcomes and not self.model_first:
-            shared.keep_answers(asked, result.cases, result.outcomes["base"])
+        if shared and known is None and "base" in result.outcomes:
+            shared.keep_answers(*asked, result.outcomes["base"])
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
         if result.status == "done":
             self.finish(result, sources, progress)

@@ -71,6 +71,7 @@ class Choices(CaseProbe):
     summary: ClassVar[str] = "multiple choice: which ending continues a passage, or the questions of a file"
     cases_are: ClassVar[str] = "questions"
     stage: ClassVar[str] = "multiple choice"
+    outcome: ClassVar[type | None] = Chosen
 
     task: ClassVar[dict[str, Any]] = {
         "output_type": "multiple_choice",

@@ -115,6 +115,7 @@ class Order(RecallProbe):
     summary: ClassVar[str] = "two passages of a text: which came first"
     cases_are: ClassVar[str] = "pairs"
     stage: ClassVar[str] = "order of passages"
+    outcome: ClassVar[type | None] = Preference
     title: ClassVar[str] = "Pairs of passages"
     guess: ClassVar[str] = "a guess between A and B"
     task: ClassVar[dict[str, Any]] = {}  # two prompts of a pair are scored together

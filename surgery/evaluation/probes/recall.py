@@ -182,6 +182,7 @@ class RecallProbe(CaseProbe):
     cases_are: ClassVar[str] = "prompts"
     title: ClassVar[str] = ""
     guess: ClassVar[str] = "a random guess"
+    outcome: ClassVar[type | None] = Outcome
 
     # An answer is right if each of its tokens is the most probable one: lm-eval's `acc` of a log-likelihood.
     task: ClassVar[dict[str, Any]] = {

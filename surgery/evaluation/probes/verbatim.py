@@ -98,6 +98,7 @@ class Verbatim(DistanceProbe):
     name: ClassVar[str] = "verbatim"
     summary: ClassVar[str] = "a paragraph that begins again at a distance: is it continued word for word"
     stage: ClassVar[str] = "verbatim recall"
+    outcome: ClassVar[type | None] = Recitation
     title: ClassVar[str] = "Quoted paragraphs"
     prompts: ClassVar[str] = "quotations"
     draws: ClassVar[tuple[str, ...]] = ("samples", "cue", "tokens", "seed")
