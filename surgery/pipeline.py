@@ -28,6 +28,7 @@ from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
 from surgery.conversion.plan import make_plan
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
+from surgery.data.text import BUILTIN, CALIBRATION_TEXTS
 from surgery.errors import CheckError, ModelMismatchError, RecipeError, RecordError, SurgeryError, TextError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
@@ -218,6 +219,7 @@ def _recorded_base(record: dict, base: str | None, out: str) -> str:
     return str(name)
 
 
+TEXT_FIELDS = {"text", "calibration_text"}  # of operations
 PROMPTS = ("Hello!", "What is the capital of France?", "Write one sentence about the sea.")  # of the page's answers
 
 
@@ -250,7 +252,8 @@ def write_page(
     folder, record = Path(out), report.data
     try:
         source = resolve(_recorded_base(record, named, str(out)), cached_only=True)
-        plan = lines(make_plan(recipes.load(record["recipe"]), Anatomy.of(source.path), source.name, source.path))
+        recipe = recipes.load(_with_texts(record["recipe"]))
+        plan = lines(make_plan(recipe, Anatomy.of(source.path), source.name, source.path))
     except SurgeryError as error:  # the base is not here, or an operation is of another version
         plan = [f"not shown: {'; '.join(filter(None, (error.what, error.fix)))}"]  # no path: pages are passed on
     models: dict[str, Path] = {}
@@ -273,6 +276,21 @@ def write_page(
         record["other_files"][page.name] = entry(page)
         report.save()
     return page
+
+
+def _with_texts(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe whose operations read the built-in text in place of files that are not here.
+
+    No plan depends on the words of a text, and a record does not say in which folder its author kept it.
+    """
+
+    def here(fields: dict[str, Any]) -> dict[str, Any]:
+        gone = {key for key in fields.keys() & TEXT_FIELDS if isinstance(fields[key], str)}
+        gone = {key for key in gone if fields[key] not in CALIBRATION_TEXTS and not Path(fields[key]).is_file()}
+        inside = {key: here(value) for key, value in fields.items() if isinstance(value, dict)}
+        return fields | inside | dict.fromkeys(gone, BUILTIN)
+
+    return recorded | {"operations": [here(operation) for operation in recorded["operations"]]}
 
 
 SAMPLED = 16  # values of a weight, from which a change of it is told

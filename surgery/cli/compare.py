@@ -220,10 +220,8 @@ def _show(found: Comparison, out: Path, html: Path | None, as_json: bool) -> Non
         from surgery.io.files import write_text
         from surgery.report.page import compared_page
 
-        words = [("What the models can do", found.quality), ("What they cost", found.cost)]
-        parts = [(head, found.table(c), [f"{col.title}: {col.what}" for _, col in c]) for head, c in words if c]
         content = picture.read_bytes() if drawn else None
-        write_text(html, compared_page(f"Models beside {found.base}", parts, found.all_notes, content))
+        write_text(html, compared_page(f"Models beside {found.base}", found.tables, found.all_notes, content))
     if as_json:
         return emit(found.to_dict())
     tables.comparison(found)

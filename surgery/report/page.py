@@ -42,6 +42,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; }
 td:first-child { min-width: 9rem; } td[style*="right"], th[style*="right"] { white-space: nowrap; }
+td + td, th + th { overflow-wrap: normal; }
 pre { background: var(--soft); overflow-x: auto; padding: 0.7rem; font-size: 0.85rem; overflow-wrap: normal; }
 code { font-size: 0.9em; } blockquote { border-left: 4px solid #D55E00; margin: 1rem 0; padding: 0.1rem 1rem; }
 img { max-width: 100%; height: auto; background: #fff; } summary { cursor: pointer; }

@@ -103,14 +103,20 @@ class Point:
 
 
 def points(
-    path: str | Path, marks: Mapping[str, Point], *, x_label: str, y_label: str, title: str = "", filled: str = ""
+    path: str | Path,
+    marks: Mapping[str, Point],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    kinds: tuple[str, str] | None = None,
 ) -> Path:
     """Draw labelled points, both axes from 0.
 
     Args:
         path: the file to write, .png, .svg or .pdf.
         marks: label -> point.
-        filled: what a filled marker means, for the legend; "": no legend.
+        kinds: what a filled marker means and what a hollow one, for the legend; None: no legend.
 
     Raises:
         SurgeryError, MachineError: as for `heat_maps`.
@@ -132,8 +138,8 @@ def points(
         axis.set_ylim(0, 1.15 * max([point.y for point in marks.values()] or [1.0]) or 1.0)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
-        if filled:
-            for word, face in ((filled, "black"), ("fewer", "white")):
+        if kinds:
+            for word, face in zip(kinds, ("black", "white"), strict=True):
                 axis.plot([], [], "o", color="black", markerfacecolor=face, label=word)
             axis.legend(loc="best", framealpha=0.85)
         return _write(figure, path, title)

@@ -167,5 +167,5 @@ class Fitted(Printed):
             x_label=f"KV cache at {self.budget.context:,} tokens, share of the base's",
             y_label="damage, nats a token",
             title=f"{self.base}: what was tried for {self.budget.share:.0%} of the cache",
-            filled="tried as its recipe says",
+            kinds=("tried as its recipe says", "tried with less calibration"),
         )

@@ -54,7 +54,7 @@ def made(model, tmp_path):
 
 def hits(kept: int, of: int, base: int, asked: int = 48) -> dict:
     """The record of a recall test or of short requests."""
-    share = {"kept": kept, "of": of, "share": kept / of}
+    share = {"kept": kept, "of": of, "share": kept / of if of else None}
     return {"status": "done", "base": {"hits": base, "of": asked}, "out": {"hits": kept + 1}, "kept": share}
 
 
@@ -107,19 +107,26 @@ def test_every_cell_number_and_point_of_the_picture(tmp_path, monkeypatch):
     assert (rows["a"]["needles"], rows["a"]["late"], rows["b"]["late"]) == (40, 11, 44)
     assert found.all_notes == ["loss on windows of 2,048 tokens: windows end early"], "of all models, so once"
     drawn = {}
-    monkeypatch.setattr(plots, "points", lambda path, marks, **words: drawn.update(marks))
+    monkeypatch.setattr(
+        plots, "points", lambda path, marks, **words: drawn.update(marks) or said.append(words["kinds"])
+    )
+    said = []
     found.plot(tmp_path / "x.png")
     assert {name: (mark.x, mark.y, mark.filled) for name, mark in drawn.items()} == {
         "a": (0.25, 0.125, True), "b": (0.75, 0.5, False), "the base": (1.0, 0.0, True),
     }  # fmt: skip
+    records["b"]["needles"] = hits(0, 0, 44)
+    found.plot(tmp_path / "x.png")
+    del records["a"]["needles"], records["b"]["needles"]
+    found.plot(tmp_path / "x.png")
+    assert said == [("keeps 90% of the needles", "fewer"), ("keeps 90% of the needles", "fewer, or none counts"), None]
 
 
 def test_a_count_out_of_nothing_is_no_zero():
     """A model that still sees every prompt by its design has no needle that counts; 0 would say that it finds none."""
     from surgery.evaluation.comparison.result import Comparison
 
-    nothing = {"status": "done", "base": {"hits": 44, "of": 48}, "kept": {"kept": 0, "of": 0, "share": None}}
-    records = {"a": written(2.0, 0.1, nothing, hits(0, 44, 44), None)}
+    records = {"a": written(2.0, 0.1, hits(0, 0, 44), hits(0, 44, 44), None)}
     found = Comparison("m", MEASURES, records)
     of = {column.title: (measure, column) for measure, column in found.columns}
     assert [found.cell(model, *of["needles"]) for model in ("the base", "a")] == ["44/48", "none"]
@@ -127,6 +134,29 @@ def test_a_count_out_of_nothing_is_no_zero():
     assert [found.number("a", *of[title]) for title in ("needles", "late")] == [None, 0]
     assert (found.whole("a", *of["late"]), found.whole("a", *of["KV/token"])) == (44, None)
     assert "none: of the prompts that the base answers, none counts for this model" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["out-a", "out-b"], ["out-a", "out-b"]),
+        (["/far/away/a", "/far/away/b"], ["a", "b"]),
+        (["far/away/a", "far/b"], ["away/a", "b"]),
+        (["a/out", "b/out"], ["a/out", "b/out"]),
+        (["out", "out/inner"], ["out", "out/inner"]),
+        (["owner/a", "other/a"], ["owner/a", "other/a"]),
+        (["gqa calibration_text=/a/b", "gqa calibration_text=/a/c"],) * 2,
+        (["./the base", "./b"],) * 2,
+    ],
+)
+def test_the_table_leaves_out_the_folder_that_all_models_lie_in(models, names):
+    from surgery.evaluation.comparison.result import Comparison
+
+    record = written(2.0, 0.1, hits(4, 4, 4), hits(4, 4, 4), None)
+    found = Comparison("m", MEASURES, dict.fromkeys(models, record))
+    ((_, table, _), _) = found.tables
+    assert [row[0] for row in table.rows] == ["the base", *names]
+    assert [row["model"] for row in found.to_dict()["rows"]] == ["the base", *models], "the record has the whole name"
 
 
 def test_what_the_windows_do_not_show_is_said(model, text, tmp_path):
@@ -137,7 +167,7 @@ def test_what_the_windows_do_not_show_is_said(model, text, tmp_path):
     found = package.compare(models, model, folder=tmp_path / "c", text=str(text), only=["loss-512"])
     (note,) = [note for note in found.all_notes if "show nothing of it" in note]
     assert "sparse_prefill leaves unchanged" in note
-    assert note.endswith(f"({models[0]})")
+    assert note.endswith("(sparse)")
 
 
 def test_a_converted_model_is_no_base(refused, made, model, tmp_path):
@@ -167,8 +197,9 @@ def test_the_page_has_the_rows(surgery, made, model):
     done = surgery("compare", made / "merged", made / "short", "--base", model, "--only", "cache", "--html", page)
     assert done.code == 0, done.err
     text = page.read_text(encoding="utf-8")
-    for word in ("the base", str(made / "merged"), str(made / "short"), "KV/token"):
+    for word in ("the base", ">merged<", ">short<", "KV/token"):
         assert word in text
+    assert str(made) not in text, "a page is passed on"
 
 
 def test_two_runs_do_not_share_a_folder(made, model, text):

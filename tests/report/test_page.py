@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from dataclasses import dataclass
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from conftest import edit_tensors
+from conftest import TEXT, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 from test_card import REPORT
 
@@ -166,14 +168,50 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(width, tmp_path):
+@dataclass
+class Viewed:
+    """What a browser saw of a page: messages of its console, requests, and the document."""
+
+    said: list[str]
+    asked: list[str]
+    wide: int
+    pictures: list[bool | int]
+    answer_columns: int
+    unfolded: bool
+
+
+def viewed(file: Path, width: int) -> Viewed:
+    """Open a page in a window of a width in pixels."""
     if chromium() is None:
         if os.environ.get("SURGERY_BROWSER") == "required":
             pytest.fail("there is no Chromium: .ci/run installs it")
         pytest.skip("there is no Chromium")
     from playwright.sync_api import sync_playwright
 
+    said, asked = [], []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        answers = page.query_selector(".answers")
+        columns = answers.evaluate("part => getComputedStyle(part).gridTemplateColumns") if answers else ""
+        pictures = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
+        if folded := page.query_selector("summary"):
+            folded.click()
+        unfolded = page.is_visible("details pre")
+        browser.close()
+    return Viewed(said, asked, wide, pictures, len(columns.split()), unfolded)
+
+
+WIDTHS = pytest.mark.parametrize("width", [390, 1280])
+
+
+@WIDTHS
+def test_in_a_browser(width, tmp_path):
     report = REPORT | {"other_files": {"heads.png": {}}}
     pixel = bytes.fromhex(
         "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f6"
@@ -184,26 +222,69 @@ def test_in_a_browser(width, tmp_path):
     answers = [Answers("What?", {"the base": reply(long), "this model": reply(EVIL)})]
     page_file = tmp_path / "report.html"
     page_file.write_text(render_page(report, tmp_path, ["a plan " * 30], answers), encoding="utf-8")
-    said, asked = [], []
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 800})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(page_file.as_uri())
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        columns = page.evaluate("getComputedStyle(document.querySelector('.answers')).gridTemplateColumns")
-        drawn = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
-        page.click("summary")
-        unfolded = page.is_visible("details pre")
-        browser.close()
-    assert not said
-    assert asked == [page_file.as_uri()]
-    assert wide == width, "nothing is wider than the window"
-    assert len(columns.split()) == (1 if width < 700 else 2), "side by side where there is room"
-    assert drawn == [1]
-    assert unfolded
+    page = viewed(page_file, width)
+    assert not page.said
+    assert page.asked == [page_file.as_uri()]
+    assert page.wide == width, "nothing is wider than the window"
+    assert page.answer_columns == (1 if width < 700 else 2), "side by side where there is room"
+    assert page.pictures == [1]
+    assert page.unfolded
+
+
+def command(*args: object) -> None:
+    """Run a command of `surgery`, which must succeed."""
+    from surgery.cli.main import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    assert not stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def pages(tiny_llama, tmp_path_factory) -> dict[str, Path]:
+    """The pages of two healed head splits with answers, and of their comparison, as the commands write them."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "words.txt").write_text(" ".join([TEXT] * 12), encoding="utf-8")  # 8 windows of 512 tokens
+    split = {"op": "duo_attention", "sinks": 1, "window": 4}
+    split |= {"calibration_samples": 1, "calibration_length": 48, "scoring": {"text": str(folder / "words.txt")}}
+    heal = {"method": "lora", "loss": "ce", "data": str(folder / "words.txt"), "steps": 3, "length": 32}
+    judge = {"text": str(folder / "words.txt"), "windows": 2, "length": 64}
+    for name, ratio in (("a", 0.5), ("a-model-with-a-long-name", 0.34)):
+        recipe = {"version": 1, "name": name, "operations": [split | {"streaming_ratio": ratio}]}
+        recipe |= {"heal": heal | {"batch_tokens": 64}, "evaluate": judge}
+        package.apply(recipe, tiny_llama, output=folder / name, gate=False)
+    made = (folder / "a", folder / "a-model-with-a-long-name")
+    command("report", made[0], "--base", tiny_llama, "-p", "the cat sat", "-p", "old green doors")
+    compared = ("--base", tiny_llama, "--text", judge["text"], "--only", "loss-512,loss-2048,cache")
+    command("compare", *made, *compared, "--out", folder / "figures", "--html", folder / "compared.html")
+    return {"report": folder / "a/report.html", "comparison": folder / "compared.html"}
+
+
+@WIDTHS
+def test_the_page_of_a_real_conversion(width, pages):
+    text = pages["report"].read_text(encoding="utf-8")
+    refuse_requests(text)
+    for words in ("What it costs", "Answers, side by side", "How it was made", "├── "):
+        assert words in text
+    page = viewed(pages["report"], width)
+    assert not page.said
+    assert page.asked == [pages["report"].as_uri()]
+    assert page.wide == width
+    assert page.answer_columns == (1 if width < 700 else 2)
+    assert len(page.pictures) == 2, "the head map and the loss of the training"
+    assert all(page.pictures)
+    assert page.unfolded
+
+
+@WIDTHS
+def test_the_page_of_a_real_comparison(width, pages):
+    refuse_requests(pages["comparison"].read_text(encoding="utf-8"))
+    page = viewed(pages["comparison"], width)
+    assert not page.said
+    assert page.asked == [pages["comparison"].as_uri()]
+    assert page.wide == width
+    assert len(page.pictures) == 1, "the cache against the KL"
+    assert all(page.pictures)
 
 
 def test_files_for_other_engines():

@@ -68,12 +68,11 @@ def reply(found: Reply) -> None:
 def comparison(found: Comparison) -> None:
     """Print a comparison: what the models can do, then what they cost, a row for each model."""
     out = console()
-    for words in (found.quality, found.cost):
-        if words:
-            show(out, _as_rich(found.table(words)))
-            for _, column in words:
-                hanging(out, "", f"{column.title}: {column.what}", 0, "dim")
-            out.print()
+    for _, table, lines in found.tables:
+        show(out, _as_rich(table))
+        for line in lines:
+            hanging(out, "", line, 0, "dim")
+        out.print()
     for note in found.all_notes:
         hanging(out, "note: ", note, 6)
 

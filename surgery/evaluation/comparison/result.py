@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,38 +51,44 @@ class Comparison(Printed):
         return next(filter(None, cells), "")
 
     @property
-    def quality(self) -> list[tuple[Measure, Column]]:
-        """The columns that say what a model can do."""
-        return [each for each in self.columns if not each[0].is_cost]
+    def shown(self) -> dict[str, str]:
+        """Model -> its name in table, notes and picture: without the folders that all of them lie in."""
+        names = {ROW: ROW} | {model: model for model in self.records}
+        if any("=" in model for model in self.records):  # settings of a sweep
+            return names
+        paths = {model: Path(model).parts for model in self.records}
+        levels = zip(*(parts[:-1] for parts in paths.values()), strict=False)
+        together = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+        short = {model: str(Path(*parts[together:])) for model, parts in paths.items()}
+        return names if ROW in short.values() else names | short
 
     @property
-    def cost(self) -> list[tuple[Measure, Column]]:
-        """The columns that say what a model costs."""
-        return [each for each in self.columns if each[0].is_cost]
-
-    def table(self, columns: Sequence[tuple[Measure, Column]]) -> Table:
-        """These columns, a row for each model."""
-        titles = ["", *(column.title for _, column in columns)]
-        models = [ROW, *self.records]
-        return Table(tuple(titles), [[model, *(self.cell(model, *each) for each in columns)] for model in models])
+    def tables(self) -> list[tuple[str, Table, list[str]]]:
+        """What the models can do, then what they cost: a heading, a row for each model, and lines on the columns."""
+        found = []
+        for heading, is_cost in (("What the models can do", False), ("What they cost", True)):
+            if columns := [each for each in self.columns if each[0].is_cost == is_cost]:
+                titles = ("", *(column.title for _, column in columns))
+                rows = [[name, *(self.cell(model, *each) for each in columns)] for model, name in self.shown.items()]
+                lines = [f"{column.title}: {column.what}" for _, column in columns]
+                if any(NONE in row for row in rows):
+                    lines.append(f"{NONE}: of the prompts that the base answers, none counts for this model")
+                found.append((heading, Table(titles, rows), lines))
+        return found
 
     def headline(self) -> str:
         return f"{count(len(self.records), 'model')} beside {self.base}"
 
     def blocks(self) -> list[Block]:
-        tables: list[Block] = []
-        for columns in filter(None, (self.quality, self.cost)):
-            table, words = self.table(columns), [f"{column.title}: {column.what}" for _, column in columns]
-            if any(NONE in row for row in table.rows):
-                words.append(f"{NONE}: of the prompts that the base answers, none counts for this model")
-            tables += [table, "", *words, ""]
+        tables = [block for _, table, lines in self.tables for block in (table, "", *lines, "")]
         return [*tables, *(f"note: {note}" for note in self.all_notes)]
 
     @property
     def all_notes(self) -> list[str]:
         """The notes, those of the measurements, why some were not run, and what was taken from surgery.json."""
+        shown = self.shown
         why = {
-            f"{measure.what} of {model}: not run: {record.get('reason') or 'no reason was recorded'}"
+            f"{measure.what} of {shown[model]}: not run: {record.get('reason') or 'no reason was recorded'}"
             for model, records in self.records.items()
             for measure in self.measures
             if (record := records[measure.name]).get("status") != "done"
@@ -90,10 +97,10 @@ class Comparison(Printed):
         for model, records in self.records.items():
             for measure in self.measures:
                 for note in records[measure.name].get("notes") or []:
-                    said.setdefault(f"{measure.what}: {note}", []).append(model)
+                    said.setdefault(f"{measure.what}: {note}", []).append(shown[model])
         whose = ("" if len(models) == len(self.records) else f" ({', '.join(models)})" for models in said.values())
         notes = [*self.notes, *(f"{note}{of}" for note, of in zip(said, whose, strict=True))]
-        taken = [f"{model} ({', '.join(names)})" for model, names in self.taken.items() if names]
+        taken = [f"{shown[model]} ({', '.join(names)})" for model, names in self.taken.items() if names]
         return [*notes, *sorted(why), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,11 +143,14 @@ class Comparison(Printed):
         (cache,), (loss,) = ([m for m in MEASURES if m.name == name] for name in DRAWN)
         x_axis, y_axis = (cache, cache.columns[-1]), (loss, loss.columns[-1])
         whole, marks = self.number(ROW, *x_axis), {}
-        asked = any(self._kept(model) is not None for model in self.records)
+        shares = [self._kept(model) for model in self.records]
+        asked = any(share is not None for share in shares)
+        hollow = "fewer" if None not in shares else "fewer, or none counts"
         for model in self.records:
             x, y, kept = self.number(model, *x_axis), self.number(model, *y_axis), self._kept(model)
+            filled = not asked or (kept is not None and kept >= ENOUGH)
             if whole and x is not None and y is not None:
-                marks[model] = Point(x / whole, y, filled=not asked or (kept is not None and kept >= ENOUGH))
+                marks[self.shown[model]] = Point(x / whole, y, filled)
         if not marks:
             return None
         return points(
@@ -149,7 +159,7 @@ class Comparison(Printed):
             x_label="KV cache at 8,192 tokens, share of the base's",
             y_label="KL from the base, nats a token",
             title=f"{self.base}: what is saved, and what is lost",
-            filled=f"keeps {ENOUGH:.0%} of the needles" if asked else "",
+            kinds=(f"keeps {ENOUGH:.0%} of the needles", hollow) if asked else None,
         )
 
     def _kept(self, model: str) -> float | None:

@@ -191,7 +191,6 @@ def measure_all(
         write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
         shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
         comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": _machine()})
-        comparison.notes += _too_short(candidates, measures, config, text)
         for candidate in candidates:
             finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
             if finished["identity"] != candidate.identity:
@@ -215,19 +214,22 @@ def measure_all(
             finished["records"] |= {name: record for name, record in records.items() if record["status"] == "done"}
             comparison.records[candidate.name] = {measure.name: records[measure.name] for measure in measures}
             comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
+        comparison.notes += _too_short(candidates, measures, config, text, comparison.shown)
         write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
     return comparison
 
 
-def _too_short(candidates: Sequence[Candidate], measures: Sequence[Measure], config: Any, text: str) -> list[str]:
-    """Where windows are too short to show what an operation of a recipe changes."""
+def _too_short(
+    candidates: Sequence[Candidate], measures: Sequence[Measure], config: Any, text: str, names: Mapping[str, str]
+) -> list[str]:
+    """Where windows are too short to show what an operation of a recipe changes; `names`: of candidates, as shown."""
     found: dict[str, list[str]] = {}
     probes = [measure.for_model(config, text) for measure in measures if measure.probe]
     lengths = [probe.length for probe in probes if isinstance(probe, main())]
     for candidate in candidates:
         for length in lengths if candidate.recipe else ():
             if said := candidate.recipe.too_short(length, "windows", ""):
-                found.setdefault(said, []).append(candidate.name)
+                found.setdefault(said, []).append(names[candidate.name])
     return [f"{said} ({', '.join(names)})" for said, names in found.items()]
 
 

@@ -205,7 +205,7 @@ def load_tasks(
             except NetworkError as error:
                 if name in names:
                     raise
-                left_out[name] = offline = error.what
+                left_out[name], offline = error.what, f"not tried, since {error.what}"
         if not found:
             raise NetworkError("no task of RULER could be made", fix="allow the network once")
         merged: dict[str, dict[str, Any]] = {kind: {} for kind in ("tasks", "groups", "group_map")}
