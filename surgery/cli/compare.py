@@ -109,7 +109,7 @@ def compare(
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         progress.expect(stages(models, asked))
         found = run(models, base, folder=out, text=text, **chosen, progress=progress)
-    _show(found, out, html, as_json)
+    _show(found, out, html, as_json, f"A model is added with: surgery compare ... -o {shlex.quote(str(out))}")
 
 
 def sweep(
@@ -141,7 +141,7 @@ def sweep(
     chosen = {"only": _names(only), "leave_out": _names(without)}
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
-    _show(found, out, html, as_json)
+    _show(found, out, html, as_json, "The same command with more values measures those alone.")
 
 
 def fit(
@@ -205,8 +205,8 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _show(found: Comparison, out: Path, html: Path | None, as_json: bool) -> None:
-    """Print the table, draw the picture next to the figures, and write the page."""
+def _show(found: Comparison, out: Path, html: Path | None, as_json: bool, more: str) -> None:
+    """Print the table, draw the picture next to the figures, and write the page; `more`: how the table grows."""
     from surgery.cli.render import tables
     from surgery.errors import SurgeryError
     from surgery.evaluation.comparison.run import FILE, PICTURE
@@ -226,4 +226,4 @@ def _show(found: Comparison, out: Path, html: Path | None, as_json: bool) -> Non
         return emit(found.to_dict())
     tables.comparison(found)
     files = f"{out / FILE} and {picture}" if drawn else str(out / FILE)
-    typer.echo(f"kept in {files}. A model is added with: surgery compare ... -o {shlex.quote(str(out))}")
+    typer.echo(f"kept in {files}. {more}")

@@ -578,6 +578,19 @@ def test_a_sweep_is_what_apply_and_compare_say(surgery, model, text, tmp_path):
     assert not list((tmp_path / "s").glob("weights*")), "no weights are kept"
 
 
+def test_a_sweep_with_more_values_measures_those_alone(surgery, model, text, monkeypatch):
+    from surgery.search import sweep
+
+    args = ("sweep", "streaming", model, "sinks=1", "-o", "s", "--text", text, "--only", "loss-512")
+    ran = surgery(*args, "window=3,9")
+    assert "The same command with more values measures those alone." in ran.out
+    converted, convert = [], sweep.convert_only
+    monkeypatch.setattr(sweep, "convert_only", lambda *rest: (converted.append(rest[0]), convert(*rest))[1])
+    more = surgery(*args, "window=3,9,12", "--json").json
+    assert [each.operations[0].window for each in converted] == [12]
+    assert [row["model"] for row in more["rows"]] == ["the base", "window=3", "window=9", "window=12"]
+
+
 def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
     for name in ("weights", "weights-of-last-year"):
         (tmp_path / "s" / name).mkdir(parents=True)
