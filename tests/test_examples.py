@@ -31,6 +31,53 @@ def run(name: str, *args: str, cwd: Path) -> str:
     return done.stdout
 
 
+def test_the_table_of_a_comparison_has_its_numbers(tiny_llama, tmp_path, monkeypatch):
+    """Of what stands in compare.json; a count is out of so many, and one out of nothing is no number."""
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    script = importlib.import_module("compare_table")
+    out = [tmp_path / "short", tmp_path / "long"]
+    for folder, window in zip(out, (3, 9), strict=True):
+        surgery.apply("streaming", tiny_llama, output=folder, check=False, evaluate=False, sinks=1, window=window)
+    surgery.compare(out, tiny_llama, folder=tmp_path / "figures", only=["cache"])
+    found = script.table(script.read(tmp_path / "figures"), ["a command"], "a machine")
+    assert [column if isinstance(column, str) else column["name"] for column in found["columns"]] == [
+        "llama", "KV/token", "KV at 8k",
+    ]  # fmt: skip
+    per_token = 2 * 2 * 3 * 8 * 2  # K and V, layers, KV heads, head size, bytes
+    assert found["rows"] == [
+        ["the base", per_token, per_token * 8192 / 2**20],
+        ["`short`", 0, per_token * 4 / 2**20],
+        ["`long`", 0, per_token * 10 / 2**20],
+    ]
+    comparison = script.read(tmp_path / "figures")
+    needles = {"status": "done", "base": {"hits": 40, "of": 48}, "out": {"hits": 3}}
+    kept = ({"kept": 3, "of": 40, "share": 0.075}, {"kept": 0, "of": 0, "share": None})
+    for records, share in zip(comparison.records.values(), kept, strict=True):
+        records["needles"] = needles | {"kept": share}
+    measure = next(each for each in script.MEASURES if each.name == "needles")
+    cells = [script.cell(comparison, name, measure, measure.columns[0]) for name in (script.BASE, *map(str, out))]
+    assert cells == [{"count": 40, "of": 48}, {"count": 3, "of": 40}, None]
+    (tmp_path / "compare.json").write_text('{"models": {}}')
+    with pytest.raises(SystemExit, match="was not finished"):
+        script.read(tmp_path)
+
+
+def test_the_table_of_tasks_has_their_scores(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    script = importlib.import_module("tasks_table")
+    score = {"of": 10, "base": 0.9, "out": 0.7, "drop": 0.2, "low": -0.05, "high": 0.45}
+    found = script.table({"niah 4096": score | {"metric": "4096"}, "my task": score | {"metric": "acc"}}, ["c"], "m")
+    drop = {"drop": 0.2, "low": -0.05, "high": 0.45}
+    assert found["rows"] == [
+        ["`niah`", 4096, "RULER", 10, 0.9, 0.7, drop],
+        ["`my task`", None, "acc", 10, 0.9, 0.7, drop],
+    ]
+    (tmp_path / "surgery.json").write_text('{"evaluation": {"tasks": {"tasks": {"niah 4096": {"of": 10, "out": 1}}}}}')
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), "n", "--machine", "m", "--command", "c"])
+    with pytest.raises(SystemExit, match="no tasks were asked"):
+        script.main()
+
+
 def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
     measured = importlib.import_module("measured").Measured

@@ -163,7 +163,7 @@ def test_what_was_edited_by_hand_is_put_right(copied, monkeypatch):
     ("old", "new", "says"),
     [
         ("results: gqa-means", "results: nothing", "no results nothing: there is bench-duo"),
-        ("plot: gqa", "plot: nothing", "gqa.md: no plot nothing: there is cost, gqa, duo-attention"),
+        ("plot: gqa", "plot: nothing", "gqa.md: no plot nothing: there is cost, cost-gemma, cost-mha, gqa"),
         (
             "<!-- plot: gqa -->",
             "<!-- plot: gqa -->\n<!-- results: gqa-means -->",

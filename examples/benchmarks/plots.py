@@ -36,6 +36,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+NO_KL = 1e-4  # on a logarithmic axis, where a smaller divergence is drawn
 HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
 STEPS = (35, 70, 140, 280)  # of healing from the closed form, at which each route has a figure
 
@@ -114,22 +115,50 @@ def cost(axes: Axes, found: Results) -> None:
     for _, color, marker, label in (*looks, unasked):
         axes.scatter([], [], color=color, marker=marker, s=60, label=label)
     for row in found.rows[1:]:
-        place = (100 * (found.number(row, "KV at 8k") or 0) / base, found.number(row, "KL 2,048") or 0)
+        place = (100 * (found.number(row, "KV at 8k") or 0) / base, max(found.number(row, "KL 2,048") or 0, NO_KL))
         kept, of = (found.number(row, "needles", key) or 0 for key in ("count", "of"))
         _, color, marker, _ = next(look for look in looks if kept >= look[0] * of) if of else unasked
         axes.scatter(*place, color=color, marker=marker, s=60, zorder=2)
         axes.annotate(row[0].strip("`"), place, (9, 0), textcoords="offset points", va="center")
+    _cost_axes(axes, [max(found.number(row, "KL 2,048") or 0, NO_KL) for row in found.rows[1:]])
+    axes.legend(title="needles kept", loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
+
+
+def _cost_axes(axes: Axes, divergences: list[float]) -> None:
+    """What `cost` and `merges` have on their axes; the ticks span these divergences."""
     axes.set_xlim(0, 105)
     axes.set_xticks(range(0, 101, 25), [f"{x}%" for x in range(0, 101, 25)])
     axes.set_yscale("log")
-    ticks = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-    axes.set_yticks(ticks, list(map(str, ticks)))
+    steps = [digit * 10.0**power for power in range(-5, 2) for digit in (1, 2, 5)]
+    low = max(step for step in steps if step <= 0.9 * min(divergences))
+    high = min(step for step in steps if step >= 1.1 * max(divergences))
+    ticks = [step for step in steps if low <= step <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(0.002, 1)
+    axes.set_ylim(low, high)
     axes.grid(axis="y", color="#DDDDDD")
     axes.set_xlabel("KV cache at 8,192 tokens, share of the base's (left is better)")
     axes.set_ylabel("KL from the base, nats a token\n(log scale; down is better)")
-    axes.legend(title="needles kept", loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
+
+
+def merges(axes: Axes, found: Results) -> None:
+    """The conversions of the model with a KV head for each query head: a line for each method, by what is left."""
+    methods = (
+        ("mean", "the mean of the heads", GREY, "v"),
+        ("gqa", "gqa, rows of 512 bytes", BLUE, "o"),
+        ("long", "gqa, rows of 2,048 bytes", SKY, "s"),
+        ("mla", "mla", VERMILION, "D"),
+        ("duo-attention", "duo-attention", GREEN, "^"),
+    )
+    base, drawn = found.number(found.row("the base"), "KV at 8k") or 1, []
+    for prefix, label, color, marker in methods:
+        rows = [row for row in found.rows if row[0].strip("`").startswith(prefix)]
+        shares = [100 * (found.number(row, "KV at 8k") or 0) / base for row in rows]
+        lost = [found.number(row, "KL 2,048") or 0 for row in rows]
+        axes.plot(shares, lost, color=color, marker=marker, markersize=8, linewidth=1.2, label=label)
+        drawn += lost
+    _cost_axes(axes, drawn)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
 
 
 def gqa(axes: Axes, closed: Results, means: Results) -> None:
@@ -307,6 +336,18 @@ PLOTS = {
         ("compare-smollm2",),
         "KL from the base against the KV cache at 8,192 tokens for eight recipes, and how many needles each keeps.",
         size=(8.0, 3.8),
+    ),
+    "cost-gemma": Plot(
+        cost,
+        ("compare-gemma",),
+        "KL from the base against the KV cache at 8,192 tokens for the recipes that fit Gemma 3 270M.",
+        size=(8.0, 3.4),
+    ),
+    "cost-mha": Plot(
+        merges,
+        ("compare-mha",),
+        "KL from the base against the KV cache for merges to 4, 2 and 1 of 8 KV heads, mla and duo-attention.",
+        size=(8.0, 3.6),
     ),
     "gqa": Plot(
         gqa,

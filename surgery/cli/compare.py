@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,7 +108,7 @@ def compare(
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         progress.expect(stages(models, asked))
         found = run(models, base, folder=out, text=text, **chosen, progress=progress)
-    _show(found, out, html, as_json, f"A model is added with: surgery compare ... -o {shlex.quote(str(out))}")
+    _show(found, out, html, as_json, "The same command with one more model measures that one alone.")
 
 
 def sweep(

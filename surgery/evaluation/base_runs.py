@@ -33,7 +33,7 @@ class BaseRuns:
 
     def windows(self, samples: Tensor, top_k: int) -> Path:
         """The folder for the log-probabilities of these windows [windows, length]."""
-        about = f"{self._identity} {tuple(samples.shape)} {top_k} "
+        about = f"{self._identity} {__version__} {tuple(samples.shape)} {top_k} "
         digest = hashlib.sha256(about.encode() + samples.numpy().tobytes()).hexdigest()
         folder = self._folder / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)

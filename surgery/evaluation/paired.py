@@ -120,6 +120,7 @@ def run_base_then_model(
     probe: Runs,
     progress: Callable[[int, int, str], None] | None = None,
     allow_pickle: bool = False,
+    keep: Callable[[list], None] | None = None,
 ) -> None:
     """Run the cases on each model with one model in memory at a time. If one does not fit, record that instead.
 
@@ -131,6 +132,7 @@ def run_base_then_model(
         progress: called after each case as progress(done, total, text); the text says how far the running model is,
             and is "" if the cases run only once.
         allow_pickle: whether the base may have .bin weights only.
+        keep: called with the base's outcomes before another model runs, which may fail.
 
     Raises:
         SurgeryError: a folder has no safetensors, or the base gives NaN.
@@ -157,6 +159,8 @@ def run_base_then_model(
         with loaded(source, allow_pickle=pickled[label], beside=needs[label][1]) as model:
             result.outcomes[label] = probe.run(model, result, tick)
             _report_broken(result, label, probe)
+            if keep and label == "base":
+                keep(result.outcomes[label])
             for index, (name, change) in enumerate(probe.changes(label, model, result).items(), start=1):
                 named = partial(tick, before=before + index * cases, which=f"{MODELS[label]} ({name})")
                 with change:

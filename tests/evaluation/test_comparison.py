@@ -133,7 +133,7 @@ def test_a_count_out_of_nothing_is_no_zero():
     assert found.cell("a", *of["late"]) == "0/44"
     assert [found.number("a", *of[title]) for title in ("needles", "late")] == [None, 0]
     assert (found.whole("a", *of["late"]), found.whole("a", *of["KV/token"])) == (44, None)
-    assert "none: of the prompts that the base answers, none counts for this model" in str(found)
+    assert "none: the base answers no prompt that counts for this model" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def test_a_count_out_of_nothing_is_no_zero():
         (["owner/a", "other/a"], ["owner/a", "other/a"]),
         (["gqa calibration_text=/a/b", "gqa calibration_text=/a/c"],) * 2,
         (["./the base", "./b"],) * 2,
+        (["/far/kv=1", "/far/kv=2"], ["kv=1", "kv=2"]),
     ],
 )
 def test_the_table_leaves_out_the_folder_that_all_models_lie_in(models, names):
@@ -256,6 +257,37 @@ def test_the_base_runs_once(made, model, text, monkeypatch):
     assert more.to_dict()["rows"][:3] == first.to_dict()["rows"]
     apart = package.compare([*models, made / "added"], model, folder=made / "d", text=str(text), only=ONLY)
     assert apart.to_dict() == more.to_dict(), "and it would be the same"
+
+
+def test_a_model_that_does_not_fit_is_not_run_though_the_answers_of_the_base_are_there(made, model, text, monkeypatch):
+    from surgery.evaluation import paired
+
+    asked = {"folder": made / "c", "text": str(text), "only": ["choices"]}
+    package.compare([made / "merged", made / "short"], model, **asked)
+    package.apply("streaming", model, output=made / "large", check=False, evaluate=False, sinks=2, window=5)
+    monkeypatch.setattr(paired, "too_big", lambda weights, extra: "it needs more memory than is free")
+    found = package.compare([made / "merged", made / "large"], model, **asked).to_dict()
+    assert found["records"][str(made / "large")]["choices"]["status"] == "not run"
+    assert [row["choices"] is None for row in found["rows"]] == [False, False, True]
+
+
+def test_what_the_base_answered_is_kept_before_a_model_runs(made, model, text, monkeypatch):
+    from surgery.evaluation import paired
+
+    loaded, load = [], paired.loaded
+
+    def fails_once(source, **options):
+        loaded.append(source)
+        if len(loaded) == 2:
+            raise MachineError("the memory is full")
+        return load(source, **options)
+
+    monkeypatch.setattr(paired, "loaded", fails_once)
+    models, asked = [made / "merged", made / "short"], {"folder": made / "c", "text": str(text), "only": ["choices"]}
+    with pytest.raises(MachineError, match="full"):
+        package.compare(models, model, **asked)
+    package.compare(models, model, **asked)
+    assert loaded == [model, models[0], *models]
 
 
 def test_a_comparison_that_was_stopped_goes_on(made, model, text, monkeypatch):

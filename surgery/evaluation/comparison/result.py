@@ -54,7 +54,7 @@ class Comparison(Printed):
     def shown(self) -> dict[str, str]:
         """Model -> its name in table, notes and picture: without the folders that all of them lie in."""
         names = {ROW: ROW} | {model: model for model in self.records}
-        if any("=" in model for model in self.records):  # settings of a sweep
+        if any("=" in model and "/" not in model.partition("=")[0] for model in self.records):  # settings of a sweep
             return names
         paths = {model: Path(model).parts for model in self.records}
         levels = zip(*(parts[:-1] for parts in paths.values()), strict=False)
@@ -71,8 +71,8 @@ class Comparison(Printed):
                 titles = ("", *(column.title for _, column in columns))
                 rows = [[name, *(self.cell(model, *each) for each in columns)] for model, name in self.shown.items()]
                 lines = [f"{column.title}: {column.what}" for _, column in columns]
-                if any(NONE in row for row in rows):
-                    lines.append(f"{NONE}: of the prompts that the base answers, none counts for this model")
+                if any(NONE in row[1:] for row in rows):
+                    lines.append(f"{NONE}: the base answers no prompt that counts for this model")
                 found.append((heading, Table(titles, rows), lines))
         return found
 

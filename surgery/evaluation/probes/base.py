@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -432,22 +433,17 @@ class CaseProbe(Probe):
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
         self.prepare(result, sources, progress)
         order = dict(reversed(sources.items())) if self.model_first else sources
-        if base is None or self.count_changes("base"):
-            shared = None
+        shared = None if base is None or self.count_changes("base") else shared
         asked = (f"{self.name} {self.model_dump_json()}", result.cases, self.outcome)
         known = shared.answers(*asked) if shared else None
         if known is not None:
             result.outcomes["base"] = known
-        run_base_then_model(
-            result,
-            {label: source for label, source in order.items() if label not in result.outcomes},
-            self,
-            tick if progress else None,
-            allow_pickle,
-        )
-        if shared and known is None and "base" in result.outcomes:
-            shared.keep_answers(*asked, result.outcomes["base"])
+        left = {label: source for label, source in order.items() if label not in result.outcomes}
+        keep = partial(shared.keep_answers, *asked) if shared else None
+        run_base_then_model(result, left, self, tick if progress else None, allow_pickle, keep)
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
         if result.status == "done":
             self.finish(result, sources, progress)
+        else:  # the base's outcomes that were found again say nothing by themselves
+            result.outcomes = {}
         return result
