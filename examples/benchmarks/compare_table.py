@@ -6,7 +6,6 @@ FOLDER is where the comparison keeps its figures. The commands are those that ma
 row of a model has the name of its folder.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,7 @@ def table(comparison: Comparison, commands: list[str], machine: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the comparison")
-    parser.add_argument("name", help="of the results: compare-NAME")
-    parser.add_argument("--machine", required=True, help="class of machine of the measurement")
-    parser.add_argument("--command", action="append", required=True, help="a command that printed the figures")
-    options = parser.parse_args()
-    found = table(read(options.folder), options.command, options.machine)
-    path = results.FOLDER / f"compare-{options.name}.json"
-    results.write(path, **found)
-    print(path)
+    results.write_from(__doc__, lambda folder, *rest: table(read(folder), *rest), "compare", "of the comparison")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,21 +111,31 @@ def cost(axes: Axes, found: Results) -> None:
     """A table of `surgery compare`: KL against the cache at 8,192 tokens; colours say how many needles are kept."""
     looks = ((0.9, BLUE, "o", "9 in 10 or more"), (0.5, ORANGE, "s", "half or more"), (0.0, VERMILION, "v", "fewer"))
     unasked = (0.0, GREY, "D", "none was far enough back")
-    base = found.number(found.row("the base"), "KV at 8k") or 1
     for _, color, marker, label in (*looks, unasked):
         axes.scatter([], [], color=color, marker=marker, s=60, label=label)
-    for row in found.rows[1:]:
-        place = (100 * (found.number(row, "KV at 8k") or 0) / base, max(found.number(row, "KL 2,048") or 0, NO_KL))
+    rows = found.rows[1:]
+    places = _places(found, rows)
+    for row, place in zip(rows, places, strict=True):
         kept, of = (found.number(row, "needles", key) or 0 for key in ("count", "of"))
         _, color, marker, _ = next(look for look in looks if kept >= look[0] * of) if of else unasked
         axes.scatter(*place, color=color, marker=marker, s=60, zorder=2)
         axes.annotate(row[0].strip("`"), place, (9, 0), textcoords="offset points", va="center")
-    _cost_axes(axes, [max(found.number(row, "KL 2,048") or 0, NO_KL) for row in found.rows[1:]])
+    _cost_axes(axes, places)
     axes.legend(title="needles kept", loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
 
 
-def _cost_axes(axes: Axes, divergences: list[float]) -> None:
-    """What `cost` and `merges` have on their axes; the ticks span these divergences."""
+def _places(found: Results, rows: Sequence[tuple[Any, ...]]) -> list[tuple[float, float]]:
+    """Where rows of a comparison stand: the cache in percent of the base's, and the KL from the base."""
+    base = found.number(found.row("the base"), "KV at 8k") or 1
+    return [
+        (100 * (found.number(row, "KV at 8k") or 0) / base, max(found.number(row, "KL 2,048") or 0, NO_KL))
+        for row in rows
+    ]
+
+
+def _cost_axes(axes: Axes, places: list[tuple[float, float]]) -> None:
+    """What `cost` and `merges` have on their axes; the ticks span the divergences of these places."""
+    divergences = [divergence for _, divergence in places]
     axes.set_xlim(0, 105)
     axes.set_xticks(range(0, 101, 25), [f"{x}%" for x in range(0, 101, 25)])
     axes.set_yscale("log")
@@ -150,13 +160,11 @@ def merges(axes: Axes, found: Results) -> None:
         ("mla", "mla", VERMILION, "D"),
         ("duo-attention", "duo-attention", GREEN, "^"),
     )
-    base, drawn = found.number(found.row("the base"), "KV at 8k") or 1, []
+    drawn = []
     for prefix, label, color, marker in methods:
-        rows = [row for row in found.rows if row[0].strip("`").startswith(prefix)]
-        shares = [100 * (found.number(row, "KV at 8k") or 0) / base for row in rows]
-        lost = [found.number(row, "KL 2,048") or 0 for row in rows]
-        axes.plot(shares, lost, color=color, marker=marker, markersize=8, linewidth=1.2, label=label)
-        drawn += lost
+        places = _places(found, [row for row in found.rows if row[0].strip("`").startswith(prefix)])
+        axes.plot(*zip(*places, strict=True), color=color, marker=marker, markersize=8, linewidth=1.2, label=label)
+        drawn += places
     _cost_axes(axes, drawn)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
 

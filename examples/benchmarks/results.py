@@ -19,7 +19,9 @@ once. Elsewhere a cell refers to it:
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,27 @@ def write(path: Path, command: str | list[str], machine: str, columns: list[Any]
     """Write a results file; the arguments are its keys, which are described at the top of this module."""
     page = {"command": command, "machine": machine, "columns": columns, "rows": rows}
     path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_from(
+    description: str | None, table: Callable[[Path, list[str], str], dict[str, Any]], kind: str, folder: str
+) -> None:
+    """The command line of a script that writes what stands in a folder to results/KIND-NAME.json.
+
+    Args:
+        description: of the script.
+        table: computes a results file from the folder, the commands and the machine.
+        folder: what the folder is.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help=folder)
+    parser.add_argument("name", help=f"of the results: {kind}-NAME")
+    parser.add_argument("--machine", required=True, help="class of machine of the measurement")
+    parser.add_argument("--command", action="append", required=True, help="a command that printed the figures")
+    options = parser.parse_args()
+    path = FOLDER / f"{kind}-{options.name}.json"
+    write(path, **table(options.folder, options.command, options.machine))
+    print(path)
 
 
 def names() -> list[str]:

@@ -6,7 +6,6 @@ OUT is the converted model, whose surgery.json holds the scores. A row is a task
 prompts. The interval of the drop is over the pairs of items: base and model answered the same ones.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -34,22 +33,21 @@ def table(scores: dict[str, dict[str, Any]], commands: list[str], machine: str) 
     return {"command": commands, "machine": machine, "columns": columns, "rows": rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the converted model")
-    parser.add_argument("name", help="of the results: tasks-NAME")
-    parser.add_argument("--machine", required=True, help="class of machine of the measurement")
-    parser.add_argument("--command", action="append", required=True, help="a command that printed the figures")
-    options = parser.parse_args()
-    evaluation = json.loads((options.out / "surgery.json").read_text(encoding="utf-8")).get("evaluation") or {}
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Task -> its scores beside the base, from the surgery.json of a converted model.
+
+    Raises:
+        SystemExit: no tasks were asked, or none beside the base.
+    """
+    evaluation = json.loads((folder / "surgery.json").read_text(encoding="utf-8")).get("evaluation") or {}
     scores = (evaluation.get("tasks") or {}).get("tasks") or {}
     if not scores or any("base" not in score for score in scores.values()):
-        raise SystemExit(
-            f"{options.out}: no tasks were asked beside the base: surgery eval OUT --base MODEL --tasks ..."
-        )
-    path = results.FOLDER / f"tasks-{options.name}.json"
-    results.write(path, **table(scores, options.command, options.machine))
-    print(path)
+        raise SystemExit(f"{folder}: no tasks were asked beside the base: surgery eval OUT --base MODEL --tasks ...")
+    return scores
+
+
+def main() -> None:
+    results.write_from(__doc__, lambda folder, *rest: table(read(folder), *rest), "tasks", "the converted model")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,14 @@ class Comparison(Printed):
 
     def cell(self, model: str, measure: Measure, column: Column) -> str:
         """The text of a cell; of the base the first record that has its figure."""
-        if model != ROW:
-            return column.cell(self.records[model].get(measure.name), "out")
-        cells = [column.cell(records.get(measure.name), BASE) for records in self.records.values()]
+        cells = (column.cell(record, side) for record, side in self._sides(model, measure))
         return next(filter(None, cells), "")
+
+    def _sides(self, model: str, measure: Measure) -> list[tuple[dict | None, str]]:
+        """The records of a row, with the side of them that is meant: one of a model; of the base those beside it."""
+        if model != ROW:
+            return [(self.records[model].get(measure.name), "out")]
+        return [(records.get(measure.name), BASE) for records in self.records.values()]
 
     @property
     def shown(self) -> dict[str, str]:
@@ -122,9 +126,7 @@ class Comparison(Printed):
 
     def _figure(self, model: str, measure: Measure, value: Callable[[dict, str], Any]) -> Any:
         """A value from a model's record; for the base from the first record that has it."""
-        sides = [(self.records[model], "out")] if model != ROW else [(each, BASE) for each in self.records.values()]
-        for records, side in sides:
-            record = records.get(measure.name)
+        for record, side in self._sides(model, measure):
             if record and record.get("status", "done") == "done" and (found := value(record, side)) is not None:
                 return found
         return None
@@ -142,7 +144,7 @@ class Comparison(Printed):
 
         (cache,), (loss,) = ([m for m in MEASURES if m.name == name] for name in DRAWN)
         x_axis, y_axis = (cache, cache.columns[-1]), (loss, loss.columns[-1])
-        whole, marks = self.number(ROW, *x_axis), {}
+        whole, marks, shown = self.number(ROW, *x_axis), {}, self.shown
         shares = [self._kept(model) for model in self.records]
         asked = any(share is not None for share in shares)
         hollow = "fewer" if None not in shares else "fewer, or none counts"
@@ -150,7 +152,7 @@ class Comparison(Printed):
             x, y, kept = self.number(model, *x_axis), self.number(model, *y_axis), self._kept(model)
             filled = not asked or (kept is not None and kept >= ENOUGH)
             if whole and x is not None and y is not None:
-                marks[self.shown[model]] = Point(x / whole, y, filled)
+                marks[shown[model]] = Point(x / whole, y, filled)
         if not marks:
             return None
         return points(
