@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -219,6 +220,7 @@ def applied(
             converted.
     """
     from surgery import pipeline
+    from surgery.conversion.applied_block import AppliedBlock
 
     refuse_swapped(recipe, model)
     refuse_no_tokenizer(tokenizer)
@@ -229,7 +231,8 @@ def applied(
         )
     refuse_no_model(model)
     resolved = recipes.load(recipe, texts(overrides), **fields)
-    return pipeline.AppliedBlock(resolved, model, tokenizer, RunOptions(progress=progress))
+    options = RunOptions(progress=progress)
+    return AppliedBlock(resolved, model, partial(pipeline.apply_in_memory, resolved, model, tokenizer, options))
 
 
 @placed

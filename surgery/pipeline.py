@@ -12,14 +12,12 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from copy import deepcopy
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.architecture.edit import snapshot
 from surgery.config import recipe as recipes
 from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
@@ -29,19 +27,17 @@ from surgery.conversion.in_memory import note_origin
 from surgery.conversion.plan import make_plan
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
 from surgery.data.text import BUILTIN, CALIBRATION_TEXTS
-from surgery.errors import CheckError, ModelMismatchError, RecipeError, RecordError, SurgeryError, TextError
+from surgery.errors import CheckError, ModelMismatchError, RecordError, SurgeryError, TextError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
-from surgery.io.files import published_recipe, write_text
-from surgery.io.hub import resolve
+from surgery.io.files import published_recipe, refuse_unwritable, write_text
+from surgery.io.hub import ResolvedModel, resolve
 from surgery.io.loading import loaded, read_tokenizer
 from surgery.io.manifest import entry, is_complete
-from surgery.io.model_in_memory import version_of
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
 from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
 from surgery.machine.progress import StageClock, begin
-from surgery.operations.base import Operation, WeightRewrite
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
@@ -163,12 +159,15 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
     record, threads = report.data, torch.get_num_threads()
     recorded_threads = record.get("threads") if type(record.get("threads")) is int else threads
     dtype = measured_dtype(record) if current().dtype == AUTO else current().dtype
-    source, recipe = _recorded_base(record, base, out), recipes.load(record["recipe"])
+    _base_of(record, base, out)  # raises
+    source, recipe = base or str(recorded_base(record)), recipes.load(record["recipe"])
     if not record["files"]:
         raise RecordError("surgery.json lists no weights to compare with", where=out, fix="surgery check")
     if other := [name for name, same in reproduction.hashes(record, folder).items() if not same]:
         what = f"{other[0]} is not the file that its surgery.json lists, so that there is nothing to compare with"
         raise CheckError(what, where=out, fix=f"surgery check {out}")
+    if gone := [text for operation in record["recipe"]["operations"] for text in _missing_texts(operation)]:
+        raise TextError("no such text file", where=gone[0], fix=KEPT_BY_NAME)
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
         again = Path(temporary) / "again"
         try:
@@ -177,11 +176,12 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
             with placed_on(current().device, dtype):
                 made = apply_to_folder(recipe, source, again, quiet)
         except TextError as error:
-            fix = "run the command in the folder that has this file: surgery.json knows its name alone"
-            raise TextError(error.what, where=error.where, fix=fix) from error
+            raise TextError(error.what, where=error.where, fix=KEPT_BY_NAME) from error
         finally:
             torch.set_num_threads(threads)
-        found = Reproduction(out, source, reproduction.hashes(record, again))
+        found = Reproduction(
+            out, source, reproduction.hashes(record, again), notes=[report.edited] if report.edited else []
+        )
         found.config = reproduction.differing_config(folder, again)
         if found.same_bits or made is None:
             return found
@@ -200,11 +200,14 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
         return found
 
 
-def _recorded_base(record: dict, base: str | None, out: str) -> str:
-    """The base of a record as a name that can be resolved: the one that a user named, or the recorded one.
+def _base_of(record: dict, base: str | None, out: str, *, cached_only: bool = False) -> ResolvedModel:
+    """The base of a record: the one that a user named, or the recorded one.
+
+    Args:
+        cached_only: fetch nothing.
 
     Raises:
-        SurgeryError: none is recorded, or it is not the recorded one.
+        SurgeryError: none is recorded, it cannot be found, or it is not the recorded one.
     """
     if record.get("in_memory"):
         what = "it was saved from a model in memory, and what was done to that model before and after is not recorded"
@@ -214,12 +217,14 @@ def _recorded_base(record: dict, base: str | None, out: str) -> str:
     name = base or recorded_base(record)
     if not name:
         raise RecordError("its surgery.json names no base", where=out, fix="--base MODEL")
-    if reason := another_base(record, name):
+    source = resolve(name, cached_only=cached_only)
+    if reason := another_base(record, source):
         raise ModelMismatchError(f"{name}: {reason}", where=out, fix="--base with the model that it was made from")
-    return str(name)
+    return source
 
 
 TEXT_FIELDS = {"text", "calibration_text"}  # of operations
+KEPT_BY_NAME = "run the command in the folder that has this file: surgery.json knows its name alone"
 PROMPTS = ("Hello!", "What is the capital of France?", "Write one sentence about the sea.")  # of the page's answers
 
 
@@ -236,29 +241,23 @@ def write_page(
     Args:
         out: a folder with a surgery.json.
         base: its base; both then answer the prompts, and the page has them side by side. It is also needed for the
-            plan as a tree, unless the recorded base is on this machine.
+            plan as a tree, unless the recorded base is on this machine; nothing is fetched for the tree.
         prompts: what both are asked.
         file: the file to write; default: report.html in the folder, which surgery.json then lists.
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: there is no record, or the base is not the recorded one.
+        SurgeryError: there is no record, the base is not the recorded one, or the file lies in no folder.
         MachineError: the file cannot be written.
     """
-    from surgery.conversion.plan_tree import lines
     from surgery.evaluation.conversation import reply
 
-    report, named = Report.of(out), None if base is None else str(base)
-    folder, record = Path(out), report.data
-    try:
-        source = resolve(_recorded_base(record, named, str(out)), cached_only=True)
-        recipe = recipes.load(_with_texts(record["recipe"]))
-        plan = lines(make_plan(recipe, Anatomy.of(source.path), source.name, source.path))
-    except SurgeryError as error:  # the base is not here, or an operation is of another version
-        plan = [f"not shown: {'; '.join(filter(None, (error.what, error.fix)))}"]  # no path: pages are passed on
-    models: dict[str, Path] = {}
-    if named is not None:
-        models = {"the base": resolve(_recorded_base(record, named, str(out))).path, "this model": folder}
+    report, folder = Report.of(out), Path(out)
+    record, page = report.data, Path(file or folder / PAGE)
+    refuse_unwritable(page, "the page")
+    source = None if base is None else _base_of(record, str(base), str(out))
+    plan = _plan_lines(record, source, str(out))
+    models = {"the base": source.path, "this model": folder} if source else {}
     replies: dict[str, dict[str, Reply]] = {prompt: {} for prompt in prompts if models}
     for name, path in models.items():
         begin(progress, f"answers of {name}", len(replies))
@@ -270,12 +269,29 @@ def write_page(
                     progress(done, len(replies), f"answers of {name}")
         del model  # before the next one is loaded
     answers = [Answers(prompt, found) for prompt, found in replies.items()]
-    page = Path(file or folder / PAGE)
-    write_text(page, render_page(record, folder, plan, answers))
+    write_text(page, render_page(record, folder, plan, answers, report.edited))
     if page.parent.resolve() == folder.resolve() and is_complete(record):
         record["other_files"][page.name] = entry(page)
         report.save()
     return page
+
+
+def _plan_lines(record: dict, base: ResolvedModel | None, out: str) -> list[str]:
+    """The plan of a record as a tree; where it cannot be drawn, what changed, and why there is no tree.
+
+    Args:
+        base: the base, if a user named it; None: the recorded one, if it is on this machine.
+    """
+    from surgery.conversion.plan_tree import lines
+
+    fix = "" if record.get("in_memory") else "surgery report OUT --base MODEL"
+    try:
+        base = base or _base_of(record, None, out, cached_only=True)
+        recipe = recipes.load(_with_texts(record["recipe"]))
+        return lines(make_plan(recipe, Anatomy.of(base.path), base.name, base.path))
+    except SurgeryError as error:  # the base is not here, a file of the recipe is not, or an operation has changed
+        why = "; ".join(filter(None, (error.what, error.fix if base else fix)))  # no path: pages are passed on
+        return [*map(str, record["plan"].get("changes") or []), "", f"The plan as a tree is not shown: {why}"]
 
 
 def _with_texts(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -285,90 +301,22 @@ def _with_texts(recorded: dict[str, Any]) -> dict[str, Any]:
     """
 
     def here(fields: dict[str, Any]) -> dict[str, Any]:
-        gone = {key for key in fields.keys() & TEXT_FIELDS if isinstance(fields[key], str)}
-        gone = {key for key in gone if fields[key] not in CALIBRATION_TEXTS and not Path(fields[key]).is_file()}
         inside = {key: here(value) for key, value in fields.items() if isinstance(value, dict)}
-        return fields | inside | dict.fromkeys(gone, BUILTIN)
+        return fields | inside | dict.fromkeys(_fields_without_file(fields), BUILTIN)
 
     return recorded | {"operations": [here(operation) for operation in recorded["operations"]]}
 
 
-SAMPLED = 16  # values of a weight, from which a change of it is told
-APPLIED = "_surgery_applied"  # attribute of a model: the blocks of `applied` that are open, the outermost first
+def _missing_texts(fields: dict[str, Any]) -> list[str]:
+    """The text files that an operation of a record names, and that are not here."""
+    inside = [text for value in fields.values() if isinstance(value, dict) for text in _missing_texts(value)]
+    return [*(fields[key] for key in _fields_without_file(fields)), *inside]
 
 
-class AppliedBlock(AbstractContextManager["Report"]):
-    """A recipe that is applied to a loaded model for the length of a `with` block; see `surgery.applied`."""
-
-    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions):
-        self._recipe, self._model, self._tokenizer, self._options = recipe, model, tokenizer, options
-        self._entered = False
-
-    def __enter__(self) -> Report:
-        model, where = self._model, type(self._model).__name__
-        if self._entered:
-            fix = "call surgery.applied again"
-            raise SurgeryError("this block was entered already, which is possible only once", where=where, fix=fix)
-        if model.training:
-            fix = "model.eval() first; to train a converted model, use surgery.apply"
-            raise SurgeryError("the model is in training mode", where=where, fix=fix)
-        if self._recipe.heal is not None:
-            raise RecipeError("a healing is not undone", where="heal", fix="heal=null, or surgery.apply")
-        self._entered = True
-        self._restore = snapshot(model, _rewritten(self._recipe, model))
-        self._generation = getattr(model, "generation_config", None)
-        self._kept = deepcopy(vars(self._generation)) if self._generation is not None else {}
-        try:
-            report = apply_in_memory(self._recipe, model, self._tokenizer, self._options)
-            self._weights = _state_of_weights(model)
-        except BaseException:
-            self._undo()
-            raise
-        setattr(model, APPLIED, (*getattr(model, APPLIED, ()), self))
-        return report
-
-    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
-        model, where = self._model, type(self._model).__name__
-        if raised is None and getattr(model, APPLIED, ())[-1:] != (self,):
-            what = "a block of surgery.applied that was opened later is still open"
-            raise SurgeryError(what, where=where, fix="leave the inner block first")
-        if _state_of_weights(model) != self._weights:
-            what = "the weights were trained or moved inside the block, which is not undone: the model stays converted"
-            if raised is not None:  # which is the error to see; half of the model would be undone
-                return raised.add_note(f"surgery.applied: {what}")
-            fix = "to train a converted model, use surgery.apply; move it to its device and dtype before the block"
-            raise SurgeryError(what, where=where, fix=fix)
-        self._undo()
-
-    def _undo(self) -> None:
-        self._restore()
-        if self._generation is not None:
-            vars(self._generation).clear()
-            vars(self._generation).update(self._kept)
-
-
-def _rewritten(recipe: Recipe, model: Any) -> list[Any]:
-    """The weights that a recipe may change in place: those of all layers, if any operation rewrites weights."""
-    if all(map(_keeps_weights, recipe.operations)):
-        return []
-    layers = {layer.path.rpartition(".")[0] for layer in Anatomy.of(model).layers}
-    return [weight for path in layers for weight in model.get_submodule(path).parameters()]
-
-
-def _keeps_weights(operation: Operation) -> bool:
-    """Whether an operation leaves all weights as they are."""
-    return operation.term is not None or (isinstance(operation, WeightRewrite) and not operation.rewritten_projections)
-
-
-def _state_of_weights(model: Any) -> list[tuple]:
-    """What changes where a weight is trained, cast, moved or written: a few of its values, among others."""
-    return [(id(w), version_of(w), w.dtype, w.device, _sample(w)) for w in model.parameters()]
-
-
-def _sample(weight: Any) -> list[float]:
-    """Some values of a weight, evenly spaced."""
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLED)].tolist()
+def _fields_without_file(fields: dict[str, Any]) -> list[str]:
+    """Which of these fields of an operation name a text file that is not here."""
+    texts = [key for key in fields if key in TEXT_FIELDS and isinstance(fields[key], str)]
+    return [key for key in texts if fields[key] not in CALIBRATION_TEXTS and not Path(fields[key]).is_file()]
 
 
 def _judge_healed(healed: HealedFolder, converted: Report, evaluate: Evaluate | None, options: RunOptions) -> None:

@@ -45,9 +45,9 @@ def test_the_table_of_a_comparison_has_its_numbers(tiny_llama, tmp_path, monkeyp
     ]  # fmt: skip
     per_token = 2 * 2 * 3 * 8 * 2  # K and V, layers, KV heads, head size, bytes
     assert found["rows"] == [
-        ["the base", per_token, per_token * 8192 / 2**20],
-        ["`short`", 0, per_token * 4 / 2**20],
-        ["`long`", 0, per_token * 10 / 2**20],
+        ["the base", per_token, round(per_token * 8192 / 2**20, 6)],
+        ["`short`", 0, round(per_token * 4 / 2**20, 6)],
+        ["`long`", 0, round(per_token * 10 / 2**20, 6)],
     ]
     comparison = script.read(tmp_path / "figures")
     needles = {"status": "done", "base": {"hits": 40, "of": 48}, "out": {"hits": 3}}
@@ -57,9 +57,26 @@ def test_the_table_of_a_comparison_has_its_numbers(tiny_llama, tmp_path, monkeyp
     measure = next(each for each in script.MEASURES if each.name == "needles")
     cells = [script.cell(comparison, name, measure, measure.columns[0]) for name in (script.BASE, *map(str, out))]
     assert cells == [{"count": 40, "of": 48}, {"count": 3, "of": 40}, None]
+    for records in comparison.records.values():
+        records["chat"] = {"status": "not run", "reason": "no chat template"}
+    both = [each for each in script.MEASURES if each.name in ("cache", "chat")]
+    without = script.table(script.Comparison(comparison.base, tuple(both), comparison.records), ["c"], "a machine")
+    assert [column["name"] for column in without["columns"][1:]] == ["KV/token", "KV at 8k"], "chat has no figure"
     (tmp_path / "compare.json").write_text('{"models": {}}')
     with pytest.raises(SystemExit, match="was not finished"):
         script.read(tmp_path)
+
+
+def test_results_are_written_a_row_a_line(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    script = importlib.import_module("results")
+    columns, rows = ["é", {"name": "x", "format": "{:.2f}"}], [["a", 0.5], ["b", {"count": 1, "of": 2}]]
+    script.write(tmp_path / "r.json", ["one", "two"], "m", columns, rows)
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"command": ["one", "two"], "machine": "m", "columns": columns, "rows": rows}
+    assert '\n  ["a", 0.5],\n  ["b", {"count": 1, "of": 2}]\n ]\n}\n' in text
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    assert script.read("r").rows == (("a", 0.5), ("b", {"count": 1, "of": 2}))
 
 
 def test_the_table_of_tasks_has_their_scores(monkeypatch, tmp_path):

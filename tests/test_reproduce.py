@@ -119,6 +119,25 @@ def test_a_text_that_the_recipe_reads_is_missing(refused, model, text, tmp_path,
     )
 
 
+def test_a_text_that_an_operation_reads_is_missing(refused, model, text, tmp_path, monkeypatch):
+    step = {"op": "gqa", "kv_heads": 1, "method": "closed_form", "calibration_text": str(text)}
+    step |= {"calibration_samples": 2, "calibration_length": 32}
+    recipe = MERGED | {"operations": [step]}
+    package.apply(recipe, str(model), output=tmp_path / "out", check=False, evaluate=False)
+    text.unlink()
+    refused(
+        "reproduce", "out", "--base", model, says=["words.txt", "run the command in the folder that has this file"]
+    )
+
+
+def test_an_edited_record_is_told(surgery, out, model):
+    record = record_of(out)
+    (out / "surgery.json").write_text(json.dumps(record | {"created": "yesterday"}))
+    ran = surgery("reproduce", "out", "--base", model)
+    assert ran.code == 0, ran.err
+    assert "note: surgery.json was edited after surgery wrote it" in ran.out
+
+
 def test_it_runs_with_the_recorded_threads(out, model, monkeypatch):
     import torch
 

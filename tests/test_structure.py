@@ -36,7 +36,7 @@ DECIDED = {
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides heal_values options overrides recipe validation yaml",
-    "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
+    "conversion": "applied_block convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "calibration_text documents generated haystack name_list openings packing passage_order passkeys "
     "questions quotations recall_rows repeats requests text text_sources word_list",
     "data/needle_kinds": "base",

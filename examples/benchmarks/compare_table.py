@@ -13,9 +13,8 @@ from typing import Any
 import results
 
 from surgery.evaluation.comparison.measures import MEASURES, Column, Measure
-from surgery.evaluation.comparison.result import ROW, Comparison
-
-BASE = "the base"
+from surgery.evaluation.comparison.result import ROW as BASE
+from surgery.evaluation.comparison.result import Comparison
 
 
 def read(folder: Path) -> Comparison:
@@ -32,24 +31,24 @@ def read(folder: Path) -> Comparison:
 
 
 def cell(comparison: Comparison, model: str, measure: Measure, column: Column) -> Any:
-    """A number; what is counted as {"count", "of"}; None where it was not measured, and where nothing counts."""
+    """A number of six decimals; what is counted as {"count", "of"}; None: it was not measured, or nothing counts."""
     number, of = comparison.number(model, measure, column), comparison.whole(model, measure, column)
-    return number if number is None or of is None else {"count": number, "of": of}
+    if number is None or of is None:
+        return number if number is None else round(number, 6)
+    return {"count": number, "of": of}
 
 
 def table(comparison: Comparison, commands: list[str], machine: str) -> dict:
-    """A results file (see results.py)."""
+    """A results file (see results.py), with the columns that have a figure."""
     columns: list[Any] = [comparison.base]
-    for _, column in comparison.columns:
-        columns.append({"name": column.title, "format": "{count} of {of}" if column.of else column.form})
-    rows = [
-        [
-            BASE if model == ROW else f"`{Path(model).name}`",
-            *(cell(comparison, model, *each) for each in comparison.columns),
-        ]
-        for model in (ROW, *comparison.records)
-    ]
-    return {"command": commands, "machine": machine, "columns": columns, "rows": rows}
+    rows: dict[str, list[Any]] = {BASE: [BASE]} | {model: [f"`{Path(model).name}`"] for model in comparison.records}
+    for measure, column in comparison.columns:
+        cells = {model: cell(comparison, model, measure, column) for model in rows}
+        if any(figure is not None for figure in cells.values()):
+            columns.append({"name": column.title, "format": "{count} of {of}" if column.of else column.form})
+            for model, row in rows.items():
+                row.append(cells[model])
+    return {"command": commands, "machine": machine, "columns": columns, "rows": [*rows.values()]}
 
 
 def main() -> None:

@@ -121,9 +121,19 @@ def read(name: str) -> Results:
 
 
 def write(path: Path, command: str | list[str], machine: str, columns: list[Any], rows: list[list[Any]]) -> None:
-    """Write a results file; the arguments are its keys, which are described at the top of this module."""
+    """Write a results file; the arguments are its keys, which are described at the top of this module.
+
+    A column and a row are one line each, so that a change of a figure is a change of its row.
+    """
     page = {"command": command, "machine": machine, "columns": columns, "rows": rows}
-    path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = []
+    for key, value in page.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list):
+            lines = ",\n".join(f"  {json.dumps(each, ensure_ascii=False)}" for each in value)
+            text = f"[\n{lines}\n ]"
+        written.append(f" {json.dumps(key)}: {text}")
+    path.write_text("{\n" + ",\n".join(written) + "\n}\n", encoding="utf-8")
 
 
 def write_from(

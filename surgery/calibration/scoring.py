@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from surgery.data.questions import Choice, encode, read_questions
 from surgery.errors import ModelMismatchError, RecipeMismatchError
+from surgery.io.files import write_bytes
 from surgery.io.loading import loaded
 from surgery.machine.placement import exact
 
@@ -277,5 +278,5 @@ def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> 
     joined = {name: torch.cat(chunks) for name, chunks in vectors.items()}
     if file and not reference:
         stored = {name: joined.pop(name).contiguous() for name in ("tokens", "logp", "best")}
-        file.write_bytes(save(stored | {"vocabulary": torch.tensor(logits.shape[-1])}))
+        write_bytes(file, save(stored | {"vocabulary": torch.tensor(logits.shape[-1])}))
     return joined | {"loss": joined["loss"].double()}

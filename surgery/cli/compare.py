@@ -40,8 +40,11 @@ def attempt(
     from surgery.cli.render import tables
     from surgery.evaluation.conversation import reply
     from surgery.io.hub import resolve
+    from surgery.report.lineage import not_its_base
 
     sources = {name: resolve(name).path for name in (base, model) if name is not None}
+    if base is not None and (stranger := not_its_base(sources[model], sources[base])):
+        typer.echo(f"note: {base} is not the base of {model}: {stranger}", err=True)
     answers = []
     for name, path in sources.items():
         if not as_json and base is not None:
@@ -103,6 +106,7 @@ def compare(
     from surgery.evaluation.comparison.run import compare as run
     from surgery.evaluation.comparison.run import stages
 
+    _refuse_unwritable(html)
     chosen = {"only": _names(only), "leave_out": _names(without)}
     asked = measures.chosen(**chosen)
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
@@ -137,6 +141,7 @@ def sweep(
     from surgery.cli.render.console import progress_bar
     from surgery.search.sweep import sweep as run
 
+    _refuse_unwritable(html)
     chosen = {"only": _names(only), "leave_out": _names(without)}
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
@@ -202,6 +207,13 @@ def fit(
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _refuse_unwritable(html: Path | None) -> None:
+    from surgery.io.files import refuse_unwritable
+
+    if html is not None:
+        refuse_unwritable(html, "the page")
 
 
 def _show(found: Comparison, out: Path, html: Path | None, as_json: bool, more: str) -> None:

@@ -11,7 +11,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from surgery.errors import SurgeryError
-from surgery.io.files import read_json, write_json, write_text
+from surgery.io.files import read_json, write_bytes, write_json
+from surgery.io.safetensors import read_header
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class BaseRuns:
 
     @staticmethod
     def figures(folder: Path, windows: int) -> dict[str, Any] | None:
-        """The base's figures on the windows of a folder; None if it has not scored all of them."""
-        if not all((folder / f"{index}.safetensors").is_file() for index in range(windows)):
+        """The base's figures on the windows of a folder; None if it has not scored all of them, or one is damaged."""
+        if not all(_is_whole(folder / f"{index}.safetensors") for index in range(windows)):
             return None
         try:
             return read_json(folder / SCORES)
@@ -75,12 +76,21 @@ class BaseRuns:
             return
         file = self._file(probe, cases)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, _of(kind).dump_json(outcomes).decode())
+        write_bytes(file, _of(kind).dump_json(outcomes))
 
     def _file(self, probe: str, cases: list) -> Path:
         """The file of the answers to these cases; another version of the package asks anew."""
         digest = hashlib.sha256(f"{self._identity} {__version__} {probe} ".encode() + to_json(cases)).hexdigest()
         return self._folder / f"{digest[:16]}.json"
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of tensors is there, and has the length that its header says."""
+    try:
+        read_header(file, file.name)
+    except (OSError, SurgeryError):
+        return False
+    return True
 
 
 def _of(kind: type) -> TypeAdapter:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from surgery.errors import ModelError, RecordError, shown
+from surgery.errors import MachineError, ModelError, RecordError, SettingError, shown
 
 MAX_CONFIG_BYTES, MAX_DEPTH = 16 << 20, 100
 # Files of an output folder: its record, its card, the base's card, and the progress file of an unfinished run.
@@ -127,16 +127,41 @@ def write_json(path: Path, data: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8. A file of this name is replaced in one step; files of other names are not touched."""
+    """Write `text` in UTF-8; as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file. One of this name is replaced in one step; files of other names are not touched."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        with open(unfinished, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(unfinished, "xb") as file:
+            file.write(content)
         os.replace(unfinished, path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink()
         raise
+
+
+def refuse_unwritable(file: Path, what: str) -> None:
+    """Verify before a long run that its result can be written to a file.
+
+    Args:
+        what: the result, such as "the page".
+
+    Raises:
+        SettingError: it lies in no folder, or is one.
+        MachineError: the folder takes no files.
+    """
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        where, fix = str(file.parent), "make it first, or choose another name"
+        raise SettingError(f"cannot write {what}: no such folder", where=where, fix=fix)
+    if file.is_dir():
+        raise SettingError(f"cannot write {what}: this is a folder", where=str(file), fix=f"{file}/FILE")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise MachineError(f"cannot write {what}: Permission denied", where=str(file))
 
 
 def utf8(name: str) -> str:

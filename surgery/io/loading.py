@@ -223,7 +223,7 @@ def read_tokenizer(source: ModelSource):
         )
     from transformers import AutoTokenizer
 
-    with _loading_errors(folder):
+    with _loading_errors(folder), quiet_transformers():  # it warns of a surgical config, of which it needs no class
         return AutoTokenizer.from_pretrained(folder, **STRICT)
 
 

@@ -51,6 +51,8 @@ def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = N
         probe: the probe that gave the score, with its settings.
         result: `to_dict()` of its result, where it is known already.
     """
+    if reason := another_base(data, base):
+        return reason
     recorded, wanted = data["evaluation"], recipe_probe(data, type(probe))
     if not probe.main:
         if (recorded or {}).get("status") != "done":
@@ -66,7 +68,7 @@ def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = N
         asked = wanted.model_dump(exclude_unset=True) if wanted else {}
         own = ", ".join(f"{key}={value}" for key, value in asked.items())
         return f"{', '.join(names)} or {last} are not those of its recipe{f' ({own})' if own else ''}"
-    return another_base(data, base)
+    return ""
 
 
 def as_its_recipe(probe: Probe, out: str | Path) -> Probe:
@@ -110,18 +112,18 @@ def comparable(recorded: dict) -> bool:
     return (recorded.get("fingerprint") or "").startswith(BY_CONTENT)
 
 
-def another_base(record: dict, base) -> str:
+def another_base(record: dict, base: object) -> str:
     """Why a base is not the one that a checkpoint was made from, or cannot be identified; "" if it is that base.
 
     Args:
         record: the checkpoint's surgery.json, of which `base` and `history` are read.
-        base: a folder or a name; a loaded model cannot be identified.
+        base: a folder, a name, or what `resolve` found; a loaded model cannot be identified.
     """
-    if not isinstance(base, str | Path):
-        return "a base in memory cannot be identified"
-    from surgery.io.hub import resolve
+    from surgery.io.hub import ResolvedModel, resolve
 
-    recorded, source = record["base"], resolve(str(base))
+    if not isinstance(base, str | Path | ResolvedModel):
+        return "a base in memory cannot be identified"
+    recorded, source = record["base"], base if isinstance(base, ResolvedModel) else resolve(str(base))
     if recorded.get("hub_id") and recorded.get("revision") and source.hub_id:
         same = (source.hub_id, source.revision) == (recorded["hub_id"], recorded["revision"])
         return "" if same else f"it was made from {recorded['hub_id']}@{recorded['revision']}, not from this base"
@@ -136,6 +138,11 @@ def another_base(record: dict, base) -> str:
     if same and _is_converted(source.path, record.get("history") or []):
         return f"the base that was named is itself a converted model; its base is {recorded.get('name')}"
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
+
+
+def not_its_base(folder: Path, base: Path) -> str:
+    """Why a model was not made from a base; "" if it was, or if it has no record that says so."""
+    return another_base(Report.of(folder).data, base) if (folder / FILE).is_file() else ""
 
 
 def _is_converted(folder: Path, history: list[dict]) -> bool:

@@ -69,7 +69,9 @@ class Answers:
     replies: Mapping[str, ReplyText]
 
 
-def render_page(report: dict, folder: Path | None, plan: Sequence[str] = (), answers: Sequence[Answers] = ()) -> str:
+def render_page(
+    report: dict, folder: Path | None, plan: Sequence[str] = (), answers: Sequence[Answers] = (), edited: str = ""
+) -> str:
     """The page of a checkpoint.
 
     Args:
@@ -77,9 +79,11 @@ def render_page(report: dict, folder: Path | None, plan: Sequence[str] = (), ans
         folder: has the pictures; None: there are none.
         plan: the plan as lines of text; () : unknown.
         answers: what base and result answer; () : they were not asked.
+        edited: what to say of a record that is not as surgery wrote it.
     """
+    warnings = [f"> **{edited}.**"] if edited else []
     sections = [
-        ("", "\n\n".join(_html(text) for text in [*banner(report), summary(report)])),
+        ("", "\n\n".join(_html(text) for text in [*warnings, *banner(report), summary(report)])),
         ("What it costs and what it saves", _html(costs_text(report))),
         ("Needles by length and place", _needles(get(report, "evaluation"))),
         ("Answers, side by side", "".join(map(_answers, answers))),

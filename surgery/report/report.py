@@ -70,6 +70,11 @@ class Report(Printed):
         return self.data
 
     @property
+    def edited(self) -> str:
+        """What a reader should know of a record that is not as surgery wrote it; "" if it is."""
+        return "" if self.intact else f"{FILE} was edited after surgery wrote it: settings and figures may be wrong"
+
+    @property
     def gate(self) -> GateStatus:
         """The result of comparing the cost with the recipe's limits: "passed", "failed", "skipped" or "not run"."""
         return cast("GateStatus", self.data["gate"]["status"])

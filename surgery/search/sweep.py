@@ -73,7 +73,7 @@ def sweep(
         make_plan(each, anatomy, source.name, source.path)  # raises where the recipe does not fit
     folder, base = Path(folder), model_identity(source.path)
     candidates = [
-        Candidate(name, _identity(each, base), _converted(each, str(model), folder, name, progress), recipe=each)
+        Candidate(name, name, _identity(each, base), _converted(each, str(model), folder, name, progress), recipe=each)
         for name, each in resolved.items()
     ]
     return measure_all(candidates, source.path, source.name, folder, measures, text, progress)

@@ -228,6 +228,23 @@ def test_a_cast_inside_is_not_undone_by_halves():
         model.double()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_no_number_is_no_change(kept, dtype):
+    model = TINY["llama"]().to(dtype).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.view(-1)[0] = float("nan")  # the first value is always looked at
+    known = described(model)
+    with surgery.applied("gqa", model, method="mean", kv_heads=1):
+        assert model.config.num_key_value_heads == 1
+    assert described(model) == known
+    with (
+        pytest.raises(SurgeryError, match="trained or moved"),
+        surgery.applied("gqa", model, method="mean", kv_heads=1),
+        torch.no_grad(),
+    ):
+        model.model.layers[0].mlp.up_proj.weight.view(-1)[0] = 1.0
+
+
 def test_what_is_refused():
     model = TINY["llama"]()
     with pytest.raises(SurgeryError, match="in training mode"), surgery.applied("streaming", model.train()):

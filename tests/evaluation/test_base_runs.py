@@ -11,6 +11,7 @@ from surgery.data.haystack import Needle
 from surgery.evaluation import base_runs
 from surgery.evaluation.base_runs import BaseRuns
 from surgery.evaluation.probes.order import Preference
+from surgery.evaluation.probes.settings import make
 from surgery.evaluation.recall import Outcome, Recitation
 
 CASES = [Needle(512, 0.5, 0, 0, secret, (1, 2, 3), (token,), (0, 2), 2) for token, secret in enumerate("ab")]
@@ -47,6 +48,21 @@ def test_others_are_not_found(tmp_path, monkeypatch):
     assert runs.answers("needles {}", CASES, Outcome) == outcomes
     monkeypatch.setattr(base_runs, "__version__", "0.0.0")
     assert runs.answers("needles {}", CASES, Outcome) is None
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"x" * 99])
+def test_a_damaged_window_is_scored_again(damage, tiny, tmp_path):
+    """Cut short by a full disk, for example: as where the base has not scored all windows."""
+    text = tmp_path / "words.txt"
+    text.write_text("the cat sat on the old green door and the dog slept . " * 40)
+    probe, runs = make("perplexity", {"text": str(text), "windows": 2, "length": 16}), BaseRuns(tmp_path / "b", "one")
+    first = probe.measure(tiny, tiny, shared=runs).to_dict()
+    file = next((tmp_path / "b").glob("*/1.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert probe.measure(tiny, tiny, shared=runs).to_dict() == first
+    assert file.read_bytes() == whole
+    assert not list(file.parent.glob("*.unfinished"))
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", '[{"hit": true}]', '[{"hit": true, "nll": 1.0}]'])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from conftest import edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
@@ -70,6 +73,16 @@ def test_the_command_lets_the_base_answer_first(surgery, model, tmp_path):
     assert base["text"] in ran.out
     alone = surgery("try", "out", "-p", PROMPT, "--tokens", 5, "--json").json["answers"]
     assert [each["text"] for each in alone] == [out["text"]]
+
+
+def test_another_base_is_told(surgery, model, tmp_path):
+    package.apply("streaming", model, output=tmp_path / "out", check=False, evaluate=False, sinks=1, window=3)
+    edit_tensors(shutil.copytree(model, tmp_path / "other"), lambda tensors: next(iter(tensors.values())).add_(1))
+    ran = surgery("try", "out", "--base", "other", "-p", PROMPT, "--tokens", 2)
+    assert ran.code == 0, ran.err
+    assert "note: other is not the base of out: this is not the base it was made from (model)" in ran.err
+    ran = surgery("try", "out", "--base", model, "-p", PROMPT, "--tokens", 2)
+    assert "note" not in ran.err
 
 
 def test_what_cannot_be_asked(refused, model):

@@ -16,7 +16,7 @@ from conftest import WORDS, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.errors import MachineError, NetworkError, SurgeryError
+from surgery.errors import MachineError, NetworkError, SettingError, SurgeryError
 from surgery.evaluation import harness
 from surgery.evaluation.harness import answers as asking
 from surgery.evaluation.harness import task_index, task_set
@@ -553,6 +553,40 @@ def test_of_every_length_the_first_items_are_asked():
     scores = [task_set.ItemScore({"4096": 0.5, "8192": -1.0}, ""), task_set.ItemScore({"4096": -1.0, "8192": 1.0}, "")]
     assert [score.number("4096") for score in scores] == [0.5, None]
     assert chosen.metrics("ruler_vt", scores) == ["4096", "8192"]
+
+
+def test_a_length_that_rulers_tasks_do_not_name_is_summed_up_as_the_others():
+    task = SimpleNamespace(aggregation=lambda: {"4096": lambda values: sum(values) / len(values)})
+    chosen = task_set.TaskSet({"tasks": {"ruler_vt": task, "mine": task}, "groups": {}}, ("ruler_vt",), (1024,))
+    scores = [task_set.ItemScore({"1024": value}, "") for value in (0.5, 1.0, 0.0)]
+    assert chosen.total("ruler_vt", "1024", scores) == 0.5
+    with pytest.raises(SettingError, match="mine gives 1024, and does not say"):
+        chosen.total("mine", "1024", scores)
+
+
+def test_another_length_of_ruler_joins_the_record():
+    def record(length, names) -> dict:
+        row = {"metric": str(length), "of": 2, "base": 1.0, "out": 0.5, "drop": 0.5}
+        side = {"ruler_vt": {str(length): 1.0}}
+        settings = {"names": names, "ruler": [length]}
+        return {"status": "done", "tasks": {f"ruler_vt {length}": row}, "base": side, "out": side, "items": 2} | {
+            "settings": settings
+        }
+
+    joined = make("tasks", {"ruler": [4096]}).joined(record(4096, []), record(1024, ["piqa"]))
+    assert joined["settings"] == {"names": ["piqa"], "ruler": [4096, 1024]}
+    assert list(joined["tasks"]) == ["ruler_vt 4096", "ruler_vt 1024"]
+    assert joined["base"] == {"ruler_vt": {"4096": 1.0, "1024": 1.0}}
+    assert joined["items"] == 4
+
+
+@pytest.mark.slow
+def test_a_task_of_ruler_at_a_length_of_its_own(tiny, monkeypatch):
+    """Prompts and rules are those of lm-eval."""
+    monkeypatch.setattr(task_set, "RULER", ("niah_single_1",))
+    found = package.evaluate(tiny, tiny, probe="tasks", ruler=[1000], limit=2)
+    score = found["tasks"]["niah_single_1 1000"]
+    assert (score["metric"], score["of"], score["base"], score["out"], score["drop"]) == ("1000", 2, 0.0, 0.0, 0.0)
 
 
 def test_tasks_of_ruler_that_the_network_does_not_give_are_left_out(model, monkeypatch):

@@ -82,6 +82,8 @@ def test_what_does_not_belong_there_is_not_recorded(report, tiny, converted):
     probe, choices = make("needles", {"length": 64, "cases": 4}), make("choices", {"items": 5})
     assert "not the base it was made from" in record_score(report, str(converted), probe, NEEDLES)
     assert "not those of its recipe" in record_score(report, str(tiny), choices, {"status": "done"})
+    wrong = record_score(report, str(converted), choices, {"status": "done"})
+    assert "not the base it was made from" in wrong, "before anything about the settings"
     report.data["evaluation"] = None
     assert "no score of perplexity yet" in record_score(report, str(tiny), probe, NEEDLES)
     assert "evaluation" in Report.of(report.folder).data

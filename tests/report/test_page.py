@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, edit_tensors
+from conftest import TEXT, edit_record, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 from test_card import REPORT
 
@@ -137,7 +137,10 @@ def test_the_command_writes_it_and_the_check_knows_it(surgery, model, tmp_path):
     assert "├── model.layers.0-1.self_attn" in text, "the plan as a tree, since the base is here"
     model.rename(tmp_path / "gone")
     assert surgery("report", "out", "-o", "without.html").code == 0
-    assert "<pre>not shown: " in (tmp_path / "without.html").read_text(encoding="utf-8")
+    text = (tmp_path / "without.html").read_text(encoding="utf-8")
+    assert "<pre>2 of 2 KV heads see" in text or "The plan as a tree is not shown: " in text
+    assert "surgery report OUT --base MODEL" in text
+    assert "├── " not in text
     (tmp_path / "gone").rename(model)
     assert package.check(tmp_path / "out").passed
     assert surgery("report", "out", "-o", "mine.html", "--json").json["page"] == "mine.html"
@@ -157,6 +160,41 @@ def test_what_the_command_refuses(refused, model, tmp_path):
     edit_tensors(shutil.copytree(model, tmp_path / "other"), lambda tensors: next(iter(tensors.values())).add_(1))
     refused("report", "out", "--base", "./other", says=["not the base it was made from"])
     refused("report", "out", "--base", "./nowhere", says=["nowhere"])
+    refused("report", "out", "-o", "no/x.html", says=["no: cannot write the page: no such folder", "make it first"])
+    refused("report", "out", "-o", "other", says=["other: cannot write the page: this is a folder"])
+    folders = ("--base", model, "--html")
+    refused("compare", "out", model, *folders, "no/x.html", says=["no: cannot write the page: no such folder"])
+    refused("sweep", "gqa", model, "kv_heads=1,3", "--html", "out", says=["out: cannot write the page: this is a"])
+
+
+def test_nothing_is_fetched_for_the_plan(surgery, model, tmp_path, monkeypatch):
+    """The recorded base may be gigabytes on the Hub, and nobody asked for its answers."""
+    from surgery.io import hub
+
+    package.apply("streaming", str(model), output=tmp_path / "out", check=False, evaluate=False, sinks=1, window=3)
+    base = package.Report.of(tmp_path / "out").data["base"]
+    edit_record(tmp_path / "out", base=base | {"name": "owner/base", "hub_id": "owner/base", "revision": "a" * 40})
+    asked = []
+
+    def found(name, *, weights=True, cached_only=False):
+        asked.append((name, cached_only))
+        return hub.ResolvedModel(model, name, hub_id="owner/base", revision="a" * 40)
+
+    monkeypatch.setattr("surgery.pipeline.resolve", found)
+    monkeypatch.setattr(hub, "resolve", found)
+    page = package.write_page(tmp_path / "out").read_text(encoding="utf-8")
+    assert asked == [(f"owner/base@{'a' * 40}", True)]
+    assert "├── model.layers.0-1.self_attn" in page
+
+
+def test_an_edited_record_is_told(model, tmp_path):
+    package.apply("streaming", str(model), output=tmp_path / "out", check=False, evaluate=False, sinks=1, window=3)
+    words = "surgery.json was edited after surgery wrote it"
+    assert words not in package.write_page(tmp_path / "out").read_text(encoding="utf-8")
+    file = tmp_path / "out/surgery.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"window": 3', '"window": 4'))
+    assert words in package.write_page(tmp_path / "out").read_text(encoding="utf-8")
+    assert words in package.write_page(tmp_path / "out").read_text(encoding="utf-8"), "also where it was saved since"
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

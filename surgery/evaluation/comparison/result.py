@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ class Comparison(Printed):
         base: name of the base.
         measures: what was measured.
         records: model -> measurement -> its record; in each the base beside the model.
+        names: model -> its name in table, notes and picture, where that is another one.
         taken: model -> the measurements whose figures stood in its surgery.json.
         settings: text and machine.
         notes: remarks for the reader.
@@ -32,6 +32,7 @@ class Comparison(Printed):
     base: str
     measures: tuple[Measure, ...]
     records: dict[str, dict[str, dict]]
+    names: dict[str, str] = field(default_factory=dict)
     taken: dict[str, list[str]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -56,15 +57,8 @@ class Comparison(Printed):
 
     @property
     def shown(self) -> dict[str, str]:
-        """Model -> its name in table, notes and picture: without the folders that all of them lie in."""
-        names = {ROW: ROW} | {model: model for model in self.records}
-        if any("=" in model and "/" not in model.partition("=")[0] for model in self.records):  # settings of a sweep
-            return names
-        paths = {model: Path(model).parts for model in self.records}
-        levels = zip(*(parts[:-1] for parts in paths.values()), strict=False)
-        together = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-        short = {model: str(Path(*parts[together:])) for model, parts in paths.items()}
-        return names if ROW in short.values() else names | short
+        """Row -> its name in table, notes and picture."""
+        return {ROW: ROW} | {model: self.names.get(model, model) for model in self.records}
 
     @property
     def tables(self) -> list[tuple[str, Table, list[str]]]:
@@ -110,8 +104,9 @@ class Comparison(Printed):
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: the rows of the table as numbers, and the records that they come from."""
         rows = [
-            {"model": model} | {column.title: self.number(model, measure, column) for measure, column in self.columns}
-            for model in (ROW, *self.records)
+            {"model": model, "name": name}
+            | {column.title: self.number(model, measure, column) for measure, column in self.columns}
+            for model, name in self.shown.items()
         ]
         data = {"base": self.base, "settings": self.settings, "rows": rows, "records": self.records}
         return data | ({"taken": self.taken} if any(self.taken.values()) else {}) | {"notes": self.all_notes}
@@ -145,9 +140,7 @@ class Comparison(Printed):
         (cache,), (loss,) = ([m for m in MEASURES if m.name == name] for name in DRAWN)
         x_axis, y_axis = (cache, cache.columns[-1]), (loss, loss.columns[-1])
         whole, marks, shown = self.number(ROW, *x_axis), {}, self.shown
-        shares = [self._kept(model) for model in self.records]
-        asked = any(share is not None for share in shares)
-        hollow = "fewer" if None not in shares else "fewer, or none counts"
+        asked = any(self._kept(model) is not None for model in self.records)
         for model in self.records:
             x, y, kept = self.number(model, *x_axis), self.number(model, *y_axis), self._kept(model)
             filled = not asked or (kept is not None and kept >= ENOUGH)
@@ -161,8 +154,14 @@ class Comparison(Printed):
             x_label="KV cache at 8,192 tokens, share of the base's",
             y_label="KL from the base, nats a token",
             title=f"{self.base}: what is saved, and what is lost",
-            kinds=(f"keeps {ENOUGH:.0%} of the needles", hollow) if asked else None,
+            kinds=(f"keeps {ENOUGH:.0%} of the needles", self._hollow()) if asked else None,
         )
+
+    def _hollow(self) -> str:
+        """What a hollow marker may mean in this picture: fewer needles, or why there is no share of them."""
+        unknown = [self.records[model].get(RECALL) or {} for model in self.records if self._kept(model) is None]
+        why = {"none counts" if record.get("kept") else "not measured" for record in unknown}
+        return ", or ".join(["fewer", *sorted(why)])
 
     def _kept(self, model: str) -> float | None:
         """The share of needles that a model keeps; None: it was not asked."""

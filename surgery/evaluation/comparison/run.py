@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ class Candidate:
     """A model to compare.
 
     Attributes:
-        name: of its row.
+        name: by which its figures are kept; no two have the same.
+        shown: its name in table, notes and picture.
         identity: changes when the model does.
         opened: gives its folder; it exists only inside the context.
         report: its record, if it has one.
@@ -56,6 +58,7 @@ class Candidate:
     """
 
     name: str
+    shown: str
     identity: str
     opened: Callable[[], AbstractContextManager[Path]]
     report: Report | None = None
@@ -111,16 +114,34 @@ def compare(
     if base is None and named is None:
         raise SettingError("no base is named, and no model has a surgery.json that names one", fix="--base MODEL")
     source = resolve(str(base if base is not None else named))
-    notes = refuse_strangers(reports, folders, source.path, str(base or named))
-    candidates = [
-        Candidate(
-            name, _identity_of(path), partial(nullcontext, path), report, recorded(report.data) if report else None
-        )
-        for (name, path), report in zip(folders.items(), reports.values(), strict=True)
-    ]
+    refuse_strangers(reports, folders, source.path, str(base or named))
+    candidates = _candidates(folders, reports)
     found = measure_all(candidates, source.path, source.name, Path(folder), measures, str(text), progress)
-    found.notes += notes
+    found.notes += [
+        f"{each.shown} has no surgery.json, so that only its tokenizer shows that it belongs to {source.name}"
+        for each in candidates
+        if each.report is None and folders[each.name].resolve() != source.path.resolve()
+    ]
     return found
+
+
+def _candidates(folders: Mapping[str, Path], reports: Mapping[str, Report | None]) -> list[Candidate]:
+    """The models of some folders; `folders` and `reports` are those of `refuse_strangers`."""
+    shown, candidates = short_names([*folders]), []
+    for name, path in folders.items():
+        recipe = recorded(report.data) if (report := reports[name]) else None
+        opened = partial(nullcontext, path)
+        candidates.append(Candidate(name, shown[name], _identity_of(path), opened, report, recipe))
+    return candidates
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Model -> its name without the folders that all of them lie in."""
+    paths = {model: Path(model).parts for model in models}
+    levels = zip(*(parts[:-1] for parts in paths.values()), strict=False)
+    together = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    short = {model: str(Path(*parts[together:])) for model, parts in paths.items()}
+    return {model: model for model in models} if ROW in short.values() else short
 
 
 def listed(name: str, values: object) -> list[str]:
@@ -134,20 +155,15 @@ def listed(name: str, values: object) -> list[str]:
     return [str(value) for value in found]
 
 
-def refuse_strangers(
-    reports: Mapping[str, Report | None], folders: Mapping[str, Path], base: Path, name: str
-) -> list[str]:
+def refuse_strangers(reports: Mapping[str, Report | None], folders: Mapping[str, Path], base: Path, name: str) -> None:
     """Raise for models that do not belong to a base, all of them in one error.
 
     Args:
         reports: model -> its record, or None.
         folders: model -> its folder.
         name: the base, as the user named it.
-
-    Returns:
-        A note for each model without a record.
     """
-    faults, notes, words = [], [], tokenizer_identity(read_tokenizer(base))
+    faults, words = [], tokenizer_identity(read_tokenizer(base))
     for model, path in folders.items():
         report = reports[model]
         if report is not None:
@@ -157,14 +173,11 @@ def refuse_strangers(
             if all(reasons):
                 faults.append(ModelMismatchError(f"{model} is of another base: {reasons[0]}"))
                 continue
-        elif path.resolve() != base.resolve():
-            notes.append(f"{model} has no surgery.json, so that only its tokenizer shows that it belongs to {name}")
         if tokenizer_identity(read_tokenizer(path)) != words:
             faults.append(ModelMismatchError(f"{model} has another tokenizer than {name}: the prompts would differ"))
     if faults:
         first, *rest = faults
         raise ModelMismatchError(first.what, fix="compare models of one base", others=tuple(rest))
-    return notes
 
 
 def _identity_of(folder: Path) -> str:
@@ -183,14 +196,16 @@ def measure_all(
 ) -> Comparison:
     """Measure every candidate beside the base; figures that are finished are read from `folder`."""
     digest = load_text(text, part="held-out").sha256
-    dtype = current().dtype
-    identity = {"base": _identity_of(base) + f" {dtype}" * (dtype != AUTO), "text": digest}
+    dtype, device = current().dtype, device_for(0).type
+    way = f" {dtype}" * (dtype != AUTO) + f" {device}" * (device != "cpu")  # they decide the last digits
+    identity = {"base": _identity_of(base) + way, "text": digest}
     file = _file(folder)
     with used_alone(folder, OTHER_FOLDER):
         kept = _kept(file, identity)
         write_json(file, {"format": 1, **identity, "models": kept})  # what is kept from here on belongs to this base
         shared, config = BaseRuns(folder / BASE_RUNS, identity["base"]), read_config(base)
-        comparison = Comparison(base_name, tuple(measures), {}, settings={"text": text, "machine": _machine()})
+        names, about = {each.name: each.shown for each in candidates}, {"text": text, "machine": _machine()}
+        comparison = Comparison(base_name, tuple(measures), {}, names=names, settings=about)
         for candidate in candidates:
             finished = kept.setdefault(candidate.name, {"identity": candidate.identity, "records": {}, "taken": []})
             if finished["identity"] != candidate.identity:
@@ -214,22 +229,20 @@ def measure_all(
             finished["records"] |= {name: record for name, record in records.items() if record["status"] == "done"}
             comparison.records[candidate.name] = {measure.name: records[measure.name] for measure in measures}
             comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
-        comparison.notes += _too_short(candidates, measures, config, text, comparison.shown)
+        comparison.notes += _too_short(candidates, measures, config, text)
         write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
     return comparison
 
 
-def _too_short(
-    candidates: Sequence[Candidate], measures: Sequence[Measure], config: Any, text: str, names: Mapping[str, str]
-) -> list[str]:
-    """Where windows are too short to show what an operation of a recipe changes; `names`: of candidates, as shown."""
+def _too_short(candidates: Sequence[Candidate], measures: Sequence[Measure], config: Any, text: str) -> list[str]:
+    """Where windows are too short to show what an operation of a recipe changes."""
     found: dict[str, list[str]] = {}
     probes = [measure.for_model(config, text) for measure in measures if measure.probe]
     lengths = [probe.length for probe in probes if isinstance(probe, main())]
     for candidate in candidates:
         for length in lengths if candidate.recipe else ():
             if said := candidate.recipe.too_short(length, "windows", ""):
-                found.setdefault(said, []).append(names[candidate.name])
+                found.setdefault(said, []).append(candidate.shown)
     return [f"{said} ({', '.join(names)})" for said, names in found.items()]
 
 
@@ -271,7 +284,8 @@ def _kept(file: Path, identity: Mapping[str, str]) -> dict[str, dict]:
         fix = "remove the file, or write to another folder"
         raise SurgeryError("these figures cannot be read", where=str(file), fix=fix, code="invalid-file")
     if any(data.get(key) != value for key, value in identity.items()):
-        what = "this folder holds a comparison with another base, on another text or in another dtype"
+        what = "this folder holds a comparison with another base, on another text, in another dtype or on another kind"
+        what += " of device"
         raise SettingError(what, where=str(file.parent), fix=OTHER_FOLDER)
     return models
 

@@ -158,8 +158,13 @@ class TaskSet:
 
     def total(self, name: str, metric: str, scores: Sequence[ItemScore]) -> float:
         """The metric over all items, by the task's own rule."""
-        task, values = self.loaded["tasks"][name], [score.values[metric] for score in scores if metric in score.values]
-        return float(task.aggregation()[metric.partition(",")[0]](values))
+        values = [score.values[metric] for score in scores if metric in score.values]
+        rules = self.loaded["tasks"][name].aggregation()
+        # RULER's tasks name some lengths, with one rule for all of them; another length has that rule too.
+        rule = rules.get(metric.partition(",")[0]) or (next(iter(rules.values())) if name in RULER else None)
+        if rule is None:
+            raise SettingError(f"{name} gives {metric}, and does not say how its items are summed up")
+        return float(rule(values))
 
 
 def _rank(metric: str) -> int:

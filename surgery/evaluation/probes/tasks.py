@@ -219,8 +219,8 @@ class Tasks(CaseProbe):
             for name, each in record[label].items():  # RULER may bring another length
                 side[name] = each | side.get(name, {})
         items = recorded["items"] + sum(row["of"] for row in new.values() if "tasks" not in row)
-        names = dict.fromkeys([*recorded["settings"]["names"], *record["settings"]["names"]])
-        settings = recorded["settings"] | {"names": list(names)}
+        asked = (recorded["settings"], record["settings"])
+        settings = asked[0] | {key: [*dict.fromkeys(asked[0][key] + asked[1][key])] for key in ("names", "ruler")}
         return recorded | sides | {"tasks": tasks | new, "items": items, "settings": settings}
 
     # --- showing ---

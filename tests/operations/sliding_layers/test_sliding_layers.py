@@ -437,12 +437,13 @@ def test_what_slid_before_is_counted_and_named():
 
 
 def test_applied_copies_no_weights(monkeypatch):
-    from surgery import pipeline
+    from surgery.config import recipe as recipes
+    from surgery.conversion.applied_block import _rewritten
 
     step = {"op": "sliding_layers", "method": "listed", "layers": [1], "window": WINDOW}
     model = base("llama")
     want = logits_of(model)
-    assert pipeline._rewritten(pipeline.recipes.load(recipe(step)), model) == []
+    assert _rewritten(recipes.load(recipe(step)), model) == []
     with surgery.applied(recipe(step), model):
         assert difference(logits_of(model), want) > 1e-3
     assert type(model).__name__ == "LlamaForCausalLM"
