@@ -257,6 +257,7 @@ def test_blocks_of_a_recipe_from_end_to_end(surgery, model, tmp_path):
 
 REFUSED = {
     "unknown probe": (("--probe", "needls"), ["unknown probe 'needls'", "choices: ", "did you mean 'needles'?"]),
+    "a word of its summary": (("--probe", "recall"), ["unknown probe 'recall'", "did you mean 'verbatim'?"]),
     "help": (("--probe", "help"), ["unknown probe 'help'", "perplexity: ", "needles: ", "choices: "]),
     "unknown key": (("--probe", "needles", "deths=3"), ["unknown key 'deths'", "lengths", "did you mean 'depths'?"]),
     "another probe's key": (

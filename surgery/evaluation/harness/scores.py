@@ -167,7 +167,8 @@ def paired_interval(drops: Sequence[float], shares: bool) -> tuple[float, float]
     """The 95% interval of a mean of differences; `shares`: whether each is between two scores from 0 to 1.
 
     For shares, the formula of Agresti and Min (Statistics in Medicine 24, 2005): to the four cells of the table (both
-    right, one, other, neither) half an item each is added. Otherwise the normal interval of a mean.
+    right, one, other, neither) half an item each is added; no difference is larger than 1. Otherwise the normal
+    interval of a mean.
     """
     number, total, squares = len(drops), math.fsum(drops), math.fsum(drop * drop for drop in drops)
     if shares:
@@ -175,4 +176,5 @@ def paired_interval(drops: Sequence[float], shares: bool) -> tuple[float, float]
     mean = total / number
     degrees = number if shares else max(1, number - 1)
     spread = math.sqrt(max(0.0, squares - number * mean * mean) / degrees / number)
-    return mean - HALF_95 * spread, mean + HALF_95 * spread
+    low, high = mean - HALF_95 * spread, mean + HALF_95 * spread
+    return (max(-1.0, low), min(1.0, high)) if shares else (low, high)

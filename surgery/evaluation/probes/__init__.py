@@ -7,6 +7,7 @@ lines of `apply` follow from its class (see `base.Probe`).
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,17 @@ def find(name: str) -> type[Probe]:
     if isinstance(name, str) and name in REGISTRY:
         module, cls = REGISTRY[name].split(":")
         return getattr(import_module(f"{__name__}.{module}"), cls)
-    close = nearest(name, REGISTRY) if isinstance(name, str) else ""
+    close = (nearest(name, REGISTRY) or _said_by(name)) if isinstance(name, str) else ""
     raise SettingError(
         f"unknown probe {name!r}",
         exists="; ".join(f"{cls.name}: {cls.summary}" for cls in every()),
-        fix=f"did you mean {close!r}?" if close else f"--probe {next(iter(REGISTRY))}",
+        fix=f"did you mean {close!r}?" if close else "--probe with one of these names",
     )
+
+
+def _said_by(word: str) -> str:
+    """The first probe whose summary has this word; "" if none has."""
+    return next((cls.name for cls in every() if word.lower() in re.findall(r"\w+", cls.summary.lower())), "")
 
 
 def every() -> list[type[Probe]]:

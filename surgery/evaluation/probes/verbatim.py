@@ -96,7 +96,7 @@ class Verbatim(DistanceProbe):
     """Paragraphs of prose that begin again at a distance: how far they are continued, and what reading them gains."""
 
     name: ClassVar[str] = "verbatim"
-    summary: ClassVar[str] = "a paragraph that begins again at a distance: is it continued word for word"
+    summary: ClassVar[str] = "verbatim recall: is a paragraph that begins again at a distance continued word for word"
     stage: ClassVar[str] = "verbatim recall"
     outcome: ClassVar[type | None] = Recitation
     title: ClassVar[str] = "Quoted paragraphs"
