@@ -209,7 +209,8 @@ def applied(
 
     Afterwards the model is as before, also if the block raises: weights, config, class, hooks, attention and
     generation config. Blocks may be nested. If a recipe rewrites weights, those of all layers are kept in memory twice
-    inside the block. A model that was trained or moved inside stays converted: nothing is undone by halves.
+    inside the block. A model that was trained or moved inside stays converted: nothing is undone by halves. What
+    is written through `weight.data` may not be seen, and is then kept.
 
     Args:
         recipe, model, tokenizer, overrides, progress, fields: as for `apply`; the model is loaded and in eval mode.

@@ -41,7 +41,7 @@ from surgery.machine.progress import StageClock, begin
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
-from surgery.report.page import Answers, render_page
+from surgery.report.page import SUFFIXES, Answers, render_page
 from surgery.report.report import Report, measured_dtype
 from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
@@ -254,7 +254,7 @@ def write_page(
 
     report, folder = Report.of(out), Path(out)
     record, page = report.data, Path(file or folder / PAGE)
-    refuse_unwritable(page, "the page")
+    refuse_unwritable(page, "the page", SUFFIXES)
     source = None if base is None else _base_of(record, str(base), str(out))
     plan = _plan_lines(record, source, str(out))
     models = {"the base": source.path, "this model": folder} if source else {}

@@ -40,11 +40,11 @@ def attempt(
     from surgery.cli.render import tables
     from surgery.evaluation.conversation import reply
     from surgery.io.hub import resolve
-    from surgery.report.lineage import not_its_base
+    from surgery.report.lineage import doubt_of_base
 
     sources = {name: resolve(name).path for name in (base, model) if name is not None}
-    if base is not None and (stranger := not_its_base(sources[model], sources[base])):
-        typer.echo(f"note: {base} is not the base of {model}: {stranger}", err=True)
+    if base is not None and (doubt := doubt_of_base(sources[model], sources[base])):
+        typer.echo(f"note: {model} may not be made from {base}: {doubt}", err=True)
     answers = []
     for name, path in sources.items():
         if not as_json and base is not None:
@@ -106,7 +106,7 @@ def compare(
     from surgery.evaluation.comparison.run import compare as run
     from surgery.evaluation.comparison.run import stages
 
-    _refuse_unwritable(html)
+    _refuse_unwritable(html, out)
     chosen = {"only": _names(only), "leave_out": _names(without)}
     asked = measures.chosen(**chosen)
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
@@ -141,7 +141,7 @@ def sweep(
     from surgery.cli.render.console import progress_bar
     from surgery.search.sweep import sweep as run
 
-    _refuse_unwritable(html)
+    _refuse_unwritable(html, out)
     chosen = {"only": _names(only), "leave_out": _names(without)}
     with interrupt.advised(interrupt.figures_kept), progress_bar(quiet or as_json) as progress:
         found = run(recipe, model, settings, folder=out, text=text, **chosen, progress=progress)
@@ -209,11 +209,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _refuse_unwritable(html: Path | None) -> None:
+def _refuse_unwritable(html: Path | None, out: Path) -> None:
+    """Raise for a page that cannot be written; `out` is the folder that the command makes."""
     from surgery.io.files import refuse_unwritable
+    from surgery.report.page import SUFFIXES
 
     if html is not None:
-        refuse_unwritable(html, "the page")
+        refuse_unwritable(html, "the page", SUFFIXES, out)
 
 
 def _show(found: Comparison, out: Path, html: Path | None, as_json: bool, more: str) -> None:

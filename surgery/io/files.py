@@ -133,7 +133,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file. One of this name is replaced in one step; files of other names are not touched."""
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # with what follows, no longer than a file system takes
+    unfinished = path.with_name(f"{name}.{secrets.token_hex(4)}.unfinished")
     try:
         with open(unfinished, "xb") as file:
             file.write(content)
@@ -144,24 +145,36 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def refuse_unwritable(file: Path, what: str) -> None:
+def refuse_unwritable(file: Path, what: str, suffixes: tuple[str, ...] = (), made: Path | None = None) -> None:
     """Verify before a long run that its result can be written to a file.
 
     Args:
         what: the result, such as "the page".
+        suffixes: how the name may end; (): anyhow. A result then replaces no file of another kind.
+        made: a folder that the run makes.
 
     Raises:
-        SettingError: it lies in no folder, or is one.
+        SettingError: the name ends otherwise, or it is of a folder or a device, or lies in no folder.
         MachineError: the folder takes no files.
     """
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        where, fix = str(file.parent), "make it first, or choose another name"
-        raise SettingError(f"cannot write {what}: no such folder", where=where, fix=fix)
-    if file.is_dir():
-        raise SettingError(f"cannot write {what}: this is a folder", where=str(file), fix=f"{file}/FILE")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise MachineError(f"cannot write {what}: Permission denied", where=str(file))
+    folder, where = file.absolute().parent, str(file)
+    if suffixes and file.suffix.lower() not in suffixes:
+        ending = " or ".join(suffixes)
+        raise SettingError(f"the name of {what} ends in {ending}", where=where, fix=f"{where}{suffixes[0]}")
+    try:
+        made_later = made is not None and folder == made.absolute() and not folder.exists()
+        known, exists = made_later or folder.is_dir(), os.path.lexists(file)
+        regular = file.is_file()
+    except OSError as error:  # the name is too long, for example
+        raise SettingError(f"cannot write {what}: {error.strerror}", where=where, fix="choose another name") from None
+    if not known:
+        fix = "make it first, or choose another name"
+        raise SettingError(f"cannot write {what}: no such folder", where=str(file.parent), fix=fix)
+    if (exists and not regular) or (made is not None and file.absolute() == made.absolute()):
+        kind = "this is a folder" if file.is_dir() or not exists else "this is no file"
+        raise SettingError(f"cannot write {what}: {kind}", where=where, fix="choose another name")
+    if not made_later and not os.access(file if exists else folder, os.W_OK):
+        raise MachineError(f"cannot write {what}: Permission denied", where=where)
 
 
 def utf8(name: str) -> str:

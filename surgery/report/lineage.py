@@ -140,9 +140,20 @@ def another_base(record: dict, base: object) -> str:
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
 
 
-def not_its_base(folder: Path, base: Path) -> str:
-    """Why a model was not made from a base; "" if it was, or if it has no record that says so."""
-    return another_base(Report.of(folder).data, base) if (folder / FILE).is_file() else ""
+def another_origin(record: dict, base: object) -> str:
+    """Why a checkpoint was not made from a base, nor any that it was made from; "" if one of them was."""
+    history = record.get("history") or []
+    records = [record, *({"base": each.get("base") or {}, "history": history} for each in history)]
+    reasons = [another_base(each, base) for each in records]
+    return reasons[0] if all(reasons) else ""
+
+
+def doubt_of_base(folder: Path, base: Path) -> str:
+    """Why a model may not be made from a base; "" if it was, or if it has no record."""
+    try:
+        return another_origin(Report.of(folder).data, base) if (folder / FILE).is_file() else ""
+    except SurgeryError as error:
+        return error.what
 
 
 def _is_converted(folder: Path, history: list[dict]) -> bool:

@@ -23,7 +23,7 @@ from surgery.report.card_sections import FITTED, get, limits, loading, provenanc
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.head_map import FILE as HEADS
 
-FILE = "report.html"
+FILE, SUFFIXES = "report.html", (".html", ".htm")
 LARGEST = 900_000  # bytes of the page; pictures that would exceed it are left out, with a note
 PICTURES = {
     HEADS: "Which KV heads see all, and which (hatched) see sinks and a window, by layer.",

@@ -441,7 +441,7 @@ def test_files_that_were_damaged(made, model, text, surgery):
     models = [made / "merged", made / "short"]
     args = ("compare", *models, "--base", model, "-o", "c", "--only", "loss-512", "--text", text)
     assert surgery(*args).code == 0
-    (kept,) = (made / "c/base").iterdir()
+    (kept,) = (made / "c/base-runs").iterdir()
     (kept / "base.json").write_text("{")
     (made / "c/compare.json").unlink()
     assert surgery(*args).code == 0
@@ -455,6 +455,55 @@ def test_files_that_were_damaged(made, model, text, surgery):
     (made / "file").write_text("")
     ran = surgery("compare", *models, "--base", model, "-o", "file")
     assert (ran.code, "a folder is needed" in ran.err) == (2, True)
+    (made / "d/compare.json").mkdir(parents=True)
+    (made / "e").mkdir()
+    (made / "e/base-runs").write_text("")
+    for folder, words in (
+        ("d", "this is no file"),
+        ("e", "this is no folder"),
+        ("merged", "this folder holds a model"),
+    ):
+        ran = surgery("compare", *models, "--base", model, "-o", folder)
+        assert (ran.code, words in ran.err, "Traceback" in ran.err) == (2, True, False), ran.err
+
+
+def test_a_page_may_lie_in_the_folder_that_the_command_makes(surgery, refused, made, model):
+    asked = ("compare", made / "merged", made / "short", "--base", model, "--only", "cache")
+    done = surgery(*asked, "-o", "new", "--html", "new/page.html")
+    assert done.code == 0, done.err
+    assert "<title>" in (made / "new/page.html").read_text(encoding="utf-8")
+    refused(*asked, "-o", "x.html", "--html", "x.html", says=["x.html: cannot write the page: this is a folder"])
+    refused(*asked, "-o", "new", "--html", "new/compare.json", says=["the name of the page ends in .html or .htm"])
+    refused(*asked, "--html", f"{'n' * 300}.html", says=["cannot write the page: File name too long"])
+    assert surgery(*asked, "--html", f"{'n' * 240}.html").code == 0
+
+
+def test_figures_of_an_edited_record_are_not_taken(made, model, text):
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    recipe |= {"evaluate": {"text": str(text), "windows": 2, "length": 64}}
+    package.apply(recipe, model, output=made / "scored", check=False, gate=False)
+    file = made / "scored/surgery.json"
+    data = json.loads(file.read_text())
+    true, data["evaluation"]["out"]["cross_entropy"] = data["evaluation"]["out"]["cross_entropy"], 0.123
+    file.write_text(json.dumps(data))
+    models = [made / "scored", made / "merged"]
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert found.to_dict()["rows"][1]["loss 512"] == true
+    assert found.taken[str(made / "scored")] == []
+    assert "scored: surgery.json was edited after surgery wrote it" in str(found)
+
+
+def test_what_is_cut_for_a_short_model_is_said(made, model, text, monkeypatch):
+    """Titles name the lengths that are asked for; a model of 1,024 positions gets shorter ones."""
+    loss = measures._loss(2048, 1)
+    monkeypatch.setattr(measures, "MEASURES", (loss,))
+    many = made / "many.txt"
+    many.write_text(" ".join([text.read_text()] * 12))
+    models = [made / "merged", made / "short"]
+    found = package.compare(models, model, folder=made / "c", text=str(many), only=["loss-2048"])
+    assert "loss on windows of 2,048 tokens: length 1,024 instead, since the base takes no more" in found.all_notes
+    alone = package.evaluate(made / "merged", model, text=str(many), windows=1, length=1024)
+    assert found.to_dict()["rows"][1]["loss 2,048"] == alone["out"]["cross_entropy"]
 
 
 def test_python_is_told_what_is_wrong(made, model):

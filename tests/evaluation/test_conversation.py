@@ -80,9 +80,16 @@ def test_another_base_is_told(surgery, model, tmp_path):
     edit_tensors(shutil.copytree(model, tmp_path / "other"), lambda tensors: next(iter(tensors.values())).add_(1))
     ran = surgery("try", "out", "--base", "other", "-p", PROMPT, "--tokens", 2)
     assert ran.code == 0, ran.err
-    assert "note: other is not the base of out: this is not the base it was made from (model)" in ran.err
+    assert "note: out may not be made from other: this is not the base it was made from (model)" in ran.err
+    package.apply("gqa", model, output=tmp_path / "merged", check=False, evaluate=False, method="mean")
+    again = {"check": False, "evaluate": False, "sinks": 1, "window": 3}
+    package.apply("streaming", tmp_path / "merged", output=tmp_path / "twice", **again)
+    for name in ("out", "twice"):  # the second by way of the first
+        assert "note" not in surgery("try", name, "--base", model, "-p", PROMPT, "--tokens", 2).err
+    (tmp_path / "out/surgery.json").write_text("{")
     ran = surgery("try", "out", "--base", model, "-p", PROMPT, "--tokens", 2)
-    assert "note" not in ran.err
+    assert ran.code == 0, ran.err
+    assert "surgery.json is not JSON" in ran.err
 
 
 def test_what_cannot_be_asked(refused, model):

@@ -611,6 +611,23 @@ def test_tasks_of_ruler_that_the_network_does_not_give_are_left_out(model, monke
         task_set.load_tasks(("niah_single_2",), (512,), read_tokenizer(model))
 
 
+def test_tasks_of_ruler_that_cannot_be_made_at_a_length_are_left_out(model, monkeypatch):
+    def load(manager, name):
+        if name != "ruler_vt":
+            raise SettingError("it leaves no room for the prompt")
+        return {"tasks": {name: name}, "groups": {}, "group_map": {}}
+
+    monkeypatch.setattr(task_set, "_load", load)
+    found = task_set.load_tasks((), (512,), read_tokenizer(model))
+    assert set(found.loaded["tasks"]) == {"ruler_vt"}
+    assert set(found.left_out.values()) == {"it leaves no room for the prompt"}
+    with pytest.raises(SettingError, match="no room"):
+        task_set.load_tasks(("niah_single_1",), (512,), read_tokenizer(model))
+    monkeypatch.setattr(task_set, "RULER", ("niah_single_1",))
+    with pytest.raises(SettingError, match=r"no task of RULER could be made\n.*no room"):
+        task_set.load_tasks((), (512,), read_tokenizer(model))
+
+
 def test_what_nltk_prints_when_a_task_is_imported_is_not_seen(capsys, monkeypatch):
     import nltk
 

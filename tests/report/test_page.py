@@ -161,10 +161,15 @@ def test_what_the_command_refuses(refused, model, tmp_path):
     refused("report", "out", "--base", "./other", says=["not the base it was made from"])
     refused("report", "out", "--base", "./nowhere", says=["nowhere"])
     refused("report", "out", "-o", "no/x.html", says=["no: cannot write the page: no such folder", "make it first"])
-    refused("report", "out", "-o", "other", says=["other: cannot write the page: this is a folder"])
+    (tmp_path / "folder.html").mkdir()
+    refused("report", "out", "-o", "folder.html", says=["folder.html: cannot write the page: this is a folder"])
+    for name in ("model.safetensors", "surgery.json", "README.md"):
+        refused("report", "out", "-o", f"out/{name}", says=["the name of the page ends in .html or .htm"])
+    (tmp_path / "null.html").symlink_to("/dev/null")
+    refused("report", "out", "-o", "null.html", says=["null.html: cannot write the page: this is no file"])
     folders = ("--base", model, "--html")
     refused("compare", "out", model, *folders, "no/x.html", says=["no: cannot write the page: no such folder"])
-    refused("sweep", "gqa", model, "kv_heads=1,3", "--html", "out", says=["out: cannot write the page: this is a"])
+    refused("sweep", "gqa", model, "kv_heads=1,3", "--html", "folder.html", says=["write the page: this is a"])
 
 
 def test_nothing_is_fetched_for_the_plan(surgery, model, tmp_path, monkeypatch):

@@ -70,12 +70,17 @@ class Measure:
 
     def for_model(self, config: PretrainedConfig, text: str) -> Probe:
         """The probe, with windows and prompts no longer than a model with this config takes."""
+        return make(self.probe, self._settings(text) | self.cuts(config, text))
+
+    def cuts(self, config: PretrainedConfig, text: str) -> dict[str, Any]:
+        """The settings that are cut for a model with this config: key -> what it is instead."""
+        return make(self.probe, self._settings(text)).cuts(config) if self.probe else {}
+
+    def _settings(self, text: str) -> dict[str, Any]:
+        """The settings of the probe, with the text if it reads one."""
         settings = dict(self.settings)
-        probe = make(self.probe, settings)
-        if "text" in type(probe).model_fields and text != "builtin":
-            settings["text"] = text
-            probe = make(self.probe, settings)
-        return make(self.probe, settings | cut) if (cut := probe.cuts(config)) else probe
+        reads = text != "builtin" and "text" in type(make(self.probe, settings)).model_fields
+        return settings | {"text": text} if reads else settings
 
 
 def _side(name: str) -> Callable[[dict, str], float | None]:

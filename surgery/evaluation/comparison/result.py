@@ -85,12 +85,13 @@ class Comparison(Printed):
     def all_notes(self) -> list[str]:
         """The notes, those of the measurements, why some were not run, and what was taken from surgery.json."""
         shown = self.shown
-        why = {
-            f"{measure.what} of {shown[model]}: not run: {record.get('reason') or 'no reason was recorded'}"
-            for model, records in self.records.items()
-            for measure in self.measures
-            if (record := records[measure.name]).get("status") != "done"
-        }
+        why: dict[tuple[str, str], list[str]] = {}  # measurement and reason -> the models
+        for model, records in self.records.items():
+            for measure in self.measures:
+                if (record := records[measure.name]).get("status") != "done":
+                    reason = record.get("reason") or "no reason was recorded"
+                    why.setdefault((measure.what, reason), []).append(shown[model])
+        unmeasured = (f"{what} of {', '.join(models)}: not run: {reason}" for (what, reason), models in why.items())
         said: dict[str, list[str]] = {}  # note -> the models of whose measurement it is
         for model, records in self.records.items():
             for measure in self.measures:
@@ -99,7 +100,7 @@ class Comparison(Printed):
         whose = ("" if len(models) == len(self.records) else f" ({', '.join(models)})" for models in said.values())
         notes = [*self.notes, *(f"{note}{of}" for note, of in zip(said, whose, strict=True))]
         taken = [f"{shown[model]} ({', '.join(names)})" for model, names in self.taken.items() if names]
-        return [*notes, *sorted(why), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
+        return [*notes, *sorted(unmeasured), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: the rows of the table as numbers, and the records that they come from."""

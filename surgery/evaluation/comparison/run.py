@@ -29,7 +29,7 @@ from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
 from surgery.io.output_folder import used_alone
 from surgery.machine.placement import AUTO, current, device_for, placed
-from surgery.report.lineage import another_base, recipe_probe, recorded_base, same_settings
+from surgery.report.lineage import another_base, another_origin, recipe_probe, recorded_base, same_settings
 from surgery.report.report import Report, measured_dtype
 from surgery.version import __version__
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 OTHER_FOLDER = "name another folder for the figures"
-FILE, PICTURE, BASE_RUNS = "compare.json", "compare.png", "base"  # in the folder of a comparison
+FILE, PICTURE, BASE_RUNS = "compare.json", "compare.png", "base-runs"  # in the folder of a comparison
 PROMPT, ROUNDS = 2000, 3  # of the measurement of speed
 CACHE_FORMULA = 2  # raise it when the cache is counted otherwise: kept figures are then counted anew
 MIB = 2**20
@@ -122,6 +122,7 @@ def compare(
         for each in candidates
         if each.report is None and folders[each.name].resolve() != source.path.resolve()
     ]
+    found.notes += [f"{each.shown}: {each.report.edited}" for each in candidates if each.report and each.report.edited]
     return found
 
 
@@ -166,13 +167,9 @@ def refuse_strangers(reports: Mapping[str, Report | None], folders: Mapping[str,
     faults, words = [], tokenizer_identity(read_tokenizer(base))
     for model, path in folders.items():
         report = reports[model]
-        if report is not None:
-            history = report.data.get("history") or []
-            records = [report.data, *({"base": each.get("base") or {}, "history": history} for each in history)]
-            reasons = [another_base(record, base) for record in records]
-            if all(reasons):
-                faults.append(ModelMismatchError(f"{model} is of another base: {reasons[0]}"))
-                continue
+        if report is not None and (reason := another_origin(report.data, base)):
+            faults.append(ModelMismatchError(f"{model} is of another base: {reason}"))
+            continue
         if tokenizer_identity(read_tokenizer(path)) != words:
             faults.append(ModelMismatchError(f"{model} has another tokenizer than {name}: the prompts would differ"))
     if faults:
@@ -229,6 +226,12 @@ def measure_all(
             finished["records"] |= {name: record for name, record in records.items() if record["status"] == "done"}
             comparison.records[candidate.name] = {measure.name: records[measure.name] for measure in measures}
             comparison.taken[candidate.name] = [m.name for m in measures if m.name in finished["taken"]]
+        cuts = {measure.what: measure.cuts(config, text) for measure in measures}
+        comparison.notes += [
+            f"{what}: {key} {value:,} instead, since the base takes no more"
+            for what, cut in cuts.items()
+            for key, value in cut.items()
+        ]
         comparison.notes += _too_short(candidates, measures, config, text)
         write_json(file, {"format": 1, **identity, "models": kept, "comparison": comparison.to_dict()})
     return comparison
@@ -264,7 +267,14 @@ def _file(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise SettingError("this is a file, and a folder is needed", where=str(folder), fix=OTHER_FOLDER) from None
-    return folder / FILE
+    if (folder / REPORT).is_file() or (folder / "config.json").is_file():
+        raise SettingError("this folder holds a model", where=str(folder), fix=OTHER_FOLDER)
+    file, runs = folder / FILE, folder / BASE_RUNS
+    if file.exists() and not file.is_file():
+        raise SettingError("this is no file, and the figures are kept in one", where=str(file), fix=OTHER_FOLDER)
+    if runs.exists() and not runs.is_dir():
+        raise SettingError("this is no folder, and a folder is needed", where=str(runs), fix=OTHER_FOLDER)
+    return file
 
 
 def _kept(file: Path, identity: Mapping[str, str]) -> dict[str, dict]:
@@ -315,7 +325,9 @@ def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | 
 
 def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
     """The record in surgery.json of a measurement with the same settings, base and text; None if there is none."""
-    data = candidate.report.data if candidate.report else {}
+    if candidate.report is None or candidate.report.edited:
+        return None
+    data = candidate.report.data
     if measured_dtype(data) != current().dtype:
         return None
     evaluation = data.get("evaluation")

@@ -211,6 +211,14 @@ def load_tasks(
                 if name in names:
                     raise
                 left_out[name], offline = error.what, f"not tried, since {error.what}"
+            except SettingError as error:  # such as prompts that are too short for a task of RULER
+                if name in names:
+                    raise
+                left_out[name] = error.what
+        if not found and not offline:
+            raise SettingError(
+                "no task of RULER could be made", exists="; ".join({*left_out.values()}), fix="--ruler 4k"
+            )
         if not found:
             raise NetworkError("no task of RULER could be made", fix="allow the network once")
         merged: dict[str, dict[str, Any]] = {kind: {} for kind in ("tasks", "groups", "group_map")}
