@@ -38,6 +38,7 @@ from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
 from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
 from surgery.machine.progress import StageClock, begin
+from surgery.operations.base import missing_text
 from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
@@ -316,7 +317,7 @@ def _missing_texts(fields: dict[str, Any]) -> list[str]:
 def _fields_without_file(fields: dict[str, Any]) -> list[str]:
     """Which of these fields of an operation name a text file that is not here."""
     texts = [key for key in fields if key in TEXT_FIELDS and isinstance(fields[key], str)]
-    return [key for key in texts if fields[key] not in CALIBRATION_TEXTS and not Path(fields[key]).is_file()]
+    return [key for key in texts if missing_text(fields[key], CALIBRATION_TEXTS)]
 
 
 def _judge_healed(healed: HealedFolder, converted: Report, evaluate: Evaluate | None, options: RunOptions) -> None:

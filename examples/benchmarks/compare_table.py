@@ -33,9 +33,9 @@ def read(folder: Path) -> Comparison:
 def cell(comparison: Comparison, model: str, measure: Measure, column: Column) -> Any:
     """A number of six decimals; what is counted as {"count", "of"}; None: it was not measured, or nothing counts."""
     number, of = comparison.number(model, measure, column), comparison.whole(model, measure, column)
-    if number is None or of is None:
-        return number if number is None else round(number, 6)
-    return {"count": number, "of": of}
+    if number is None:
+        return None
+    return round(number, 6) if of is None else {"count": number, "of": of}
 
 
 def table(comparison: Comparison, commands: list[str], machine: str) -> dict:

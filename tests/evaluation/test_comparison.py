@@ -165,6 +165,16 @@ def test_the_table_leaves_out_the_folder_that_all_models_lie_in(models, names):
     assert [row["name"] for row in rows] == ["the base", *names], "and the one by which the notes call it"
 
 
+def test_names_that_are_no_paths_are_shown_whole():
+    """Those of a sweep: settings, whose values may be paths."""
+    from surgery.evaluation.comparison.result import Comparison
+
+    tries = ["calibration_text=/a/b", "calibration_text=/a/c"]
+    record = written(2.0, 0.1, hits(4, 4, 4), hits(4, 4, 4), None)
+    ((_, table, _), _) = Comparison("m", MEASURES, dict.fromkeys(tries, record)).tables
+    assert [row[0] for row in table.rows] == ["the base", *tries]
+
+
 def test_what_the_windows_do_not_show_is_said(model, text, tmp_path):
     """They lie within the prompt that this sparse prefill reads whole."""
     package.apply("sparse-prefill", model, output=tmp_path / "sparse", check=False, evaluate=False, dense_below=512)

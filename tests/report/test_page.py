@@ -138,7 +138,7 @@ def test_the_command_writes_it_and_the_check_knows_it(surgery, model, tmp_path):
     model.rename(tmp_path / "gone")
     assert surgery("report", "out", "-o", "without.html").code == 0
     text = (tmp_path / "without.html").read_text(encoding="utf-8")
-    assert "<pre>2 of 2 KV heads see" in text or "The plan as a tree is not shown: " in text
+    assert "<pre>6 of 6 KV heads see only 1 sinks + 3 tokens\n\nThe plan as a tree is not shown: " in text
     assert "surgery report OUT --base MODEL" in text
     assert "├── " not in text
     (tmp_path / "gone").rename(model)
