@@ -270,6 +270,7 @@ def _kernel(op):
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+torch.accelerator.empty_cache = lambda: None  # which accelerate calls: PyTorch looks for an allocator in C++
 _every = torch.library.Library("_", "IMPL")
 _every.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
 # The fallback is not called where PyTorch has switched off Python's dispatch (torch.tensor, indexing with lists), nor
