@@ -203,7 +203,9 @@ def _evaluate(
     report: Report | None,
     progress: Progress | None,
 ) -> Result:
+    from surgery.evaluation.probes.settings import fitted
     from surgery.evaluation.run import evaluate_in_memory
+    from surgery.io.loading import read_config
     from surgery.report.lineage import as_its_recipe, refuse_another
 
     if model is None:
@@ -222,7 +224,9 @@ def _evaluate(
     asked = chosen or _usual()
     if base is not None and isinstance(out, Path):
         asked = as_its_recipe(asked, out)
+    asked, cuts = fitted(asked, [read_config(side) for side in (out, beside) if side is not None])
     result = asked.measure(out, beside, **options)
+    result.notes += cuts
     if isinstance(out, Path) and (dtype := current().dtype) != AUTO:
         result.notes.append(f"measured in {dtype}" + ", so not added to the card" * (base is not None))
     elif base is not None and isinstance(out, Path):

@@ -8,7 +8,6 @@ deficiency can tell apart, and different markers. The same record always gives t
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MachineError, SurgeryError
+from surgery.io.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,13 +238,14 @@ def curves(
 
 
 def ready(path: str | Path) -> None:
-    """Verify before a long measurement that its picture can be drawn; errors are those of `heat_maps`."""
+    """Verify before a long measurement that its picture can be drawn and written.
+
+    Raises:
+        SurgeryError: the name has another ending, is of a folder, or lies in none; or matplotlib is not installed.
+        MachineError: the folder takes no files.
+    """
     _require(path)
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise MachineError("cannot write the picture: no such folder", where=str(folder))
-    if not os.access(folder, os.W_OK):
-        raise MachineError("cannot write the picture: Permission denied", where=str(path))
+    refuse_unwritable(Path(path), "the picture")
 
 
 def _require(path: str | Path) -> None:

@@ -9,7 +9,10 @@ from tokenizers_of_bytes import byte_tokenizer
 
 import surgery
 from surgery.config import recipe as recipes
+from surgery.evaluation import probes
 from surgery.evaluation.lengths import too_short
+from surgery.evaluation.probes.base import CaseProbe
+from surgery.evaluation.probes.settings import fitted
 
 SPLIT = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 6}
 SPARSE = {"op": "sparse_prefill", "method": "streaming", "block": 16, "dense_below": 40, "sinks": 1, "window": 16}
@@ -165,3 +168,34 @@ def test_a_healing_of_such_a_recipe_is_judged_and_resumed_alike(base, tmp_path):
     assert report.data["heal"]["recovered"] is not None
     again = surgery.apply(asked, str(base), output=tmp_path / "out", check=False, resume=True)
     assert again.data["created"] == report.data["created"]
+
+
+def test_what_a_measurement_leaves_at_its_default_is_cut_too(base, tmp_path):
+    """To what the model takes, and its base; what the user asked for is refused, as without a default."""
+    torch.manual_seed(0)
+    longer = TINY["llama"](vocab_size=258, max_position_embeddings=80)
+    longer.save_pretrained(tmp_path / "longer")
+    byte_tokenizer().save_pretrained(tmp_path / "longer")
+    for out, beside in (base, None), (base, tmp_path / "longer"), (tmp_path / "longer", base):
+        result = surgery.evaluate(out, beside, windows=2)
+        assert result["text"]["length"] == 64
+        assert result.notes[-1] == "length is cut from 512 to 64: the model takes 64 tokens"
+    with pytest.raises(surgery.SurgeryError, match="it takes 64 tokens, the windows have 65"):
+        surgery.evaluate(base, windows=2, length=65)
+    result = surgery.evaluate(TINY["llama"](vocab_size=258).eval(), tokenizer=byte_tokenizer(), windows=2)
+    assert result["text"]["length"] == 64
+
+
+def test_every_probe_with_a_length_measures_a_short_model_by_its_defaults():
+    """As many tokens as it takes, with the answer."""
+    config = TINY["llama"](vocab_size=258).config
+    config.max_position_embeddings = 1024
+    cut = {}
+    for cls in probes.every():
+        if cls.name != "tasks":
+            made, notes = fitted(cls(), [config])
+            cut[cls.name] = len(notes)
+            if isinstance(made, CaseProbe):
+                assert made.make_cases(byte_tokenizer(chat=True), {"out": config}).cases
+    expected = ["multi_needle", "needles", "order", "repeats", "verbatim"]
+    assert sorted(name for name, notes in cut.items() if notes) == expected

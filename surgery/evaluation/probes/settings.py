@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -300,9 +301,24 @@ def cut_to(evaluate: Mapping[str, Any], config: PretrainedConfig) -> tuple[dict[
         earlier = {key: flat for flat, key in _earlier_keys(type(probe)).items()}
         for key, value in probe.cuts(config).items():
             path = assign(data, (earlier[key],) if key in earlier else ("probes", probe.name, key), value)
-            name, old, new = ".".join(("evaluate", *path)), _lengths(getattr(probe, key)), _lengths(value)
-            notes.append(f"{name} is cut from {old} to {new}: the model takes {positions_of(config):,} tokens")
+            notes.append(_cut(".".join(("evaluate", *path)), getattr(probe, key), value, config))
     return data, notes
+
+
+def fitted(probe: Probe, configs: Iterable[PretrainedConfig]) -> tuple[Probe, list[str]]:
+    """A probe whose defaults are cut to what all models with these configs take; what was set stays as it is.
+
+    Returns:
+        The probe, and a sentence for each setting that was cut.
+    """
+    shortest, given = min(configs, key=lambda config: positions_of(config) or math.inf), probe.model_fields_set
+    cuts = {key: value for key, value in probe.cuts(shortest).items() if key not in given}
+    notes = [_cut(key, getattr(probe, key), value, shortest) for key, value in cuts.items()]
+    return type(probe).model_validate(probe.model_dump(include=given) | cuts) if cuts else probe, notes
+
+
+def _cut(name: str, old: int | Iterable[int], new: int | Iterable[int], config: PretrainedConfig) -> str:
+    return f"{name} is cut from {_lengths(old)} to {_lengths(new)}: the model takes {positions_of(config):,} tokens"
 
 
 def _lengths(value: int | Iterable[int]) -> str:

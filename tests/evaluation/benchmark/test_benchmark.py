@@ -314,7 +314,7 @@ def test_refused(refused, model, split):
     refused(*args, "--synthetic", "--layers", "3", says=["3 layers of 2"])
     refused(*args, "--device", "abacus", says=["unknown device 'abacus'", "cpu, cuda"])
     refused(*args, "--plot", "x.jpg", says=[".png, .svg or .pdf"])
-    refused(*args, "--plot", "no/x.png", says=["no such folder"], code=5)
+    refused(*args, "--plot", "no/x.png", says=["no such folder", "make it first"])
     refused("bench", model, "--base", model, "--synthetic", "--ratio", "0.5", says=["needs a checkpoint with a head"])
     refused("bench", "nothing", "--base", model, says=["no config.json"])
 
