@@ -86,15 +86,22 @@ def evaluate(
 
 def _write_task(probe: Probe, model: str, folder: Path, as_json: bool) -> None:
     from surgery.evaluation.harness.task_files import write_task
+    from surgery.evaluation.probes.settings import fitted
     from surgery.io.hub import resolve
+    from surgery.io.loading import read_config
 
-    written = write_task(probe, resolve(model).path, folder)
+    path = resolve(model).path
+    probe, cuts = fitted(probe, [read_config(path)])
+    written = write_task(probe, path, folder)
     if as_json:
-        return emit({"file": str(written.file), "items": written.items, "left_out": written.left_out})
+        written_facts = {"file": str(written.file), "items": written.items, "left_out": written.left_out}
+        return emit(written_facts | ({"notes": cuts} if cuts else {}))
     left_out = (
         f"; {written.left_out} left out, which lm-eval would read or score otherwise" if written.left_out else ""
     )
     typer.echo(f"{written.file}: {written.items} items{left_out}")
+    for note in cuts:
+        typer.echo(f"note: {note}")
     typer.echo(f"next: surgery eval {shlex.quote(model)} --tasks {shlex.quote(str(written.file))}")
     typer.echo(f"or:   lm_eval run --model hf --model_args pretrained=MODEL --tasks {shlex.quote(str(written.file))}")
 

@@ -219,12 +219,16 @@ def _evaluate(
     options = {"tokenizer": tokenizer, "progress": progress}
     if any(side is not None and not isinstance(side, Path) for side in (out, beside)):
         refuse_for_loaded()
+    configs = [read_config(side) for side in (out, beside) if side is not None]
     if report is not None:
-        return evaluate_in_memory(report, out, beside, chosen, **options)
+        asked, cuts = fitted(chosen, configs) if chosen else (None, [])
+        result = evaluate_in_memory(report, out, beside, asked, **options)
+        result.notes += cuts
+        return result
     asked = chosen or _usual()
     if base is not None and isinstance(out, Path):
         asked = as_its_recipe(asked, out)
-    asked, cuts = fitted(asked, [read_config(side) for side in (out, beside) if side is not None])
+    asked, cuts = fitted(asked, configs)
     result = asked.measure(out, beside, **options)
     result.notes += cuts
     if isinstance(out, Path) and (dtype := current().dtype) != AUTO:

@@ -9,10 +9,11 @@ from tokenizers_of_bytes import byte_tokenizer
 
 import surgery
 from surgery.config import recipe as recipes
+from surgery.data.text import Text
 from surgery.evaluation import probes
 from surgery.evaluation.lengths import too_short
 from surgery.evaluation.probes.base import CaseProbe
-from surgery.evaluation.probes.settings import fitted
+from surgery.evaluation.probes.settings import fitted, make
 
 SPLIT = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 6}
 SPARSE = {"op": "sparse_prefill", "method": "streaming", "block": 16, "dense_below": 40, "sinks": 1, "window": 16}
@@ -184,6 +185,42 @@ def test_what_a_measurement_leaves_at_its_default_is_cut_too(base, tmp_path):
         surgery.evaluate(base, windows=2, length=65)
     result = surgery.evaluate(TINY["llama"](vocab_size=258).eval(), tokenizer=byte_tokenizer(), windows=2)
     assert result["text"]["length"] == 64
+
+
+def test_what_the_user_set_stays_when_a_default_is_cut():
+    """The text too, which may be no file, and a setting that says the default by null."""
+    config = TINY["llama"](vocab_size=258).config
+    config.max_position_embeddings = 1024
+    text = Text("builtin", "0" * 64, "Words of mine. " * 9)
+    made, notes = fitted(make("needles", {"text": text, "length": None, "samples": 3}), [config])
+    assert made.text == text
+    assert (made.length, made.lengths, made.samples) == (None, (512, 992), 3)
+    assert notes == ["lengths is cut from 512, 1,024, 2,048 to 512, 992: the model takes 1,024 tokens"]
+    asked = make("needles", {"length": 1024})
+    assert fitted(asked, [config]) == (asked, [])
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A model that takes 600 tokens."""
+    TINY["llama"](vocab_size=258, max_position_embeddings=600).save_pretrained(tmp_path / "short")
+    byte_tokenizer().save_pretrained(tmp_path / "short")
+    return tmp_path / "short"
+
+
+def test_a_default_is_cut_beside_a_report(short):
+    model, tokenizer = surgery.load(short), byte_tokenizer()
+    report = surgery.apply(recipe(SPLIT) | {"evaluate": {"length": 32, "windows": 1}}, model, tokenizer=tokenizer)
+    options = {"tokenizer": tokenizer, "report": report}
+    surgery.evaluate(model, short, **options)
+    result = surgery.evaluate(model, short, probe="multi_needle", cases=1, depths=1, **options)
+    assert result.notes[-1] == "length is cut from 1,024 to 568: the model takes 600 tokens"
+
+
+def test_a_default_is_cut_in_a_task(short, surgery):
+    asked = ("eval", short, "--probe", "multi_needle", "cases=1", "depths=1")
+    said = surgery(*asked, "--write-task", "task").out
+    assert "note: length is cut from 1,024 to 568: the model takes 600 tokens" in said
 
 
 def test_every_probe_with_a_length_measures_a_short_model_by_its_defaults():

@@ -311,10 +311,11 @@ def fitted(probe: Probe, configs: Iterable[PretrainedConfig]) -> tuple[Probe, li
     Returns:
         The probe, and a sentence for each setting that was cut.
     """
-    shortest, given = min(configs, key=lambda config: positions_of(config) or math.inf), probe.model_fields_set
+    shortest = min(configs, key=lambda config: positions_of(config) or math.inf)
+    given = {key: getattr(probe, key) for key in probe.model_fields_set if getattr(probe, key) is not None}
     cuts = {key: value for key, value in probe.cuts(shortest).items() if key not in given}
     notes = [_cut(key, getattr(probe, key), value, shortest) for key, value in cuts.items()]
-    return type(probe).model_validate(probe.model_dump(include=given) | cuts) if cuts else probe, notes
+    return type(probe).model_validate(given | cuts) if cuts else probe, notes
 
 
 def _cut(name: str, old: int | Iterable[int], new: int | Iterable[int], config: PretrainedConfig) -> str:
