@@ -91,7 +91,7 @@ def _write_task(probe: Probe, model: str, folder: Path, as_json: bool) -> None:
     from surgery.io.loading import read_config
 
     path = resolve(model).path
-    probe, cuts = fitted(probe, [read_config(path)])
+    probe, cuts = fitted(probe, {"the model": read_config(path)})
     written = write_task(probe, path, folder)
     if as_json:
         written_facts = {"file": str(written.file), "items": written.items, "left_out": written.left_out}

@@ -89,6 +89,8 @@ def evaluate(
         top_k: for the default probe: how many of the base's tokens the KL is computed over (512).
         settings: for another probe: its settings, as in `surgery eval --probe NAME key=value`.
 
+    Defaults that are longer than the model or its base takes are cut, and a note in the result says so.
+
     A checkpoint of ours that was not scored yet (`--no-eval`) stores the result of the default probe in its
     surgery.json and card, and the result is compared with its gate. This requires the text of its recipe and the base
     of its record. Otherwise a note in the result gives the reason.
@@ -219,7 +221,7 @@ def _evaluate(
     options = {"tokenizer": tokenizer, "progress": progress}
     if any(side is not None and not isinstance(side, Path) for side in (out, beside)):
         refuse_for_loaded()
-    configs = [read_config(side) for side in (out, beside) if side is not None]
+    configs = {"the model": read_config(out)} | ({} if beside is None else {"the base": read_config(beside)})
     if report is not None:
         asked, cuts = fitted(chosen, configs) if chosen else (None, [])
         result = evaluate_in_memory(report, out, beside, asked, **options)
@@ -276,14 +278,16 @@ def _usual() -> Probe:
 
 def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
     """Add a score to the record of a checkpoint of ours that has none, or note in the result why it was not added."""
+    from surgery.architecture.anatomy import positions_of
     from surgery.config.recipe import recorded
+    from surgery.io.loading import read_config
     from surgery.report.lineage import KEPT, record_score
 
     if not (folder / FILE).is_file():
         return
     report = Report.of(folder)
     recipe = recorded(report.data) if probe.main else None
-    if recipe and (short := recipe.too_short(probe.length, "windows", "")):
+    if recipe and (short := recipe.too_short(probe.length, "windows", "", positions_of(read_config(folder)))):
         result.notes.append(short)
     if reason := record_score(report, base, probe, result.to_dict()):
         result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")

@@ -180,7 +180,8 @@ def test_what_a_measurement_leaves_at_its_default_is_cut_too(base, tmp_path):
     for out, beside in (base, None), (base, tmp_path / "longer"), (tmp_path / "longer", base):
         result = surgery.evaluate(out, beside, windows=2)
         assert result["text"]["length"] == 64
-        assert result.notes[-1] == "length is cut from 512 to 64: the model takes 64 tokens"
+        shortest = "the base" if beside == base else "the model"
+        assert result.notes[-1] == f"length is cut from 512 to 64: {shortest} takes 64 tokens"
     with pytest.raises(surgery.SurgeryError, match="it takes 64 tokens, the windows have 65"):
         surgery.evaluate(base, windows=2, length=65)
     result = surgery.evaluate(TINY["llama"](vocab_size=258).eval(), tokenizer=byte_tokenizer(), windows=2)
@@ -192,12 +193,12 @@ def test_what_the_user_set_stays_when_a_default_is_cut():
     config = TINY["llama"](vocab_size=258).config
     config.max_position_embeddings = 1024
     text = Text("builtin", "0" * 64, "Words of mine. " * 9)
-    made, notes = fitted(make("needles", {"text": text, "length": None, "samples": 3}), [config])
+    made, notes = fitted(make("needles", {"text": text, "length": None, "samples": 3}), {"the model": config})
     assert made.text == text
     assert (made.length, made.lengths, made.samples) == (None, (512, 992), 3)
     assert notes == ["lengths is cut from 512, 1,024, 2,048 to 512, 992: the model takes 1,024 tokens"]
     asked = make("needles", {"length": 1024})
-    assert fitted(asked, [config]) == (asked, [])
+    assert fitted(asked, {"the model": config}) == (asked, [])
 
 
 @pytest.fixture
@@ -223,6 +224,15 @@ def test_a_default_is_cut_in_a_task(short, surgery):
     assert "note: length is cut from 1,024 to 568: the model takes 600 tokens" in said
 
 
+def test_windows_of_a_models_full_length_are_not_called_short(base, tmp_path):
+    """No longer ones would show more, so that no note asks for them."""
+    split = recipe(SPLIT | {"window": 30}) | {"evaluate": {"windows": 1}}
+    surgery.apply(split, base, output=tmp_path / "out", check=False, evaluate=False)
+    result = surgery.evaluate(tmp_path / "out", base, windows=2)
+    assert [note for note in result.notes if "windows of" in note or "show it" in note] == []
+    assert "length is cut from 512 to 64: the model takes 64 tokens" in result.notes
+
+
 def test_every_probe_with_a_length_measures_a_short_model_by_its_defaults():
     """As many tokens as it takes, with the answer."""
     config = TINY["llama"](vocab_size=258).config
@@ -230,7 +240,7 @@ def test_every_probe_with_a_length_measures_a_short_model_by_its_defaults():
     cut = {}
     for cls in probes.every():
         if cls.name != "tasks":
-            made, notes = fitted(cls(), [config])
+            made, notes = fitted(cls(), {"the model": config})
             cut[cls.name] = len(notes)
             if isinstance(made, CaseProbe):
                 assert made.make_cases(byte_tokenizer(chat=True), {"out": config}).cases

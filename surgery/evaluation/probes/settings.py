@@ -305,21 +305,25 @@ def cut_to(evaluate: Mapping[str, Any], config: PretrainedConfig) -> tuple[dict[
     return data, notes
 
 
-def fitted(probe: Probe, configs: Iterable[PretrainedConfig]) -> tuple[Probe, list[str]]:
-    """A probe whose defaults are cut to what all models with these configs take; what was set stays as it is.
+def fitted(probe: Probe, configs: Mapping[str, PretrainedConfig]) -> tuple[Probe, list[str]]:
+    """A probe whose defaults are cut (`Probe.cuts`) to what the shortest model takes; what was set stays as it is.
+
+    Args:
+        configs: "the model", "the base" -> config.
 
     Returns:
         The probe, and a sentence for each setting that was cut.
     """
-    shortest = min(configs, key=lambda config: positions_of(config) or math.inf)
+    shortest = min(configs, key=lambda label: positions_of(configs[label]) or math.inf)
+    config = configs[shortest]
     given = {key: getattr(probe, key) for key in probe.model_fields_set if getattr(probe, key) is not None}
-    cuts = {key: value for key, value in probe.cuts(shortest).items() if key not in given}
-    notes = [_cut(key, getattr(probe, key), value, shortest) for key, value in cuts.items()]
+    cuts = {key: value for key, value in probe.cuts(config).items() if key not in given}
+    notes = [_cut(key, getattr(probe, key), value, config, shortest) for key, value in cuts.items()]
     return type(probe).model_validate(given | cuts) if cuts else probe, notes
 
 
-def _cut(name: str, old: int | Iterable[int], new: int | Iterable[int], config: PretrainedConfig) -> str:
-    return f"{name} is cut from {_lengths(old)} to {_lengths(new)}: the model takes {positions_of(config):,} tokens"
+def _cut(name: str, old: int | Iterable[int], new: int | Iterable[int], config: Any, model: str = "the model") -> str:
+    return f"{name} is cut from {_lengths(old)} to {_lengths(new)}: {model} takes {positions_of(config):,} tokens"
 
 
 def _lengths(value: int | Iterable[int]) -> str:
