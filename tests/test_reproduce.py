@@ -7,11 +7,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import edit_record, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
+from safetensors.torch import save_file
 
 import surgery as package
 from surgery.errors import SurgeryError
+from surgery.report.reproduction import differing_tensors
 
 MERGED = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
 
@@ -64,6 +67,28 @@ def test_a_changed_digit_of_the_recipe_gives_other_weights(surgery, out, model):
     found = package.reproduce(out, model)
     names = {each.name for each in found.tensors}
     assert names == {f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "kv"}
+    shapes = {each.otherwise for each in found.tensors}
+    assert shapes == {"shape [8, 72], now [24, 72]"}
+    assert shapes.pop() in ran.out
+    assert "inf" not in ran.out
+
+
+def test_how_tensors_differ(tmp_path):
+    one, two = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
+    old = {"same": one, "moved": one, "half": one, "shape": one, "gone": one}
+    new = {"same": one, "moved": two, "half": one.half(), "shape": one[:1], "more": one}
+    for folder, tensors in (("old", old), ("new", new)):
+        (tmp_path / folder).mkdir()
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / folder / "model.safetensors")
+    found = differing_tensors(tmp_path / "old", tmp_path / "new")
+    assert {each.name: each.otherwise or each.distance for each in found} == {
+        "gone": "only in the recorded weights",
+        "half": "dtype F32, now F16",
+        "more": "new",
+        "moved": 0.1,
+        "shape": "shape [2], now [1]",
+    }
+    assert found[-1].name == "moved", "the farthest first"
 
 
 def test_a_changed_digit_that_no_weight_shows(model, tmp_path):

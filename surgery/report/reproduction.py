@@ -26,13 +26,16 @@ UNSTABLE = (
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor that is not the same to the bit; `distance`: norm of the difference over the norm of the recorded one.
+    """A tensor that is not the same to the bit.
 
-    Infinite: the shapes differ, or one of the two lacks it.
+    Attributes:
+        distance: norm of the difference over the norm of the recorded tensor; infinite where there is none.
+        otherwise: what differs where there is no distance, in words: the shape, the dtype, or that one lacks it.
     """
 
     name: str
     distance: float
+    otherwise: str = ""
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Reproduction(Printed):
     def blocks(self) -> list[Block]:
         lines: list[Block] = [f"{self.out}: {self.headline()}", f"base: {self.base}"]
         if self.tensors:
-            rows = [[each.name, f"{each.distance:.2g}"] for each in self.tensors[:5]]
+            rows = [[each.name, each.otherwise or f"{each.distance:.2g}"] for each in self.tensors[:5]]
             lines.append(Table(("the farthest tensors", "relative distance"), rows))
         if self.figures:
             rows = [[name, f"{then:.5g}", f"{now:.5g}"] for name, (then, now) in self.figures.items()]
@@ -120,18 +123,31 @@ def differing_config(out: Path, again: Path) -> list[str]:
 def differing_tensors(out: Path, again: Path) -> list[TensorDifference]:
     """The tensors of two folders that are not the same to the bit, the farthest first."""
     old, new = Checkpoint(out), Checkpoint(again)
-    found = [TensorDifference(name, math.inf) for name in old.tensors.keys() ^ new.tensors.keys()]
+    found = [
+        TensorDifference(name, math.inf, "only in the recorded weights" if name in old.tensors else "new")
+        for name in old.tensors.keys() ^ new.tensors.keys()
+    ]
     for name in old.tensors.keys() & new.tensors.keys():
-        kinds = {(each.tensors[name].dtype, tuple(each.tensors[name].shape)) for each in (old, new)}
-        if len(kinds) == 1 and _digest(old, name) == _digest(new, name):
-            continue
-        distance = math.inf
-        if len(kinds) == 1 and old.tensors[name].dtype in TORCH_NAMES:
-            one, other = old.read(name).double(), new.read(name).double()
-            norm = one.norm().item()
-            distance = (one - other).norm().item() / norm if norm else math.inf
-        found.append(TensorDifference(name, math.inf if math.isnan(distance) else distance))
+        if difference := _difference(name, old, new):
+            found.append(difference)
     return sorted(found, key=lambda each: (-each.distance, each.name))
+
+
+def _difference(name: str, old: Checkpoint, new: Checkpoint) -> TensorDifference | None:
+    """How a tensor that both have differs; None: it is the same to the bit."""
+    before, now = old.tensors[name], new.tensors[name]
+    if before.shape != now.shape:
+        return TensorDifference(name, math.inf, f"shape {list(before.shape)}, now {list(now.shape)}")
+    if before.dtype != now.dtype:
+        return TensorDifference(name, math.inf, f"dtype {before.dtype}, now {now.dtype}")
+    if _digest(old, name) == _digest(new, name):
+        return None
+    if before.dtype not in TORCH_NAMES:
+        return TensorDifference(name, math.inf, "other bytes")
+    one, other = old.read(name).double(), new.read(name).double()
+    norm = one.norm().item()
+    distance = (one - other).norm().item() / norm if norm else math.inf
+    return TensorDifference(name, math.inf if math.isnan(distance) else distance)
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:
