@@ -322,7 +322,9 @@ def fitted(probe: Probe, configs: Mapping[str, PretrainedConfig]) -> tuple[Probe
     return type(probe).model_validate(given | cuts) if cuts else probe, notes
 
 
-def _cut(name: str, old: int | Iterable[int], new: int | Iterable[int], config: Any, model: str = "the model") -> str:
+def _cut(
+    name: str, old: int | Iterable[int], new: int | Iterable[int], config: PretrainedConfig, model: str = "the model"
+) -> str:
     return f"{name} is cut from {_lengths(old)} to {_lengths(new)}: {model} takes {positions_of(config):,} tokens"
 
 
