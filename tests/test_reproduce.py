@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 
 import pytest
@@ -70,25 +71,37 @@ def test_a_changed_digit_of_the_recipe_gives_other_weights(surgery, out, model):
     shapes = {each.otherwise for each in found.tensors}
     assert shapes == {"shape [8, 72], now [24, 72]"}
     assert shapes.pop() in ran.out
-    assert "inf" not in ran.out
+    assert "inf" not in ran.out.split()
+    data = surgery("reproduce", "out", "--base", model, "--json").json
+    assert {(each["distance"], each["otherwise"]) for each in data["tensors"]} == {
+        (None, "shape [8, 72], now [24, 72]")
+    }
 
 
 def test_how_tensors_differ(tmp_path):
-    one, two = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
-    old = {"same": one, "moved": one, "half": one, "shape": one, "gone": one}
-    new = {"same": one, "moved": two, "half": one.half(), "shape": one[:1], "more": one}
+    one, whole, zero = torch.tensor([3.0, 4.0]), torch.tensor([1, 2]), torch.zeros(2)
+    old = {"same": one, "b": one, "a": one, "half": one, "shape": one, "gone": one}
+    old |= {"whole": whole, "whole-same": whole, "zero": zero, "nan": one, "infinite": one, "was-nan": one / 0 * 0}
+    new = {"same": one, "b": torch.tensor([3.0, 4.5]), "a": torch.tensor([3.0, 5.0]), "half": one.half()}
+    new |= {"shape": one[:1].half(), "more": one, "whole": whole + 1, "whole-same": whole, "zero": one}
+    new |= {"nan": torch.tensor([3.0, math.nan]), "infinite": torch.tensor([3.0, math.inf]), "was-nan": one}
     for folder, tensors in (("old", old), ("new", new)):
         (tmp_path / folder).mkdir()
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / folder / "model.safetensors")
     found = differing_tensors(tmp_path / "old", tmp_path / "new")
-    assert {each.name: each.otherwise or each.distance for each in found} == {
-        "gone": "only in the recorded weights",
-        "half": "dtype F32, now F16",
-        "more": "new",
-        "moved": 0.1,
-        "shape": "shape [2], now [1]",
-    }
-    assert found[-1].name == "moved", "the farthest first"
+    assert [(each.name, each.otherwise or each.distance) for each in found] == [
+        ("gone", "only in the recorded weights"),
+        ("half", "dtype F32, now F16"),
+        ("infinite", "values that are not finite"),
+        ("more", "only in the new weights"),
+        ("nan", "values that are not finite"),
+        ("shape", "shape [2], now [1]"),
+        ("was-nan", "values that are not finite"),
+        ("whole", "other bytes (I64)"),
+        ("zero", "all zero in the recorded weights"),
+        ("a", 0.2),
+        ("b", 0.1),
+    ]
 
 
 def test_a_changed_digit_that_no_weight_shows(model, tmp_path):
@@ -164,8 +177,6 @@ def test_an_edited_record_is_told(surgery, out, model):
 
 
 def test_it_runs_with_the_recorded_threads(out, model, monkeypatch):
-    import torch
-
     from surgery import pipeline
 
     used, before = [], torch.get_num_threads()

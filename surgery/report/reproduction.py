@@ -29,8 +29,8 @@ class TensorDifference:
     """A tensor that is not the same to the bit.
 
     Attributes:
-        distance: norm of the difference over the norm of the recorded tensor; infinite where there is none.
-        otherwise: what differs where there is no distance, in words: the shape, the dtype, or that one lacks it.
+        distance: norm of the difference over the norm of the recorded tensor; infinite where it cannot be computed.
+        otherwise: in words, why it cannot be computed; "" where it can.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Reproduction(Printed):
         lines: list[Block] = [f"{self.out}: {self.headline()}", f"base: {self.base}"]
         if self.tensors:
             rows = [[each.name, each.otherwise or f"{each.distance:.2g}"] for each in self.tensors[:5]]
-            lines.append(Table(("the farthest tensors", "relative distance"), rows))
+            lines.append(Table(("the farthest tensors", "relative distance, or what differs"), rows))
         if self.figures:
             rows = [[name, f"{then:.5g}", f"{now:.5g}"] for name, (then, now) in self.figures.items()]
             lines.append(Table(("", "recorded", "now"), rows))
@@ -124,7 +124,7 @@ def differing_tensors(out: Path, again: Path) -> list[TensorDifference]:
     """The tensors of two folders that are not the same to the bit, the farthest first."""
     old, new = Checkpoint(out), Checkpoint(again)
     found = [
-        TensorDifference(name, math.inf, "only in the recorded weights" if name in old.tensors else "new")
+        TensorDifference(name, math.inf, f"only in the {'recorded' if name in old.tensors else 'new'} weights")
         for name in old.tensors.keys() ^ new.tensors.keys()
     ]
     for name in old.tensors.keys() & new.tensors.keys():
@@ -136,18 +136,25 @@ def differing_tensors(out: Path, again: Path) -> list[TensorDifference]:
 def _difference(name: str, old: Checkpoint, new: Checkpoint) -> TensorDifference | None:
     """How a tensor that both have differs; None: it is the same to the bit."""
     before, now = old.tensors[name], new.tensors[name]
+    otherwise = ""
     if before.shape != now.shape:
-        return TensorDifference(name, math.inf, f"shape {list(before.shape)}, now {list(now.shape)}")
-    if before.dtype != now.dtype:
-        return TensorDifference(name, math.inf, f"dtype {before.dtype}, now {now.dtype}")
-    if _digest(old, name) == _digest(new, name):
+        otherwise = f"shape {list(before.shape)}, now {list(now.shape)}"
+    elif before.dtype != now.dtype:
+        otherwise = f"dtype {before.dtype}, now {now.dtype}"
+    elif _digest(old, name) == _digest(new, name):
         return None
-    if before.dtype not in TORCH_NAMES:
-        return TensorDifference(name, math.inf, "other bytes")
+    elif before.dtype not in TORCH_NAMES:
+        otherwise = f"other bytes ({before.dtype})"
+    if otherwise:
+        return TensorDifference(name, math.inf, otherwise)
     one, other = old.read(name).double(), new.read(name).double()
     norm = one.norm().item()
-    distance = (one - other).norm().item() / norm if norm else math.inf
-    return TensorDifference(name, math.inf if math.isnan(distance) else distance)
+    if not norm:
+        return TensorDifference(name, math.inf, "all zero in the recorded weights")
+    distance = (one - other).norm().item() / norm
+    if not math.isfinite(distance):
+        return TensorDifference(name, math.inf, "values that are not finite")
+    return TensorDifference(name, distance)
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:
