@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from copy import copy, deepcopy
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy, query_names
@@ -77,20 +77,20 @@ def snapshot(model, weights: Iterable[Tensor] = ()) -> Callable[[], None]:
         weights: parameters whose values are copied; no other weight is.
 
     Returns:
-        A function that restores this state. Other tensors whose values were changed in place stay changed.
+        A function that restores this state. Other tensors whose values were changed in place stay changed. Dicts and
+        lists are filled again, not replaced: a hook's handle removes the hook from the dict that it knows.
     """
     values = [(weight, weight.detach().clone()) for weight in {id(each): each for each in weights}.values()]
     trains = [(weight, weight.requires_grad) for weight in model.parameters()]
-    modules = [(module, type(module), _copied(vars(module))) for module in model.modules()]
+    modules = [(module, type(module), _remembered(vars(module))) for module in model.modules()]
     known = {id(module.config): module.config for module, *_ in modules if hasattr(module, "config")}
     inner = {id(value): value for config in known.values() for value in vars(config).values() if _is_config(value)}
-    configs = [(config, type(config), _copied(vars(config))) for config in {**known, **inner}.values()]
+    configs = [(config, type(config), _remembered(vars(config))) for config in {**known, **inner}.values()]
 
     def restore() -> None:
-        for owner, cls, state in (*modules, *configs):
+        for owner, cls, refill in (*modules, *configs):
             owner.__class__ = cls
-            vars(owner).clear()
-            vars(owner).update(state)
+            refill()
         for weight, value in values:
             weight.data.copy_(value)
         for weight, asked in trains:
@@ -100,14 +100,30 @@ def snapshot(model, weights: Iterable[Tensor] = ()) -> Callable[[], None]:
     return restore
 
 
-def _copied(value):
-    """A copy of nested dicts and lists; the values in them are not copied."""
+def _remembered(value) -> Callable[[], Any]:
+    """A function that fills a dict or a list with what it holds now, and those inside it, and returns it.
+
+    Other values are returned as they are.
+    """
     if isinstance(value, dict):
-        copied = copy(value)
-        for name, inner in value.items():
-            copied[name] = _copied(inner)
-        return copied
-    return list(map(_copied, value)) if type(value) is list else value
+        entries = {name: _remembered(inner) for name, inner in value.items()}
+
+        def fill():
+            held = {name: inner() for name, inner in entries.items()}
+            value.clear()
+            value.update(held)
+            return value
+
+        return fill
+    if type(value) is list:
+        items = list(map(_remembered, value))
+
+        def fill_list():
+            value[:] = [inner() for inner in items]
+            return value
+
+        return fill_list
+    return lambda: value
 
 
 def _is_config(value) -> bool:

@@ -145,16 +145,18 @@ def _needles(evaluation: dict) -> str:
     for cls, record in probes.done(evaluation) if evaluation else ():
         settings = record.get("settings") or {}
         lengths, depths = settings.get("lengths"), settings.get("depths")
-        for label, name in (("base", "base"), ("out", "this model")):
-            grid = (record.get(label) or {}).get("grid")
-            if cls.drawing and grid and lengths and depths:
-                grids.append(
-                    _grid(f"{name}: {cls.sentence(record)}" if label == "out" else name, grid, lengths, depths)
-                )
-        if grids and (asked := (record.get("out") or {}).get("of")):
+        if not (cls.drawing and lengths and depths):
+            continue
+        drawn = [
+            _grid(name if label == "base" else f"{name}: {cls.sentence(record)}", grid, lengths, depths)
+            for label, name in (("base", "base"), ("out", "this model"))
+            if (grid := (record.get(label) or {}).get("grid"))
+        ]
+        if drawn and (asked := (record.get("out") or {}).get("of")):
             cells = len(lengths) * len(depths)
             few = few_words([asked // cells] * cells, "needle", f"samples={REPORTABLE}")
-            grids.append(f"<p>{escape(few)}</p>" if few else "")
+            drawn.append(f"<p>{escape(few)}</p>" if few else "")
+        grids += drawn
     return "".join(grids)
 
 

@@ -113,6 +113,19 @@ def test_what_trains_is_as_before(kept):
     same()
 
 
+def test_a_hook_from_before_can_be_removed_after_the_block(kept):
+    model, ran = TINY["llama"]().eval(), []
+    same = kept(model)
+    handles = [module.register_forward_hook(lambda *_: ran.append(1)) for module in (model, model.model.layers[0])]
+    with surgery.applied("streaming", model, sinks=1, window=3):
+        model(TOKENS)
+    assert len(ran) == 2
+    for handle in handles:
+        handle.remove()
+    same()
+    assert len(ran) == 2, "no hook is left"
+
+
 def test_blocks_may_be_nested(kept):
     model = TINY["llama"]().eval()
     outside = kept(model)

@@ -111,6 +111,12 @@ def test_the_needles_are_a_grid_of_shares():
     assert cells == ["100%", "100%", "50%", "", "0%", "25%", "100%", "0%"]
     assert "2,048 tokens" in page
     assert "A cell of 1 needle has no share of its own: 48 make it reportable" in page
+    right = {"right": 3, "of": 4, "low": 0.3, "high": 0.95, "accuracy": 0.75}
+    paired = {"both": 3, "only_base": 0, "only_out": 0, "neither": 1, "p": 1.0}
+    choices = {"status": "done", "settings": {"items": 4}, "kept": KEPT, "chance": 0.25}
+    choices |= {"base": right, "out": right, "paired": paired}
+    page = render_page(REPORT | {"evaluation": evaluation | {"choices": choices}}, None)
+    assert page.count("has no share of its own") == 1, "of the needles, and not of the probe behind them"
 
 
 def test_pictures_are_inside_and_too_large_ones_are_left_out(tmp_path):
