@@ -33,7 +33,7 @@ from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe, refuse_unwritable, write_text
 from surgery.io.hub import ResolvedModel, resolve
 from surgery.io.loading import loaded, read_tokenizer
-from surgery.io.manifest import entry, is_complete
+from surgery.io.manifest import CONFIG, entry, is_complete, model_differences
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
 from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
@@ -164,8 +164,8 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
     source, recipe = base or str(recorded_base(record)), recipes.load(record["recipe"])
     if not record["files"]:
         raise RecordError("surgery.json lists no weights to compare with", where=out, fix="surgery check")
-    if other := [name for name, same in reproduction.hashes(record, folder).items() if not same]:
-        what = f"{other[0]} is not the file that its surgery.json lists, so that there is nothing to compare with"
+    if changed := model_differences(folder, record, leave_out=(CONFIG,)):  # of config.json, keys are compared
+        what = f"the model is not the one in surgery.json ({changed[0]}), so that there is nothing to compare with"
         raise CheckError(what, where=out, fix=f"surgery check {out}")
     if gone := [text for operation in record["recipe"]["operations"] for text in _missing_texts(operation)]:
         raise TextError("no such text file", where=gone[0], fix=KEPT_BY_NAME)
@@ -183,6 +183,8 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
         found = Reproduction(
             out, source, reproduction.hashes(record, again), notes=[report.edited] if report.edited else []
         )
+        if code := reproduction.differing_code(record, again):
+            found.notes.append(f"the code in the folder is of another version: {', '.join(code)}")
         found.config = reproduction.differing_config(folder, again)
         if found.same_bits or made is None:
             return found

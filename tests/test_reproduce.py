@@ -215,13 +215,42 @@ def test_the_same_tensors_in_a_file_with_another_hash(out, model):
 
 
 def test_a_checkpoint_that_is_not_what_its_record_says(refused, out, model):
-    says = ["model.safetensors is not the file that its surgery.json lists", "surgery check"]
+    says = ["the model is not the one in surgery.json", "model.safetensors is", "surgery check"]
     edit_tensors(out, lambda tensors: tensors.update({name: 3 * tensor for name, tensor in tensors.items()}))
     refused("reproduce", "out", "--base", model, says=says, code=4)
     (out / "model.safetensors").unlink()
     refused("reproduce", "out", "--base", model, says=says, code=4)
     edit_record(out, files={})
     refused("reproduce", "out", "--base", model, says=["surgery.json lists no weights"])
+
+
+@pytest.mark.parametrize("name", ["surgery_attention.py", "generation_config.json"])
+def test_code_or_a_config_beside_the_weights_that_was_changed(refused, model, tmp_path, name):
+    package.apply("streaming", str(model), output=tmp_path / "split", check=False, evaluate=False, sinks=1, window=3)
+    file = tmp_path / "split" / name
+    if not file.is_file():
+        pytest.skip(f"this model has no {name}")
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    refused("reproduce", "split", "--base", model, says=["the model is not the one in surgery.json", name], code=4)
+
+
+def test_a_record_whose_hash_was_removed_counts_as_edited(out, model):
+    record = record_of(out)
+    del record["record_sha256"]
+    (out / "surgery.json").write_text(json.dumps(record))
+    assert "edited" in str(package.reproduce(out, model))
+
+
+def test_code_of_another_version_is_named(model, tmp_path):
+    out = tmp_path / "split"
+    package.apply("streaming", str(model), output=out, check=False, evaluate=False, sinks=1, window=3)
+    code = out / "surgery_cache.py"
+    code.write_bytes(code.read_bytes() + b"# as an earlier version wrote it\n")
+    digest = {"sha256": hashlib.sha256(code.read_bytes()).hexdigest(), "bytes": code.stat().st_size}
+    edit_record(out, other_files=record_of(out)["other_files"] | {code.name: digest})
+    found = package.reproduce(out, model)
+    assert found.same_bits
+    assert "note: the code in the folder is of another version: surgery_cache.py" in str(found)
 
 
 def test_a_config_that_names_a_default_is_the_same(out, model):

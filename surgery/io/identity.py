@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from surgery.io.files import sha256
+from surgery.io.files import read_json, sha256
 from surgery.io.safetensors import Checkpoint
 
 CONFIGS = ("config.json", "generation_config.json")
+# Keys of config.json that follow from the machine, and not from the model.
+UNSTABLE = ("transformers_version", "_name_or_path", "_commit_hash")
 PADDING = ("padding", "truncation")  # what a call of a tokenizer leaves in it
 
 
@@ -20,6 +22,12 @@ def model_identity(folder: Path) -> str:
     others = [*(folder / name for name in CONFIGS), *sorted(folder.glob("*.py"))]
     parts = [f"{file.name} {sha256(file)}" for file in [*weights, *others] if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def stable_config(folder: Path) -> dict[str, Any]:
+    """What stands in a folder's config.json, without keys that follow from the machine."""
+    config = read_json(folder / CONFIGS[0])
+    return {key: value for key, value in config.items() if key not in UNSTABLE}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

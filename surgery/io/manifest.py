@@ -29,6 +29,8 @@ UNLISTED = (
 )  # fmt: skip
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what `write_text` leaves if it is killed
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
+CONFIG = "config.json"
+COMPUTES = (CONFIG, "generation_config.json", "*.py")  # what a model computes follows from these and from its weights
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -76,8 +78,12 @@ def record_hash(record: dict) -> str:
 
 
 def is_intact(record: dict) -> bool:
-    """Whether a record that was just read is unchanged; True for an earlier version's record, which has no hash."""
-    return record.get("record_sha256") in (None, record_hash(record))
+    """Whether a record that was just read is unchanged.
+
+    True for a record of an earlier version, which has no hash. The versions that list all files write one.
+    """
+    known = record.get("record_sha256")
+    return not is_complete(record) if known is None else known == record_hash(record)
 
 
 def added(folder: Path, record: dict) -> list[str]:
@@ -124,6 +130,24 @@ def differences(
         if progress:
             progress(index + 1, len(known))
     return found + [f"{name} was added: move it away" for name in added(folder, record)]
+
+
+def model_differences(folder: Path, record: dict, leave_out: Collection[str] = ()) -> list[str]:
+    """How the weights, configs and code of a folder differ from its record, one clause for each.
+
+    Reading takes a second a gigabyte. Other files, the card among them, may differ.
+
+    Args:
+        leave_out: names of files that are not compared.
+    """
+    known = record["files"] | {
+        name: info
+        for name, info in (record.get("other_files") or {}).items()
+        if any(fnmatch(name, pattern) for pattern in COMPUTES)
+    }
+    faults = ((name, _fault(folder, name, info)) for name, info in known.items() if name not in leave_out)
+    found = [f"{name} {fault}" for name, fault in faults if fault]
+    return found + [f"{name} was added" for name in added(folder, record) if name.endswith(WEIGHTS)]
 
 
 def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) -> None:

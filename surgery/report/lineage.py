@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.stock_class import base_type_of
@@ -11,10 +12,13 @@ from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes import main
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
-from surgery.io.files import published, read_json
+from surgery.io.files import published, read_json, write_json
+from surgery.io.identity import stable_config
+from surgery.io.manifest import model_differences
 from surgery.io.model_in_memory import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 from surgery.report.report import FILE, Report
+from surgery.report.reproduction import differing_config
 
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
@@ -32,6 +36,8 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
     """
     if reason := unrecordable(report.data, base, probe, result):
         return reason
+    if report.folder and (changed := model_differences(report.folder, report.data)):
+        return f"the model is not the one in {FILE}: {changed[0]}"
     if probe.main:
         report.record_evaluation(result)
     else:
@@ -137,7 +143,18 @@ def another_base(record: dict, base: object) -> str:
         return f"the base cannot be compared with the one it was made from ({error.what})"
     if same and _is_converted(source.path, record.get("history") or []):
         return f"the base that was named is itself a converted model; its base is {recorded.get('name')}"
+    if same and (keys := _differing_config(recorded.get("config"), source.path)):
+        return f"the config of this base differs from that of the one it was made from ({', '.join(keys)})"
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
+
+
+def _differing_config(recorded: object, folder: Path) -> list[str]:
+    """Keys in which the config of a base differs from the recorded one; [] if none was recorded."""
+    if not isinstance(recorded, dict) or recorded == stable_config(folder):
+        return []
+    with TemporaryDirectory(prefix="surgery-") as temporary:  # so that a key left out has this version's default
+        write_json(Path(temporary) / "config.json", recorded)
+        return differing_config(Path(temporary), folder)
 
 
 def another_origin(record: dict, base: object) -> str:

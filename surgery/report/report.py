@@ -26,6 +26,7 @@ from surgery.io.files import (
     write_text,
 )
 from surgery.io.hub_errors import folders
+from surgery.io.identity import stable_config
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.io.printing import Block, Printed
 from surgery.machine.placement import AUTO
@@ -381,6 +382,7 @@ def new_report(
             "model_type": plan.before.composite or plan.before.model_type,
             "composite": plan.before.composite is not None,
             "fingerprint": fingerprint,
+            "config": stable_config(source.path) if fingerprint else None,
             "note": source.note,
         },
         "recipe": published_recipe(plan.recipe.identity()),

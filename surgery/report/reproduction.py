@@ -10,6 +10,7 @@ from typing import Any
 
 from surgery.evaluation.paired import finite
 from surgery.io.files import sha256
+from surgery.io.identity import UNSTABLE
 from surgery.io.loading import read_config
 from surgery.io.printing import Block, Printed, Table, count
 from surgery.io.safetensors import TORCH_NAMES, Checkpoint
@@ -17,11 +18,6 @@ from surgery.report.report import MEASURED_IN
 
 ROUNDING = 1e-3  # relative distance of a tensor up to which the last bits explain it
 NEAR = 0.005  # relative difference of a loss up to which it is the same figure
-UNSTABLE = (
-    "transformers_version",
-    "_name_or_path",
-    "_commit_hash",
-)  # keys of config.json that follow from the machine
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,16 @@ def hashes(record: dict, again: Path) -> dict[str, bool]:
         name: (again / name).is_file() and sha256(again / name) == entry["sha256"]
         for name, entry in record["files"].items()
     }
+
+
+def differing_code(record: dict, again: Path) -> list[str]:
+    """Code files of a record that the new run wrote otherwise or not at all."""
+    code = {name: entry for name, entry in (record.get("other_files") or {}).items() if name.endswith(".py")}
+    return [
+        name
+        for name, entry in sorted(code.items())
+        if not (again / name).is_file() or sha256(again / name) != entry["sha256"]
+    ]
 
 
 def differing_config(out: Path, again: Path) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import TEXT, edit_tensors
+from conftest import TEXT, edit_record, edit_tensors
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
@@ -406,6 +406,36 @@ def test_what_another_base_scored_is_not_used(made, model, text, tmp_path):
     found = package.compare([made / "x", made / "y"], other, folder=made / "c", **options)
     fresh = package.compare([made / "x", made / "y"], other, folder=made / "d", **options)
     assert found.to_dict() == fresh.to_dict()
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json"])
+def test_scores_of_a_model_that_was_changed_since_are_not_taken(made, model, text, changed):
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    recipe |= {"evaluate": {"text": str(text), "windows": 2, "length": 64}}
+    out = made / "scored"
+    package.apply(recipe, model, output=out, check=False, gate=False)
+    if changed == "config.json":
+        config = json.loads((out / changed).read_text())
+        (out / changed).write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    else:
+        edit_tensors(out, lambda tensors: tensors.update({name: 3 * each for name, each in tensors.items()}))
+    models = [out, made / "merged"]
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert found.taken[str(out)] == []
+    assert f"scored: nothing is taken from its surgery.json, which describes another model: {changed} is" in str(found)
+    alone = package.evaluate(out, model, text=str(text), windows=2, length=64)
+    assert found.to_dict()["rows"][1]["loss 512"] == alone["out"]["cross_entropy"]
+
+
+@pytest.mark.parametrize("fact", [{"surgery_version": "0.0.1"}, {"measured_in": {"device": "cuda"}}])
+def test_scores_of_another_version_or_device_are_not_taken(made, model, text, fact):
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
+    recipe |= {"evaluate": {"text": str(text), "windows": 2, "length": 64}}
+    package.apply(recipe, model, output=made / "scored", check=False, gate=False)
+    edit_record(made / "scored", **fact)
+    models = [made / "scored", made / "merged"]
+    found = package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert found.taken[str(made / "scored")] == []
 
 
 def test_scores_beside_an_intermediate_model_are_not_taken(made, model, text):

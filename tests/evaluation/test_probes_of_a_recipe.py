@@ -55,6 +55,10 @@ def test_the_gate_holds_right_answers_over_the_bases():
     assert gate(facts, {"min_choices": 0.51}) == ("failed", ["min_choices: 0.5, the limit is 0.51"])
     assert gate(DONE, {"min_choices": 0.5}) == ("not run", ["min_choices: the base has no question right"])
     assert gate(DONE | {"choices": chosen([False], [True])}, {"min_choices": 0.5})[0] == "not run"
+    guessed = DONE | {"choices": chosen([True] * 14 + [False] * 36, [True] * 15 + [False] * 35)}
+    status, (reason,) = gate(guessed, {"min_choices": 0.9})
+    assert status == "not run"
+    assert reason.startswith("min_choices: the base answers no more than a guess does (14 of 50, 95% interval from 17")
     card = render_card({"evaluation": facts}, None)
     assert "guessing gets 25%" in card
     assert "the base has 4 of 5 (37.6% to 96.4%) right, the converted model 2 of 5 (" in card

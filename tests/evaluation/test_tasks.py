@@ -348,13 +348,20 @@ def test_one_bad_answer_is_the_one_that_is_told_also_from_the_kept_answers(model
         assert [score.broken for score in result.outcomes["out"]] == [number == 4 for number in range(ITEMS)]
 
 
-def test_two_names_of_one_task_and_prompts_that_are_cut(model, tmp_path, items, choosing):
+def test_two_names_of_one_task_and_prompts_that_are_cut(model, merged, tmp_path, items, choosing, writing):
     (tmp_path / "again.yaml").write_text((tmp_path / "choosing.yaml").read_text())
     with pytest.raises(SurgeryError, match="has the task choosing, which another name has too"):
         tasks(choosing, str(tmp_path / "again.yaml")).measure(model)
     long = [item | {"prompt": " ".join(WORDS * 80)} for item in items]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(each) + "\n" for each in long))
-    assert "longer than the model takes" in str(tasks(choosing, limit=2).measure(model))
+    says = "2 prompts longer, with the answer, than the model takes: lm-eval cut the beginning off"
+    for _ in range(2):  # the second time all answers are known
+        assert says in str(tasks(choosing, limit=2).measure(merged, model))
+    positions = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    for words, cut in ((positions - 4, False), (positions - 3, True)):  # the answer may have 4 tokens
+        long = [item | {"prompt": " ".join((WORDS * 80)[:words])} for item in items]
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(each) + "\n" for each in long))
+        assert ("1 prompt longer" in str(tasks(writing, limit=1).measure(model))) is cut
 
 
 def test_a_group_has_a_row_of_its_own(model, merged, tmp_path, choosing, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import surgery
 from surgery.evaluation.probes.settings import make
-from surgery.report.lineage import record_score
+from surgery.report.lineage import another_base, record_score
 from surgery.report.report import Report
 
 SCORE = {
@@ -76,6 +77,30 @@ def test_the_first_score_of_a_probe_comes_into_the_card(report, tiny):
     card = (report.folder / "README.md").read_text(encoding="utf-8")
     assert "no longer copies from its prompt: 0 of 4 hidden passkeys found; the base finds 4." in card
     assert "keeps the scores that it has" in record_score(report, str(tiny), probe, NEEDLES), "and no second one"
+
+
+def test_a_score_of_weights_that_were_changed_is_not_recorded(report, tiny):
+    probe, weights = make("needles", {"length": 64, "cases": 4}), report.folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\0\0\0\1")
+    reason = record_score(report, str(tiny), probe, NEEDLES)
+    assert reason == "the model is not the one in surgery.json: model.safetensors is not the file that was written"
+    assert "needles" not in report.data["evaluation"]
+    weights.write_bytes(content)
+    assert record_score(report, str(tiny), probe, NEEDLES) == ""
+
+
+def test_a_base_with_another_config_is_another_base(report, tiny, tmp_path):
+    other = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((other / "config.json").read_text())
+    assert another_base(report.data, other) == ""
+    (other / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0", "use_cache": True}))
+    assert another_base(report.data, other) == "", "a key of the machine, and one that is the default"
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    expected = "the config of this base differs from that of the one it was made from (rms_norm_eps)"
+    assert another_base(report.data, other) == expected
+    report.data["base"].pop("config")
+    assert another_base(report.data, other) == "", "an earlier version recorded none"
 
 
 def test_what_does_not_belong_there_is_not_recorded(report, tiny, converted):

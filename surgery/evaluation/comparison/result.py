@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from surgery.evaluation.comparison.measures import MEASURES, NONE, RECALL, Column, Measure
+from surgery.evaluation.probes.recall import floor_words
 from surgery.io.printing import Block, Printed, Table, count
 
 BASE, ROW = "base", "the base"  # its side of a record, and the name of its row
@@ -99,8 +100,17 @@ class Comparison(Printed):
                     said.setdefault(f"{measure.what}: {note}", []).append(shown[model])
         whose = ("" if len(models) == len(self.records) else f" ({', '.join(models)})" for models in said.values())
         notes = [*self.notes, *(f"{note}{of}" for note, of in zip(said, whose, strict=True))]
+        notes += [f"{what}: {words}: its column proves nothing" for what, words in self._floors()]
         taken = [f"{shown[model]} ({', '.join(names)})" for model, names in self.taken.items() if names]
         return [*notes, *sorted(unmeasured), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
+
+    def _floors(self) -> Iterator[tuple[str, str]]:
+        """The measurements in which the base answers no more than a guess does, and these words."""
+        for measure in self.measures:
+            for records in self.records.values():
+                if words := floor_words(records[measure.name], "the base"):
+                    yield measure.what, words
+                    break
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: the rows of the table as numbers, and the records that they come from."""

@@ -27,10 +27,11 @@ from surgery.io.files import REPORT, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
+from surgery.io.manifest import model_differences
 from surgery.io.output_folder import used_alone
-from surgery.machine.placement import AUTO, current, device_for, placed
+from surgery.machine.placement import AUTO, CPU, current, device_for, placed
 from surgery.report.lineage import another_base, another_origin, recipe_probe, recorded_base, same_settings
-from surgery.report.report import Report, measured_dtype
+from surgery.report.report import MEASURED_IN, Report, measured_dtype, versions
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Candidate:
         opened: gives its folder; it exists only inside the context.
         report: its record, if it has one.
         recipe: by which it was made or will be, if that is known.
+        doubt: why nothing is taken from its record; "": there is no reason.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Candidate:
     opened: Callable[[], AbstractContextManager[Path]]
     report: Report | None = None
     recipe: Recipe | None = None
+    doubt: str = ""
 
 
 @placed
@@ -122,7 +125,7 @@ def compare(
         for each in candidates
         if each.report is None and folders[each.name].resolve() != source.path.resolve()
     ]
-    found.notes += [f"{each.shown}: {each.report.edited}" for each in candidates if each.report and each.report.edited]
+    found.notes += [f"{each.shown}: {each.doubt}" for each in candidates if each.doubt]
     return found
 
 
@@ -132,8 +135,16 @@ def _candidates(folders: Mapping[str, Path], reports: Mapping[str, Report | None
     for name, path in folders.items():
         recipe = recorded(report.data) if (report := reports[name]) else None
         opened = partial(nullcontext, path)
-        candidates.append(Candidate(name, shown[name], _identity_of(path), opened, report, recipe))
+        doubt = _doubt_of(report, path) if report else ""
+        candidates.append(Candidate(name, shown[name], _identity_of(path), opened, report, recipe, doubt))
     return candidates
+
+
+def _doubt_of(report: Report, folder: Path) -> str:
+    """Why the scores in a record may not be those of the model beside it, or ""."""
+    if report.edited or not (changed := model_differences(folder, report.data)):
+        return report.edited
+    return f"nothing is taken from its {REPORT}, which describes another model: {changed[0]}"
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -305,8 +316,9 @@ def _asked(measure: Measure, config: Any, text: str) -> dict[str, Any]:
     if measure.probe:
         asked = measure.for_model(config, text).model_dump(mode="json", exclude={"text"})
         return {"settings": asked, "version": __version__}
-    counted = {"tokens": LONG, "counted": CACHE_FORMULA}
-    return counted if measure.name == "cache" else {"tokens": PROMPT, "rounds": ROUNDS, "on": _machine()}
+    if measure.name == "cache":
+        return {"tokens": LONG, "counted": CACHE_FORMULA}
+    return {"tokens": PROMPT, "rounds": ROUNDS, "on": _machine(), "versions": versions()}
 
 
 def _machine() -> str:
@@ -325,10 +337,12 @@ def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | 
 
 def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
     """The record in surgery.json of a measurement with the same settings, base and text; None if there is none."""
-    if candidate.report is None or candidate.report.edited:
+    if candidate.report is None or candidate.doubt:
         return None
     data = candidate.report.data
-    if measured_dtype(data) != current().dtype:
+    if measured_dtype(data) != current().dtype or _device_of(data) != device_for(0).type:
+        return None
+    if data.get("surgery_version") != __version__:  # another version may ask otherwise
         return None
     evaluation = data.get("evaluation")
     if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data, base):
@@ -344,6 +358,12 @@ def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, dig
     if read and read.get("sha256") != digest[: len(str(read.get("sha256")))]:
         return None
     return {key: value for key, value in record.items() if key not in _other_probes(probe)}
+
+
+def _device_of(data: dict) -> str:
+    """The kind of device on which the model of a record was measured."""
+    measured_in = data.get(MEASURED_IN)
+    return str(measured_in.get("device", CPU)) if isinstance(measured_in, dict) else CPU
 
 
 def _other_probes(probe: Any) -> set[str]:

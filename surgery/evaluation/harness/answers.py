@@ -107,6 +107,7 @@ def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook
     """lm-eval's model, which takes known answers from the hook's file and tells the hook each new one."""
     from lm_eval.api.model import hash_args
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from transformers import LogitsProcessorList
 
     known = hook.read()
@@ -118,13 +119,20 @@ def _language_model(model: Any, tokenizer: Any, tasks: TaskSet, batch: int, hook
             new = [request for key, request in zip(keys, requests, strict=True) if key not in known]
             hook.begin(len(requests) - len(new), total)
             if kind != "loglikelihood_rolling":  # which reads a long text in windows
-                tasks.cut += sum(len(self.tok_encode(request.args[0])) > self.max_length for request in new)
+                tasks.cut.update((each.task_name, each.doc_id) for each in requests if self._is_cut(kind, *each.args))
             given = iter(getattr(HFLM, kind)(self, new, disable_tqdm=True) if new else ())
             answers = [known[key] if key in known else next(given) for key in keys]
             for key, request, answer in zip(keys, requests, answers, strict=True):
                 if key in hook.nonfinite or not _is_finite(answer):
                     hook.broken.add((request.task_name, request.doc_id))
             return answers
+
+        def _is_cut(self, kind: str, prompt: str, asked: Any) -> bool:
+            """Whether lm-eval cuts the beginning of a prompt off, so that it and its answer fit."""
+            if kind == "loglikelihood":
+                return len(self.tok_encode(prompt + asked)) > self.max_length + 1  # the last token is not read
+            answer = normalize_gen_kwargs(asked, self.max_gen_toks)["max_gen_toks"]
+            return len(self.tok_encode(prompt)) > self.max_length - answer
 
         def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
             return [tuple(answer) for answer in self._ask("loglikelihood", requests)]

@@ -87,7 +87,8 @@ class TaskSet:
         lengths: tokens of RULER's prompts; () without RULER.
         left_out: RULER tasks that were left out -> why.
         folder: the folder of files that lm-eval must know for groups among them; None: none.
-        cut: number of prompts so far that were longer than the model takes, of which lm-eval cuts the beginning.
+        cut: (task, item) of the prompts so far that were, with their answer, longer than the model takes; lm-eval cuts
+            their beginning.
     """
 
     loaded: dict[str, Any]
@@ -95,7 +96,7 @@ class TaskSet:
     lengths: tuple[int, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     folder: str | None = None
-    cut: int = 0
+    cut: set[tuple[str, int]] = field(default_factory=set)
 
     def items(self, limit: int | None) -> dict[str, list[int]]:
         """Task -> numbers of the items that are asked: the first `limit`, in RULER of every length."""

@@ -20,6 +20,7 @@ from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Table
 from surgery.evaluation.probes.fields import TextSource, settings_error
+from surgery.evaluation.probes.recall import floor_line, floor_words
 
 
 @dataclass(repr=False)
@@ -169,7 +170,7 @@ class Choices(CaseProbe):
     @classmethod
     def missing(cls, record: dict) -> str:
         right = (record.get("base") or {}).get("right")
-        return "" if right else record.get("reason") or "the base has no question right"
+        return floor_words(record, "the base") if right else record.get("reason") or "the base has no question right"
 
     @classmethod
     def metrics(cls, record: dict) -> list[tuple[dict, list[Metric]]]:
@@ -221,4 +222,5 @@ class Choices(CaseProbe):
         if "context" in settings:
             passages = f", passages of {settings['context']} tokens, seed {settings['seed']}"
         lines.append(f"{counts} choices each{passages}; a random guess is right with probability {result.chance:.1%}.")
+        lines += filter(None, [floor_line(result.to_dict())])
         return [*lines, f"The questions: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]

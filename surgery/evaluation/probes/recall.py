@@ -143,6 +143,11 @@ def kept_sentence(record: dict, does: str) -> str:
     return f" Of those that the base {does}{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
 
 
+def floor_of(record: dict) -> float | None:
+    """The probability that a guess is right; None where the record has none."""
+    return (record.get("settings") or {}).get("chance", record.get("chance"))
+
+
 def floor_words(record: dict, who: str) -> str:
     """Why the base's answers, or those of a model without a base, prove nothing; "" if they exceed a guess.
 
@@ -151,10 +156,10 @@ def floor_words(record: dict, who: str) -> str:
     Args:
         who: whose answers they are ("the base").
     """
-    chance, side = (record.get("settings") or {}).get("chance"), record.get("base") or record.get("out") or {}
+    chance, side = floor_of(record), record.get("base") or record.get("out") or {}
     if not chance or side.get("low") is None or side["low"] > chance:
         return ""
-    reached = f"{side['hits']} of {side['of']}, 95% interval from {side['low']:.1%}"
+    reached = f"{side.get('hits', side.get('right'))} of {side['of']}, 95% interval from {side['low']:.1%}"
     return f"{who} answers no more than a guess does ({reached}; a guess {share_words(chance)})"
 
 

@@ -165,8 +165,8 @@ class Tasks(CaseProbe):
     def finish(self, result: TaskResult, sources: dict[str, ModelSource], progress: Progress | None) -> None:
         """Refuse a comparison of different prompts; run the model the other way."""
         if result.tasks.cut:
-            cut = count(result.tasks.cut, "prompt")
-            result.notes.append(f"{cut} longer than the model takes: lm-eval cut the beginning off")
+            cut = count(len(result.tasks.cut), "prompt")
+            result.notes.append(f"{cut} longer, with the answer, than the model takes: lm-eval cut the beginning off")
         if "base" in result.outcomes:
             pairs = zip(result.outcomes["base"], result.outcomes["out"], strict=True)
             if differing := sum(one.prompt != two.prompt for one, two in pairs):
