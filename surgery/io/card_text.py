@@ -14,6 +14,8 @@ END = "<!-- notes: end -->"
 NO_NOTES = "Nothing was added to this card by hand."
 REPOSITORY = "OWNER/NAME"  # stands in the card until the repository is known
 BASE_HEADING = "## The base model's card"
+# What begins or ends Markdown inside a line; a lone * or < between spaces does not.
+_MARKUP = re.compile(r"\\(?=[!-/:-@\[-`{-~])|[\[\]]|<(?=[A-Za-z/!?])|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 _NOTES = re.compile(rf"^{re.escape(BEGIN)}\n(.*?)^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
 
 
@@ -33,6 +35,11 @@ def without_notes(card: str) -> str:
 def notes_block(notes: str) -> str:
     """The block of a card that holds the owner's notes."""
     return f"{BEGIN}\n\n{notes.strip() or NO_NOTES}\n\n{END}"
+
+
+def literal(words: str) -> str:
+    """Words of a record as Markdown that shows them as they are: no link, no emphasis, no tag."""
+    return _MARKUP.sub(r"\\\g<0>", words)
 
 
 def without_markers(text: str) -> str:

@@ -11,7 +11,7 @@ from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
 from surgery.io.files import split_card
 from surgery.report.card_healing import healing
 from surgery.report.card_metadata import metadata
-from surgery.report.card_sections import FITTED, figures_of, get, licence, limits, loading, provenance
+from surgery.report.card_sections import FITTED, figures_of, get, licence, limits, literal_record, loading, provenance
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.gate import finite
 from surgery.report.head_map import FILE as HEADS
@@ -30,18 +30,18 @@ def render_card(report: dict, base_card: str | None) -> str:
         Markdown with a metadata block that the Hub accepts.
     """
     of_base, base_text = split_card(base_card or "")
-    name = title(report)
+    name, words = title(report), literal_record(report)
     sections = [
         f"# {name}",
-        *banner(report),
-        summary(report),
-        "## What it costs and what it saves\n\n" + costs_text(report),
+        *banner(words),
+        summary(words),
+        "## What it costs and what it saves\n\n" + costs_text(words),
         *_heads(report),
         *healing(report),
         *(f"## {ALTERNATIVES}\n\n{text}" for text in alternatives(report)),
         "## How to use it\n\n" + loading(report),
-        "## Checks\n\n" + checks_text(report),
-        "## Limits\n\n" + limits(report),
+        "## Checks\n\n" + checks_text(words),
+        "## Limits\n\n" + limits(words),
         "## Notes\n\n" + notes_block(str(report.get("owner_notes") or "")),
         "## How it was made\n\n" + provenance(report),
         "## Licence\n\n" + licence(report, of_base),

@@ -8,13 +8,27 @@ import shlex
 import yaml
 
 from surgery.errors import SurgeryError
-from surgery.io.card_text import REPOSITORY
+from surgery.io.card_text import REPOSITORY, literal
 from surgery.io.printing import count
 from surgery.report.card_healing import heal_commands
 from surgery.report.gate import finite
 from surgery.report.verdict import has_tokenizer
 
+MEASURED = ("evaluation", "gate", "check")  # keys of a record that hold words of models, texts and errors
 FITTED = "fit.png"  # the picture that `surgery fit` draws
+
+
+def literal_record(report: dict) -> dict:
+    """The record with words of models, texts and errors such that no part of them is read as Markdown."""
+    return report | {key: _literal(report[key]) for key in MEASURED if key in report}
+
+
+def _literal(value):
+    if isinstance(value, dict):  # an answer of a model stands between backticks
+        return {key: each if key == "answer" else _literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_literal(each) for each in value]
+    return literal(value) if isinstance(value, str) else value
 
 
 def get(report: dict, key: str) -> dict:

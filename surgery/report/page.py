@@ -19,7 +19,7 @@ from surgery.evaluation.paired import REPORTABLE, few_words
 from surgery.io.printing import Table, as_html_table
 from surgery.report.card import ALTERNATIVES, alternatives, checks_text, costs_text
 from surgery.report.card_healing import CURVE, healing
-from surgery.report.card_sections import FITTED, get, limits, loading, provenance
+from surgery.report.card_sections import FITTED, get, limits, literal_record, loading, provenance
 from surgery.report.card_summary import banner, summary, title
 from surgery.report.head_map import FILE as HEADS
 
@@ -81,18 +81,18 @@ def render_page(
         answers: what base and result answer; () : they were not asked.
         edited: what to say of a record that is not as surgery wrote it.
     """
-    warnings = [f"> **{edited}.**"] if edited else []
+    warnings, words = [f"> **{edited}.**"] if edited else [], literal_record(report)
     sections = [
-        ("", "\n\n".join(_html(text) for text in [*warnings, *banner(report), summary(report)])),
-        ("What it costs and what it saves", _html(costs_text(report))),
+        ("", "\n\n".join(_html(text) for text in [*warnings, *banner(words), summary(words)])),
+        ("What it costs and what it saves", _html(costs_text(words))),
         ("Needles by length and place", _needles(get(report, "evaluation"))),
         ("Answers, side by side", "".join(map(_answers, answers))),
         ("What changed", f"<pre>{escape(chr(10).join(plan))}</pre>" if plan else ""),
         ("Healing", "".join(_html(text.removeprefix("## Healing\n\n")) for text in healing(report))),
         (ALTERNATIVES, "".join(map(_html, alternatives(report)))),
-        ("Checks", _html(checks_text(report))),
+        ("Checks", _html(checks_text(words))),
         ("How to use it", _html(loading(report))),
-        ("Limits", _html(limits(report))),
+        ("Limits", _html(limits(words))),
         ("How it was made", _html(provenance(report))),
     ]
     return document(title(report), sections, _pictures(report, folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
     from surgery.machine.progress import Progress
 
+TRIED = "surgery-sweep-"  # begins the names of folders for weights that are not kept
 OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 
@@ -156,7 +158,9 @@ def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Pr
     @contextmanager
     def opened() -> Iterator[Path]:
         said = renamed(progress, f"converting with {name}")
-        with tempfile.TemporaryDirectory(prefix="weights-", dir=folder) as temporary:
+        for left in folder.glob(f"{TRIED}*"):  # by a run that was killed; this one has the folder for itself
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=TRIED, dir=folder) as temporary:
             out = Path(temporary) / "out"
             convert_only(recipe, model, out, said)
             yield out

@@ -105,7 +105,15 @@ def test_every_cell_number_and_point_of_the_picture(tmp_path, monkeypatch):
     assert "none:" not in str(found)
     rows = {row["model"]: row for row in found.to_dict()["rows"]}
     assert (rows["a"]["needles"], rows["a"]["late"], rows["b"]["late"]) == (40, 11, 44)
-    assert found.all_notes == ["loss on windows of 2,048 tokens: windows end early"], "of all models, so once"
+    few = "10 short requests are few: 48 make the share reportable (surgery eval OUT --base BASE --probe chat "
+    few += "requests=FILE)"
+    assert found.all_notes == ["loss on windows of 2,048 tokens: windows end early", few], "of all models, so once"
+    for each in records.values():
+        each["choices"] |= {"chance": 0.25, "base": {"right": 54, "of": 200, "low": 0.213}}
+    guess = (
+        "multiple choice: the base answers no more than a guess does (54 of 200, 95% interval from 21.3%; a guess 25%)"
+    )
+    assert found.all_notes[1] == f"{guess}: its column proves nothing"
     drawn = {}
     monkeypatch.setattr(
         plots, "points", lambda path, marks, **words: drawn.update(marks) or said.append(words["kinds"])
@@ -702,7 +710,7 @@ def test_a_sweep_is_what_apply_and_compare_say(surgery, model, text, tmp_path):
         alone = package.evaluate(out, model, text=str(text), windows=2, length=64)
         assert rows[f"window={window}"]["loss 512"] == alone["out"]["cross_entropy"]
         assert rows[f"window={window}"]["KV at 8k"] == rows["the base"]["KV/token"] * (window + 1) / 2**20
-    assert not list((tmp_path / "s").glob("weights*")), "no weights are kept"
+    assert sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir()) == ["base-runs"], "no weights"
 
 
 def test_a_sweep_with_more_values_measures_those_alone(surgery, model, text, monkeypatch):
@@ -722,6 +730,7 @@ def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
     for name in ("weights", "weights-of-last-year"):
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "mine").write_text("kept")
+    (tmp_path / "s" / "surgery-sweep-abcdefgh" / "out").mkdir(parents=True)  # of a sweep that was killed
     options = {"folder": tmp_path / "s", "text": str(text), "only": ["cache"]}
     package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
     names = sorted(path.name for path in (tmp_path / "s").iterdir())

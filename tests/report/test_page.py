@@ -17,6 +17,7 @@ from test_card import REPORT
 import surgery as package
 from surgery.evaluation.conversation import Reply
 from surgery.io.printing import Table
+from surgery.report.card import render_card
 from surgery.report.page import LARGEST, Answers, compared_page, render_page
 
 KEPT = {"of": 4, "kept": 3, "share": 0.75, "low": 0.3, "high": 0.95}
@@ -89,6 +90,26 @@ def test_every_text_is_escaped():
     assert "evil.example" in text, "it is there, as text"
     assert not [attributes for tag, attributes in page.tags if tag == "img"]
     refuse_requests(compared_page(EVIL, [(EVIL, Table(("", EVIL), [[EVIL, EVIL]]), [EVIL])], [EVIL], None))
+
+
+def test_words_of_models_and_texts_are_no_markdown():
+    link, product = "[docs](https://evil.example) <https://evil.example>", "What is 2*3*4?"
+    side = {"answered": 1, "of": 1}
+    chat = {"status": "done", "settings": {"requests": "_a*b*c_.txt", "tokens": 8, "margin": 1.0}, "kept": {}}
+    chat |= {"base": side, "out": side, "example": {"request": product, "answer": "[x](https://evil.example)"}}
+    figures = {"perplexity": 2.0, "cross_entropy": 0.7}
+    report = REPORT | {
+        "evaluation": {"status": "done", "base": figures, "out": figures, "kl": {"mean": 0.1}, "chat": chat},
+        "gate": {"status": "failed", "limits": {"max_kl": 1.0}, "reasons": [link]},
+        "check": {"passed": False, "items": [{"name": "hashes", "status": "failed", "detail": link}]},
+    }
+    page = refuse_requests(text := render_page(report, None))
+    assert not [each for tag, each in page.tags if tag == "a" and "evil" in each.get("href", "")]
+    for words in (link.replace("<", "&lt;").replace(">", "&gt;"), product, "_a*b*c_.txt", "[x](https://evil.example)"):
+        assert words in text, words
+    card = render_card(report, None)
+    assert "[docs](" not in card
+    assert "the converted model 1 of 1" in card
 
 
 def test_a_record_with_nothing_measured_has_a_page():

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.evaluation.comparison.measures import MEASURES, NONE, RECALL, Column, Measure
+from surgery.evaluation.paired import few_words
 from surgery.evaluation.probes.recall import floor_words
 from surgery.io.printing import Block, Printed, Table, count
 
 BASE, ROW = "base", "the base"  # its side of a record, and the name of its row
 ENOUGH = 0.9  # share of the needles from which a marker is filled
+CHAT = "chat"
 DRAWN = ("cache", "loss-2048")  # the picture has the cache of the one against the KL of the other
 
 
@@ -101,6 +103,7 @@ class Comparison(Printed):
         whose = ("" if len(models) == len(self.records) else f" ({', '.join(models)})" for models in said.values())
         notes = [*self.notes, *(f"{note}{of}" for note, of in zip(said, whose, strict=True))]
         notes += [f"{what}: {words}: its column proves nothing" for what, words in self._floors()]
+        notes += self._few()
         taken = [f"{shown[model]} ({', '.join(names)})" for model, names in self.taken.items() if names]
         return [*notes, *sorted(unmeasured), *([f"taken from surgery.json: {'; '.join(taken)}"] if taken else [])]
 
@@ -111,6 +114,13 @@ class Comparison(Printed):
                 if words := floor_words(records[measure.name], "the base"):
                     yield measure.what, words
                     break
+
+    def _few(self) -> Iterator[str]:
+        """Short requests are too few for a share of their own; `compare` asks no others."""
+        sides = (records.get(CHAT, {}).get(BASE) for records in self.records.values())
+        asked = [side["of"] for side in sides if side]
+        if few := few_words(asked[:1], "short request", f"surgery eval OUT --base BASE --probe {CHAT} requests=FILE"):
+            yield few.removesuffix(".")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: the rows of the table as numbers, and the records that they come from."""
