@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from surgery.evaluation.probes.base import Probe
 
 RECALL = "needles"  # the measurement that the picture marks
+CHAT = "chat"  # the measurement whose requests are few
 LONG = 8192  # tokens of the sequence whose cache is counted
 NONE = "none"  # the cell of a count where nothing counts
 
@@ -140,7 +141,7 @@ MEASURES = (
     _needles(RECALL, "needles", "hidden passkeys"),
     _needles("late", "late", "passkeys asked for in a later call", late=True),
     Measure(
-        "chat",
+        CHAT,
         "short requests",
         (
             Column(
@@ -151,7 +152,7 @@ MEASURES = (
                 _kept_of,
             ),
         ),
-        "chat",
+        CHAT,
     ),
     Measure(
         "cache",

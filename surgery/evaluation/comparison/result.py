@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.evaluation.comparison.measures import MEASURES, NONE, RECALL, Column, Measure
+from surgery.evaluation.comparison.measures import CHAT, MEASURES, NONE, RECALL, Column, Measure
 from surgery.evaluation.paired import few_words
 from surgery.evaluation.probes.recall import floor_words
 from surgery.io.printing import Block, Printed, Table, count
 
 BASE, ROW = "base", "the base"  # its side of a record, and the name of its row
 ENOUGH = 0.9  # share of the needles from which a marker is filled
-CHAT = "chat"
 DRAWN = ("cache", "loss-2048")  # the picture has the cache of the one against the KL of the other
 
 
