@@ -32,8 +32,9 @@ from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe, refuse_unwritable, write_text
 from surgery.io.hub import ResolvedModel, resolve
+from surgery.io.identity import CONFIGS
 from surgery.io.loading import loaded, read_tokenizer
-from surgery.io.manifest import CONFIG, entry, is_complete, model_differences
+from surgery.io.manifest import entry, is_complete, model_differences
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.device import note_devices_from_now
 from surgery.machine.placement import AUTO, current, placed_on, refuse_for_loaded
@@ -43,7 +44,7 @@ from surgery.report import reproduction
 from surgery.report.lineage import another_base, recorded_base
 from surgery.report.page import FILE as PAGE
 from surgery.report.page import SUFFIXES, Answers, render_page
-from surgery.report.report import Report, measured_dtype
+from surgery.report.report import MEASURED_IN, Report
 from surgery.report.reproduction import Reproduction
 from surgery.report.timing import KEY, timing
 
@@ -126,7 +127,7 @@ def heal_to_folder(
     options = _timed(options)
     report = Report.of(folder)
     heal, evaluate = read_settings(report.data["recipe"], settings, overrides)
-    with placed_on(current().device, measured_dtype(report.data)):  # figures of two dtypes are not compared
+    with placed_on(current().device, _measured_dtype(report.data)):  # figures of two dtypes are not compared
         healed = heal_folder(report, base, heal, evaluate, output, options, overrides)
         if healed.report is not None:
             _judge_healed(healed, report, evaluate, options)
@@ -159,12 +160,12 @@ def reproduce(out: str, base: str | None, options: RunOptions) -> Reproduction:
     report = Report.of(folder)
     record, threads = report.data, torch.get_num_threads()
     recorded_threads = record.get("threads") if type(record.get("threads")) is int else threads
-    dtype = measured_dtype(record) if current().dtype == AUTO else current().dtype
+    dtype = _measured_dtype(record) if current().dtype == AUTO else current().dtype
     _base_of(record, base, out)  # raises
     source, recipe = base or str(recorded_base(record)), recipes.load(record["recipe"])
     if not record["files"]:
         raise RecordError("surgery.json lists no weights to compare with", where=out, fix="surgery check")
-    if changed := model_differences(folder, record, leave_out=(CONFIG,)):  # of config.json, keys are compared
+    if changed := model_differences(folder, record, leave_out=CONFIGS[:1]):  # its keys are compared
         what = f"the model is not the one in surgery.json ({changed[0]}), so that there is nothing to compare with"
         raise CheckError(what, where=out, fix=f"surgery check {out}")
     if gone := [text for operation in record["recipe"]["operations"] for text in _missing_texts(operation)]:
@@ -393,3 +394,9 @@ def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report |
     expected = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
     same = report.data["recipe"] == expected and not another_base(report.data, model)
     return report if same else None
+
+
+def _measured_dtype(data: dict) -> str:
+    """The dtype in which the model of a record was measured; "auto": that of its weights."""
+    measured_in = data.get(MEASURED_IN)
+    return str(measured_in.get("dtype", AUTO)) if isinstance(measured_in, dict) else AUTO

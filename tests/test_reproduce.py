@@ -230,7 +230,8 @@ def test_code_or_a_config_beside_the_weights_that_was_changed(refused, model, tm
     file = tmp_path / "split" / name
     if not file.is_file():
         pytest.skip(f"this model has no {name}")
-    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    content = file.read_text(encoding="utf-8")
+    file.write_text(content.replace("{", '{"top_k": 3,', 1) if file.suffix == ".json" else content + "\n", "utf-8")
     refused("reproduce", "split", "--base", model, says=["the model is not the one in surgery.json", name], code=4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def _remembered(value) -> Callable[[], Any]:
 
     Other values are returned as they are.
     """
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict, defaultdict):  # others, as a model's output, may refuse to be filled
         entries = {name: _remembered(inner) for name, inner in value.items()}
 
         def fill():

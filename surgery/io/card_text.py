@@ -14,8 +14,11 @@ END = "<!-- notes: end -->"
 NO_NOTES = "Nothing was added to this card by hand."
 REPOSITORY = "OWNER/NAME"  # stands in the card until the repository is known
 BASE_HEADING = "## The base model's card"
-# What begins or ends Markdown inside a line; a lone * or < between spaces does not.
-_MARKUP = re.compile(r"\\(?=[!-/:-@\[-`{-~])|[\[\]]|<(?=[A-Za-z/!?])|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
+# A span of code, which stays, or what begins or ends Markdown inside a line; a lone * or < between spaces does not.
+_MARKUP = re.compile(
+    r"(?P<code>(?<!`)(?P<ticks>`+)(?!`)[^`]+(?P=ticks)(?!`))|"
+    r"\\(?=[!-/:-@\[-`{-~]|$)|[\[\]`~&]|<(?=[A-Za-z/!?])|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])"
+)
 _NOTES = re.compile(rf"^{re.escape(BEGIN)}\n(.*?)^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
 
 
@@ -38,8 +41,12 @@ def notes_block(notes: str) -> str:
 
 
 def literal(words: str) -> str:
-    """Words of a record as Markdown that shows them as they are: no link, no emphasis, no tag."""
-    return _MARKUP.sub(r"\\\g<0>", words)
+    """Words of a record, in one line, as Markdown that shows them as they are: no link, no emphasis, no tag.
+
+    What stands between backticks stays code.
+    """
+    line = re.sub(r"\s*\n\s*", " ", words)
+    return _MARKUP.sub(lambda found: found[0] if found["code"] else f"\\{found[0]}", line)
 
 
 def without_markers(text: str) -> str:

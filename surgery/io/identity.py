@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,54 @@ from surgery.io.files import read_json, sha256
 from surgery.io.safetensors import Checkpoint
 
 CONFIGS = ("config.json", "generation_config.json")
-# Keys of config.json that follow from the machine, and not from the model.
+# Keys of a config, at any depth, that follow from the machine, and not from the model.
 UNSTABLE = ("transformers_version", "_name_or_path", "_commit_hash")
+NOT_FINITE = "__not_finite__"  # key of what stands for infinity or NaN, which JSON does not have
 PADDING = ("padding", "truncation")  # what a call of a tokenizer leaves in it
 
 
-def model_identity(folder: Path) -> str:
-    """A hash of every byte of a folder's weights, and of its configs and code. Reading takes a second a gigabyte."""
+def model_identity(folder: Path, digest: Callable[[Path], str] = sha256) -> str:
+    """A hash of every byte of a folder's weights, and of its configs and code. Reading takes a second a gigabyte.
+
+    Args:
+        digest: gives the hash of a file.
+    """
     weights = [folder / shard.file for shard in Checkpoint(folder).shards] or sorted(folder.glob("pytorch_model*.bin"))
     others = [*(folder / name for name in CONFIGS), *sorted(folder.glob("*.py"))]
-    parts = [f"{file.name} {sha256(file)}" for file in [*weights, *others] if file.is_file()]
+    parts = [f"{file.name} {digest(file)}" for file in [*weights, *others] if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def stable_config(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's config.json, without keys that follow from the machine."""
-    config = read_json(folder / CONFIGS[0])
-    return {key: value for key, value in config.items() if key not in UNSTABLE}
+def stable_config(folder: Path, name: str = CONFIGS[0]) -> dict[str, Any]:
+    """What stands in a config of a folder, as `stable` says it; {} if the folder has none of this name."""
+    return stable(read_json(folder / name)) if (folder / name).is_file() else {}
+
+
+def stable(value: Any) -> Any:
+    """Plain data of a config without keys that follow from the machine; every number in it can be written as JSON."""
+    if isinstance(value, dict):
+        return {key: stable(each) for key, each in value.items() if key not in UNSTABLE}
+    if isinstance(value, list | tuple):
+        return [stable(each) for each in value]
+    return {NOT_FINITE: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_written(value: Any) -> Any:
+    """The inverse of `stable`, but for the keys that it left out."""
+    if isinstance(value, dict):
+        if set(value) == {NOT_FINITE}:
+            return float(value[NOT_FINITE])
+        return {key: as_written(each) for key, each in value.items()}
+    return [as_written(each) for each in value] if isinstance(value, list) else value
+
+
+def stable_hash(file: Path) -> str:
+    """A hash of what a config says; of its bytes where it is no JSON."""
+    try:
+        words = json.dumps(stable(json.loads(file.read_text(encoding="utf-8"))), sort_keys=True)
+    except (ValueError, RecursionError):
+        return sha256(file)
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

@@ -1,8 +1,9 @@
 """The manifest of an output folder: every file that surgery wrote or copied, and whether it has changed since.
 
-surgery.json lists the files as path -> sha256 and bytes: weights in `files`, all others in `other_files`. It does not
-list itself; its `record_sha256` is the hash of the rest of the record. Its entry for the card leaves out the owner's
-notes. A record of an earlier version lists only the weights.
+surgery.json lists the files as path -> sha256 and bytes: weights in `files`, all others in `other_files`. The entry of
+a config has one more hash, of what stays the same when the model is saved again (`stable`). The list does not hold
+surgery.json itself; its `record_sha256` is the hash of the rest of the record. The entry for the card leaves out the
+owner's notes. A record of an earlier version lists only the weights.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from surgery.errors import SurgeryError
 from surgery.io.card_text import without_notes
 from surgery.io.files import CARD, PROGRESS, REPORT, sha256
+from surgery.io.identity import CONFIGS, stable_hash
 from surgery.io.model_folder import is_carried
 
 # Never part of a checkpoint: training states, hidden files, and files that are still being written.
@@ -29,8 +31,8 @@ UNLISTED = (
 )  # fmt: skip
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what `write_text` leaves if it is killed
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
-CONFIG = "config.json"
-COMPUTES = (CONFIG, "generation_config.json", "*.py")  # what a model computes follows from these and from its weights
+COMPUTES = (*CONFIGS, "*.py")  # what a model computes follows from these and from its weights
+LOADED = (".safetensors", ".bin")  # weights that Transformers finds in a folder
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -42,10 +44,11 @@ def paths_in(folder: Path) -> dict[str, Path]:
 
 
 def entry(path: Path) -> dict:
-    """The manifest entry of a file (sha256, bytes); for a card, without its owner's notes."""
+    """The manifest entry of a file (sha256, bytes, of a config `stable`); for a card, without its owner's notes."""
     if path.name == CARD:
         return entry_of_card(path.read_bytes())
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+    stable = {"stable": stable_hash(path)} if path.name in CONFIGS else {}
+    return {"sha256": sha256(path), "bytes": path.stat().st_size} | stable
 
 
 def entry_of_card(content: bytes) -> dict:
@@ -132,22 +135,27 @@ def differences(
     return found + [f"{name} was added: move it away" for name in added(folder, record)]
 
 
-def model_differences(folder: Path, record: dict, leave_out: Collection[str] = ()) -> list[str]:
+def model_differences(
+    folder: Path, record: dict, leave_out: Collection[str] = (), digest: Callable[[Path], str] = sha256
+) -> list[str]:
     """How the weights, configs and code of a folder differ from its record, one clause for each.
 
-    Reading takes a second a gigabyte. Other files, the card among them, may differ.
+    Reading takes a second a gigabyte. Other files, the card among them, may differ, and files may be links. Of files
+    that were added, those count that Transformers would load.
 
     Args:
         leave_out: names of files that are not compared.
+        digest: gives the hash of a file.
     """
     known = record["files"] | {
         name: info
         for name, info in (record.get("other_files") or {}).items()
         if any(fnmatch(name, pattern) for pattern in COMPUTES)
     }
-    faults = ((name, _fault(folder, name, info)) for name, info in known.items() if name not in leave_out)
-    found = [f"{name} {fault}" for name, fault in faults if fault]
-    return found + [f"{name} was added" for name in added(folder, record) if name.endswith(WEIGHTS)]
+    faults = ((name, _content_fault(folder, name, info, digest)) for name, info in known.items())
+    found = [f"{name} {fault}" for name, fault in faults if fault and name not in leave_out]
+    more = [name for name in added(folder, record) if "/" not in name and name not in leave_out]
+    return found + [f"{name} was added" for name in more if name.endswith(LOADED) or name in CONFIGS]
 
 
 def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) -> None:
@@ -166,9 +174,27 @@ def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) 
         raise SurgeryError(what, where=str(folder), fix=fix, code="unchecked-output")
 
 
-def _fault(folder: Path, name: str, info: dict) -> str:
+def _outside(name: str) -> bool:
+    """Whether a listed name leads out of its folder."""
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+    return pure.is_absolute() or ".." in pure.parts or "\\" in name
+
+
+def _content_fault(folder: Path, name: str, info: dict, digest: Callable[[Path], str]) -> str:
+    """How what a file computes differs from its entry, or "". A config may have other keys that say nothing."""
+    path = folder / name
+    if _outside(name):
+        return "is listed, and is not in this folder"
+    if not path.is_file():
+        return "is missing"
+    same = path.stat().st_size == info["bytes"] and digest(path) == info["sha256"]
+    if not same and "stable" in info:
+        same = stable_hash(path) == info["stable"]
+    return "" if same else "is not the file that was written"
+
+
+def _fault(folder: Path, name: str, info: dict) -> str:
+    if _outside(name):
         return "is listed, and is not in this folder"
     path = folder / name
     if path.is_symlink():
@@ -178,6 +204,6 @@ def _fault(folder: Path, name: str, info: dict) -> str:
     if path.name != CARD and path.stat().st_size != info["bytes"]:
         return "is not the file that was written"
     here = entry(path)
-    same = all(here[key] == info[key] for key in here)
+    same = all(here[key] == info[key] for key in ("sha256", "bytes"))
     aside = " (only what stands between its two `notes` lines may be edited)" if name == CARD else ""
     return "" if same else f"is not the file that was written{aside}"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from surgery.errors import MachineError, SettingError, shown
 from surgery.machine.device import LOAD_OVERHEAD, is_out_of_memory, made_on_cpu, note_device
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -227,6 +228,11 @@ def device_for(weights: int) -> torch.device:
     from surgery.machine.offload import ModelSizes
 
     return place_for(ModelSizes((), weights)).device
+
+
+def conditions() -> dict[str, str]:
+    """What a score depends on besides models and settings: this version, the kind of device, and the dtype."""
+    return {"surgery": __version__, "device": device_for(0).type, "dtype": current().dtype}
 
 
 def place_for(sizes: ModelSizes, use: Use = PASSES, beside: int = 0) -> Place:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from surgery.evaluation import probes
 from surgery.evaluation.probes.base import Row
-from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
+from surgery.io.card_text import BASE_HEADING, literal, notes_block, without_markers
 from surgery.io.files import split_card
 from surgery.report.card_healing import healing
 from surgery.report.card_metadata import metadata
@@ -80,14 +80,15 @@ def alternatives(report: dict) -> list[str]:
                 f"{lost['kl']:.3f}",
                 f"{lost['kept']} of {lost['asked']}",
             ]
-        lines.append(f"| {' | '.join([row['option'], format(row['share'], '.0%'), *figures, row['why']])} |")
+        option, why = literal(row["option"]), literal(row["why"])
+        lines.append(f"| {' | '.join([option, format(row['share'], '.0%'), *figures, why])} |")
     told = (
         f"`surgery fit` chose this recipe among what leaves {budget['share']:.0%} of the base's KV cache at "
         f"{budget['context']:,} tokens, or less. The damage is the KL from the base on plain text, and a tenth of "
         "what answers lose that are asked from all over such a text, in nats a token. In the first trial a conversion "
         "reads less calibration text, so that damages of the two trials are not to be compared."
     )
-    told = " ".join([told, *(f"{note[:1].upper()}{note[1:]}." for note in found.get("notes") or [])])
+    told = " ".join([told, *(f"{literal(note[:1].upper() + note[1:])}." for note in found.get("notes") or [])])
     what = "What each option leaves of the cache, and its damage"
     picture = [f"![{what}]({FITTED})"] if FITTED in get(report, "other_files") else []
     return ["\n\n".join([told, "\n".join(lines), *picture])]

@@ -6,6 +6,7 @@ import shlex
 
 from surgery.errors import all_of
 from surgery.healing import losses
+from surgery.io.card_text import literal
 from surgery.operations.sparse_prefill.prompt_share import NEARLY_ALL
 
 CURVE = "healing/loss.png"  # the picture that `surgery heal` draws
@@ -107,9 +108,9 @@ def _how(record: dict) -> list[str]:
     if data.get("rows") and (rounds := record["tokens"] / (data["rows"] * settings["length"])) > 1.5:
         lines.append(f"It read these texts {rounds:.1f} times")
     for earlier in reversed(record.get("earlier") or []):
-        earlier_settings = earlier["settings"]
+        earlier_settings, text = earlier["settings"], str((earlier.get("data") or {}).get("data"))
         lines.append(
-            f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
+            f"Before that it was trained on {earlier['tokens']:,} tokens of {literal(text)} "
             f"({earlier_settings['method']}, {losses.written(earlier_settings['loss'])})"
         )
     if settings.get("keep_adapter"):
@@ -132,7 +133,7 @@ def _how(record: dict) -> list[str]:
 def _texts(data: dict) -> str:
     """The texts of a training, each with its hash and length."""
     each = [
-        f"{text.get('data')} (sha256 `{str(text.get('sha256'))[:12]}`, {text.get('tokens', 0):,} tokens)"
+        f"{literal(str(text.get('data')))} (sha256 `{str(text.get('sha256'))[:12]}`, {text.get('tokens', 0):,} tokens)"
         for text in data.get("sources") or [data]
     ]
     return all_of(each)

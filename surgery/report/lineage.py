@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,14 +13,15 @@ from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes import main
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
-from surgery.io.files import published, read_json, write_json
-from surgery.io.identity import stable_config
+from surgery.io.files import published, read_json
+from surgery.io.identity import CONFIGS, as_written, stable_config
 from surgery.io.manifest import model_differences
 from surgery.io.model_in_memory import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 from surgery.report.report import FILE, Report
 from surgery.report.reproduction import differing_config
 
+SAYS_NOTHING = ("architectures", "use_cache", "_from_model_config")  # keys of a config that change no score
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
 
@@ -37,7 +39,7 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
     if reason := unrecordable(report.data, base, probe, result):
         return reason
     if report.folder and (changed := model_differences(report.folder, report.data)):
-        return f"the model is not the one in {FILE}: {changed[0]}"
+        return f"the folder is not as {FILE} describes it: {changed[0]}"
     if probe.main:
         report.record_evaluation(result)
     else:
@@ -139,22 +141,28 @@ def another_base(record: dict, base: object) -> str:
         return "it was made by an earlier version, which knew a base by the times of its files"
     try:
         same = Checkpoint(source.path).fingerprint() == recorded["fingerprint"]
+        if same and _is_converted(source.path, record.get("history") or []):
+            return f"the base that was named is itself a converted model; its base is {recorded.get('name')}"
+        keys = _differing_configs(recorded, source.path) if same else []
     except SurgeryError as error:
         return f"the base cannot be compared with the one it was made from ({error.what})"
-    if same and _is_converted(source.path, record.get("history") or []):
-        return f"the base that was named is itself a converted model; its base is {recorded.get('name')}"
-    if same and (keys := _differing_config(recorded.get("config"), source.path)):
+    if keys:
         return f"the config of this base differs from that of the one it was made from ({', '.join(keys)})"
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
 
 
-def _differing_config(recorded: object, folder: Path) -> list[str]:
-    """Keys in which the config of a base differs from the recorded one; [] if none was recorded."""
-    if not isinstance(recorded, dict) or recorded == stable_config(folder):
-        return []
-    with TemporaryDirectory(prefix="surgery-") as temporary:  # so that a key left out has this version's default
-        write_json(Path(temporary) / "config.json", recorded)
-        return differing_config(Path(temporary), folder)
+def _differing_configs(recorded: dict, folder: Path) -> list[str]:
+    """Keys in which the configs of a base differ from those in its record; those that were not recorded do not."""
+    config, generation, found = recorded.get("config"), recorded.get("generation_config"), []
+    if isinstance(config, dict) and config != stable_config(folder):
+        with TemporaryDirectory(prefix="surgery-") as temporary:  # so that a key left out has this version's default
+            (Path(temporary) / CONFIGS[0]).write_text(json.dumps(as_written(config)), encoding="utf-8")
+            found = [key for key in differing_config(Path(temporary), folder) if key not in SAYS_NOTHING]
+    if isinstance(generation, dict):
+        now = stable_config(folder, CONFIGS[1])
+        keys = sorted({*generation, *now} - {*SAYS_NOTHING})
+        found += [f"{key} of {CONFIGS[1]}" for key in keys if generation.get(key) != now.get(key)]
+    return found
 
 
 def another_origin(record: dict, base: object) -> str:

@@ -26,10 +26,10 @@ from surgery.io.files import (
     write_text,
 )
 from surgery.io.hub_errors import folders
-from surgery.io.identity import stable_config
+from surgery.io.identity import CONFIGS, stable_config
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.io.printing import Block, Printed
-from surgery.machine.placement import AUTO
+from surgery.machine.placement import conditions
 from surgery.operations import third_party
 from surgery.operations.base import NATIVE, SURGICAL
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
 FORMAT, FILE = 1, "surgery.json"
+SCORED_IN = "scored_in"  # key of the conditions under which a score was measured
 MEASURED_IN = "measured_in"  # key of device and dtype in which the model was measured, if not the CPU and its own
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 # Keys that every surgery.json must have, with the type of each value.
@@ -215,6 +216,9 @@ class Report(Printed):
 
     def record_evaluation(self, result: dict) -> None:
         """Record a score and compare it with the recipe's gate. `result` is `to_dict()` of the main probe's result."""
+        self._record_scores({SCORED_IN: conditions()} | result)
+
+    def _record_scores(self, result: dict) -> None:
         from surgery.report.gate import gate
 
         self.data["evaluation"] = result
@@ -224,7 +228,8 @@ class Report(Printed):
 
     def record_probe(self, name: str, result: dict) -> None:
         """Record a further probe (`to_dict()` of its result) next to the main probe, and compare with the gate."""
-        self.record_evaluation((self.data["evaluation"] or {}) | {name: without_cases(result)})
+        scored = without_cases(result) | {SCORED_IN: conditions()}
+        self._record_scores((self.data["evaluation"] or {}) | {name: scored})
 
     def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
         """Raise the fault that the report records: a failed check, otherwise a failed gate.
@@ -383,6 +388,7 @@ def new_report(
             "composite": plan.before.composite is not None,
             "fingerprint": fingerprint,
             "config": stable_config(source.path) if fingerprint else None,
+            "generation_config": stable_config(source.path, CONFIGS[1]) if fingerprint else None,
             "note": source.note,
         },
         "recipe": published_recipe(plan.recipe.identity()),
@@ -400,12 +406,6 @@ def new_report(
         "gate": {"status": "not run", "limits": plan.recipe.evaluate.limits if plan.recipe.evaluate else {}},
         "history": [],
     }
-
-
-def measured_dtype(data: dict) -> str:
-    """The dtype in which the model of a record was measured; "auto": that of its weights."""
-    measured_in = data.get(MEASURED_IN)
-    return str(measured_in.get("dtype", AUTO)) if isinstance(measured_in, dict) else AUTO
 
 
 def history_of(base: Path) -> list[dict]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.evaluation.paired import finite
 from surgery.io.files import sha256
-from surgery.io.identity import UNSTABLE
+from surgery.io.identity import stable
 from surgery.io.loading import read_config
 from surgery.io.printing import Block, Printed, Table, count
 from surgery.io.safetensors import TORCH_NAMES, Checkpoint
@@ -121,9 +121,8 @@ def differing_code(record: dict, again: Path) -> list[str]:
 
 def differing_config(out: Path, again: Path) -> list[str]:
     """Keys of the config that differ between two folders; one that is not written has its default."""
-    old, new = (read_config(folder).to_dict() for folder in (out, again))
-    keys = [key for key in sorted({*old, *new}) if key not in UNSTABLE]
-    return [key for key in keys if old.get(key) != new.get(key)]
+    old, new = (stable(read_config(folder).to_dict()) for folder in (out, again))
+    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def differing_tensors(out: Path, again: Path) -> list[TensorDifference]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
     from surgery.machine.progress import Progress
 
-TRIED = "surgery-sweep-"  # begins the names of folders for weights that are not kept
+TRIED, OUT = "surgery-sweep-", "out"  # names of folders for weights that are not kept begin so, and what is in them
 OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 
@@ -152,16 +153,23 @@ def _texts(data: object) -> Iterator[str]:
         yield data
 
 
+def _is_left(folder: Path) -> bool:
+    """Whether this is what a try leaves if it is killed: a name that `tempfile` makes, and nothing else inside."""
+    if not re.fullmatch(rf"{TRIED}[a-z0-9_]{{8}}", folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(each.name.startswith(OUT) for each in folder.iterdir())
+
+
 def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Progress | None):
     """What opens a try: a context in which its folder exists, inside a new one that is removed afterwards."""
 
     @contextmanager
     def opened() -> Iterator[Path]:
         said = renamed(progress, f"converting with {name}")
-        for left in folder.glob(f"{TRIED}*"):  # by a run that was killed; this one has the folder for itself
+        for left in filter(_is_left, folder.glob(f"{TRIED}*")):  # this run has the folder for itself
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=TRIED, dir=folder) as temporary:
-            out = Path(temporary) / "out"
+            out = Path(temporary) / OUT
             convert_only(recipe, model, out, said)
             yield out
 

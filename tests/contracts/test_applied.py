@@ -126,6 +126,21 @@ def test_a_hook_from_before_can_be_removed_after_the_block(kept):
     assert len(ran) == 2, "no hook is left"
 
 
+def test_an_output_that_a_hook_keeps_is_left_alone(kept):
+    """It is a dict whose class refuses to be filled."""
+    model = TINY["llama"]().eval()
+    handle = model.register_forward_hook(lambda module, _, output: setattr(module, "last", output))
+    model(TOKENS)
+    last, same = model.last, kept(model)
+    model.last = last
+    with surgery.applied("gqa", model, method="mean", kv_heads=1):
+        pass
+    assert model.last is last
+    assert last.logits is not None
+    same()
+    handle.remove()
+
+
 def test_blocks_may_be_nested(kept):
     model = TINY["llama"]().eval()
     outside = kept(model)

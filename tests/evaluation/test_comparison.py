@@ -430,20 +430,76 @@ def test_scores_of_a_model_that_was_changed_since_are_not_taken(made, model, tex
     models = [out, made / "merged"]
     found = package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
     assert found.taken[str(out)] == []
-    assert f"scored: nothing is taken from its surgery.json, which describes another model: {changed} is" in str(found)
+    why = f"scored: nothing is taken from its surgery.json, since its folder is not as that describes it: {changed} is"
+    assert why in str(found)
     alone = package.evaluate(out, model, text=str(text), windows=2, length=64)
     assert found.to_dict()["rows"][1]["loss 512"] == alone["out"]["cross_entropy"]
 
 
-@pytest.mark.parametrize("fact", [{"surgery_version": "0.0.1"}, {"measured_in": {"device": "cuda"}}])
-def test_scores_of_another_version_or_device_are_not_taken(made, model, text, fact):
+@pytest.mark.parametrize("fact", [{"surgery": "0.0.1"}, {"device": "cuda"}, {"dtype": "bfloat16"}, None])
+def test_scores_of_another_version_or_device_are_not_taken(scored, made, model, text, fact):
+    evaluation = json.loads((scored / "surgery.json").read_text())["evaluation"]
+    known = evaluation.pop("scored_in")
+    assert known == {"surgery": package.__version__, "device": "cpu", "dtype": "auto"}
+    edit_record(scored, evaluation=evaluation | ({"scored_in": known | fact} if fact else {}))
+    found = package.compare([scored, made / "merged"], model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert found.taken[str(scored)] == []
+
+
+@pytest.fixture
+def scored(made, model, text):
+    """A conversion with the scores that `compare` asks for, and a generation config."""
     recipe = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
     recipe |= {"evaluate": {"text": str(text), "windows": 2, "length": 64}}
     package.apply(recipe, model, output=made / "scored", check=False, gate=False)
-    edit_record(made / "scored", **fact)
-    models = [made / "scored", made / "merged"]
-    found = package.compare(models, model, folder=made / "c", text=str(text), only=["loss-512"])
-    assert found.taken[str(made / "scored")] == []
+    return made / "scored"
+
+
+def linked(folder):
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.json")]:
+        target = folder.parent / f"blob-{file.name}"
+        file.rename(target)
+        file.symlink_to(target)
+
+
+def saved_again(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0"}))
+
+
+def with_other_files(folder):
+    for name in ("model.gguf", "checkpoint-3/model.safetensors", "runs/x.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"of a trainer")
+
+
+@pytest.mark.parametrize("change", [linked, saved_again, with_other_files])
+def test_scores_are_taken_where_the_model_is_the_same(scored, made, model, text, change):
+    change(scored)
+    found = package.compare([scored, made / "merged"], model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert found.taken[str(scored)] == ["loss-512"]
+    assert "nothing is taken" not in str(found)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "adapter_model.safetensors"])
+def test_scores_are_not_taken_where_a_file_was_added_that_is_loaded(scored, made, model, text, name):
+    (scored / "generation_config.json").unlink(missing_ok=True)
+    files = json.loads((scored / "surgery.json").read_text())["other_files"]
+    files.pop("generation_config.json", None)
+    edit_record(scored, other_files=files)
+    (scored / name).write_text('{"repetition_penalty": 9.0}')
+    found = package.compare([scored, made / "merged"], model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert found.taken[str(scored)] == []
+    assert f"{name} was added" in str(found)
+
+
+def test_weights_are_read_once(scored, made, model, text, monkeypatch):
+    from surgery.io.files import sha256
+
+    read = []
+    monkeypatch.setattr(running, "sha256", lambda path: (read.append(path.name), sha256(path))[1])
+    package.compare([scored, made / "merged"], model, folder=made / "c", text=str(text), only=["loss-512"])
+    assert read.count("model.safetensors") == 2, "once for each model"
 
 
 def test_scores_beside_an_intermediate_model_are_not_taken(made, model, text):
@@ -731,10 +787,14 @@ def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "mine").write_text("kept")
     (tmp_path / "s" / "surgery-sweep-abcdefgh" / "out").mkdir(parents=True)  # of a sweep that was killed
+    for name in ("surgery-sweep-results", "surgery-sweep-0thesis"):
+        (tmp_path / "s" / name).mkdir()
+        (tmp_path / "s" / name / "mine").write_text("kept")
     options = {"folder": tmp_path / "s", "text": str(text), "only": ["cache"]}
     package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
-    assert names == ["compare.json", "weights", "weights-of-last-year"]
+    own = ["surgery-sweep-0thesis", "surgery-sweep-results", "weights", "weights-of-last-year"]
+    assert names == ["compare.json", *own]
 
 
 def test_a_sweep_goes_on_and_refuses_before_it_converts(surgery, model, text, tmp_path, monkeypatch):

@@ -72,7 +72,9 @@ def test_the_first_score_of_a_probe_comes_into_the_card(report, tiny):
     probe = make("needles", {"length": 64, "cases": 4})
     assert record_score(report, str(tiny), probe, NEEDLES) == ""
     saved = Report.of(report.folder).data
-    assert saved["evaluation"] == SCORE | {"needles": {k: v for k, v in NEEDLES.items() if k != "cases"}}
+    needles = {k: v for k, v in NEEDLES.items() if k != "cases"}
+    needles["scored_in"] = {"surgery": surgery.__version__, "device": "cpu", "dtype": "auto"}
+    assert saved["evaluation"] == SCORE | {"needles": needles}
     assert saved["gate"]["status"] == "passed", "the gate asks for max_kl"
     card = (report.folder / "README.md").read_text(encoding="utf-8")
     assert "no longer copies from its prompt: 0 of 4 hidden passkeys found; the base finds 4." in card
@@ -84,7 +86,8 @@ def test_a_score_of_weights_that_were_changed_is_not_recorded(report, tiny):
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"\0\0\0\1")
     reason = record_score(report, str(tiny), probe, NEEDLES)
-    assert reason == "the model is not the one in surgery.json: model.safetensors is not the file that was written"
+    fault = "model.safetensors is not the file that was written"
+    assert reason == f"the folder is not as surgery.json describes it: {fault}"
     assert "needles" not in report.data["evaluation"]
     weights.write_bytes(content)
     assert record_score(report, str(tiny), probe, NEEDLES) == ""
@@ -99,8 +102,37 @@ def test_a_base_with_another_config_is_another_base(report, tiny, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     expected = "the config of this base differs from that of the one it was made from (rms_norm_eps)"
     assert another_base(report.data, other) == expected
+    nested = config | {"rope_scaling": None, "architectures": ["Another"], "use_cache": False}
+    (other / "config.json").write_text(json.dumps(nested))
+    assert another_base(report.data, other) == "", "keys that change no score"
+    generation = json.loads((other / "generation_config.json").read_text())
+    said = {"transformers_version": "5.0.0", "temperature": None} | generation
+    (other / "generation_config.json").write_text(json.dumps(said | {"use_cache": False}))
+    assert another_base(report.data, other) == "", "no value, and a key that changes no score"
+    (other / "generation_config.json").write_text(json.dumps(generation | {"repetition_penalty": 9.0}))
+    assert another_base(report.data, other).endswith("(repetition_penalty of generation_config.json)")
+    (other / "generation_config.json").write_text(json.dumps(generation))
+    (other / "config.json").write_text("{")
+    assert "cannot be compared" in another_base(report.data, other)
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     report.data["base"].pop("config")
     assert another_base(report.data, other) == "", "an earlier version recorded none"
+
+
+def test_a_base_whose_config_holds_infinity(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    limits = {"time_step_limit": [0.0, float("inf")], "inner": {"_name_or_path": "a", "floor": float("-inf")}}
+    (base / "config.json").write_text(json.dumps(config | limits))
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "head_mask", "values": {0: {0: 0.5}}}]}
+    surgery.apply(recipe, str(base), output=tmp_path / "out", check=False, evaluate=False)
+    record = Report.of(tmp_path / "out").data
+    assert another_base(record, base) == ""
+    (base / "config.json").write_text(json.dumps(config | limits | {"inner": {"_name_or_path": "b", "floor": 0.0}}))
+    assert "(inner)" in another_base(record, base)
+    limits["inner"]["_name_or_path"] = "of another machine"
+    (base / "config.json").write_text(json.dumps(config | limits))
+    assert another_base(record, base) == ""
 
 
 def test_what_does_not_belong_there_is_not_recorded(report, tiny, converted):

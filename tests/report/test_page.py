@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 from dataclasses import dataclass
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from test_card import REPORT
 
 import surgery as package
 from surgery.evaluation.conversation import Reply
+from surgery.io.card_text import literal
 from surgery.io.printing import Table
 from surgery.report.card import render_card
 from surgery.report.page import LARGEST, Answers, compared_page, render_page
@@ -110,6 +112,23 @@ def test_words_of_models_and_texts_are_no_markdown():
     card = render_card(report, None)
     assert "[docs](" not in card
     assert "the converted model 1 of 1" in card
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["__init__", "a __b c__ d", "___x___", "_x_ and gqa_2", "a|b", "2*3*4", "*x*", "~~no~~", "&copy; &lt;", "C:\\d\\",
+     "a ` b", "[x](https://e.example)", "<b>", "``", "\\[x]"],
+)  # fmt: skip
+def test_words_are_shown_as_they_are(words):
+    from markdown_it import MarkdownIt
+
+    rendered = MarkdownIt("commonmark").enable("strikethrough").renderInline(f"{literal(words)}.")
+    assert unescape(rendered) == f"{words}."
+
+
+def test_words_keep_their_code_and_stay_in_one_line():
+    assert literal("see `eval [A] <B> __c__`, *x*") == r"see `eval [A] <B> __c__`, \*x\*"
+    assert literal("one\n\n# two") == "one # two"
 
 
 def test_a_record_with_nothing_measured_has_a_page():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,15 @@ from surgery.evaluation.comparison.result import BASE, ROW, Comparison
 from surgery.evaluation.paired import finite
 from surgery.evaluation.probes import REGISTRY, main
 from surgery.evaluation.result import without_cases
-from surgery.io.files import REPORT, write_json
+from surgery.io.files import REPORT, sha256, write_json
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity, tokenizer_identity
 from surgery.io.loading import read_config, read_tokenizer
 from surgery.io.manifest import model_differences
 from surgery.io.output_folder import used_alone
-from surgery.machine.placement import AUTO, CPU, current, device_for, placed
+from surgery.machine.placement import AUTO, conditions, current, device_for, placed
 from surgery.report.lineage import another_base, another_origin, recipe_probe, recorded_base, same_settings
-from surgery.report.report import MEASURED_IN, Report, measured_dtype, versions
+from surgery.report.report import SCORED_IN, Report, versions
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def compare(
         raise SettingError(what, fix="name two or more; of one, `surgery eval MODEL --base BASE` says more")
     if ROW in names:
         raise SettingError(f"a model may not be called {ROW!r}", fix=f"write it as a path: ./{ROW}")
-    folders = {name: resolve(name).path for name in names}
+    folders, digest = {name: resolve(name).path for name in names}, cache(sha256)  # weights are read once
     for name, path in folders.items():
         if [each.resolve() for each in map(folders.get, names)].count(path.resolve()) > 1:
             raise SettingError(f"{name} is named twice", fix="name each model once")
@@ -118,7 +118,7 @@ def compare(
         raise SettingError("no base is named, and no model has a surgery.json that names one", fix="--base MODEL")
     source = resolve(str(base if base is not None else named))
     refuse_strangers(reports, folders, source.path, str(base or named))
-    candidates = _candidates(folders, reports)
+    candidates = _candidates(folders, reports, digest)
     found = measure_all(candidates, source.path, source.name, Path(folder), measures, str(text), progress)
     found.notes += [
         f"{each.shown} has no surgery.json, so that only its tokenizer shows that it belongs to {source.name}"
@@ -129,22 +129,24 @@ def compare(
     return found
 
 
-def _candidates(folders: Mapping[str, Path], reports: Mapping[str, Report | None]) -> list[Candidate]:
+def _candidates(
+    folders: Mapping[str, Path], reports: Mapping[str, Report | None], digest: Callable[[Path], str]
+) -> list[Candidate]:
     """The models of some folders; `folders` and `reports` are those of `refuse_strangers`."""
     shown, candidates = short_names([*folders]), []
     for name, path in folders.items():
         recipe = recorded(report.data) if (report := reports[name]) else None
         opened = partial(nullcontext, path)
-        doubt = _doubt_of(report, path) if report else ""
-        candidates.append(Candidate(name, shown[name], _identity_of(path), opened, report, recipe, doubt))
+        doubt = _doubt_of(report, path, digest) if report else ""
+        candidates.append(Candidate(name, shown[name], _identity_of(path, digest), opened, report, recipe, doubt))
     return candidates
 
 
-def _doubt_of(report: Report, folder: Path) -> str:
+def _doubt_of(report: Report, folder: Path, digest: Callable[[Path], str]) -> str:
     """Why the scores in a record may not be those of the model beside it, or ""."""
-    if report.edited or not (changed := model_differences(folder, report.data)):
+    if report.edited or not (changed := model_differences(folder, report.data, digest=digest)):
         return report.edited
-    return f"nothing is taken from its {REPORT}, which describes another model: {changed[0]}"
+    return f"nothing is taken from its {REPORT}, since its folder is not as that describes it: {changed[0]}"
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -188,9 +190,9 @@ def refuse_strangers(reports: Mapping[str, Report | None], folders: Mapping[str,
         raise ModelMismatchError(first.what, fix="compare models of one base", others=tuple(rest))
 
 
-def _identity_of(folder: Path) -> str:
+def _identity_of(folder: Path, digest: Callable[[Path], str] = sha256) -> str:
     """Changes with the weights, the configs, the code and the tokenizer of a model."""
-    return f"{model_identity(folder)} {tokenizer_identity(read_tokenizer(folder))}"
+    return f"{model_identity(folder, digest)} {tokenizer_identity(read_tokenizer(folder))}"
 
 
 def measure_all(
@@ -219,9 +221,11 @@ def measure_all(
             if finished["identity"] != candidate.identity:
                 finished |= {"identity": candidate.identity, "records": {}, "taken": []}
             records = {m.name: r for m in measures if (r := _usable(finished["records"].get(m.name), m, config, text))}
-            for measure in (each for each in measures if each.name not in records):  # what stands in its surgery.json
+            if left := [measure for measure in measures if measure.name not in records]:
+                scores = _scores_of(candidate, base)  # in its surgery.json
+            for measure in left:
                 finished["taken"] = [name for name in finished["taken"] if name != measure.name]
-                if known := _recorded(candidate, measure, base, text, digest):
+                if known := _recorded(scores, candidate, measure, base, text, digest):
                     records[measure.name] = known | {"asked": _asked(measure, config, text)}
                     finished["taken"].append(measure.name)
             if missing := [measure for measure in measures if measure.name not in records]:
@@ -335,35 +339,34 @@ def _usable(record: object, measure: Measure, config: Any, text: str) -> dict | 
     return record if record.get("asked") == _asked(measure, config, text) else None
 
 
-def _recorded(candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
-    """The record in surgery.json of a measurement with the same settings, base and text; None if there is none."""
+def _scores_of(candidate: Candidate, base: Path) -> dict:
+    """The evaluation in the surgery.json of a model, if it is of this model and this base; else {}."""
     if candidate.report is None or candidate.doubt:
+        return {}
+    evaluation = candidate.report.data.get("evaluation")
+    if not isinstance(evaluation, dict) or evaluation.get("status") != "done":
+        return {}
+    # Of a second surgery, the scores are beside the model that it began from.
+    return {} if another_base(candidate.report.data, base) else evaluation
+
+
+def _recorded(scores: dict, candidate: Candidate, measure: Measure, base: Path, text: str, digest: str) -> dict | None:
+    """The recorded result of a measurement with the same settings, text, version and way to measure, or None."""
+    if not scores or not measure.probe or candidate.report is None:
         return None
-    data = candidate.report.data
-    if measured_dtype(data) != current().dtype or _device_of(data) != device_for(0).type:
-        return None
-    if data.get("surgery_version") != __version__:  # another version may ask otherwise
-        return None
-    evaluation = data.get("evaluation")
-    if not measure.probe or not evaluation or evaluation.get("status") != "done" or another_base(data, base):
-        return None  # of a second surgery, the scores are beside the model that it began from
     probe = measure.for_model(read_config(base), text)
-    asked = recipe_probe(data, type(probe))
+    asked = recipe_probe(candidate.report.data, type(probe))
     if asked is None or not same_settings(asked, probe):
         return None
-    record = evaluation if type(probe) is main() else evaluation.get(probe.name)
+    record = scores if type(probe) is main() else scores.get(probe.name)
     if not record or record.get("status") != "done" or not record.get(BASE):
+        return None
+    if record.get(SCORED_IN, scores.get(SCORED_IN)) != conditions():  # they decide prompts, or the last digits
         return None
     read = record.get("text") or (record.get("settings") or {}).get("text")
     if read and read.get("sha256") != digest[: len(str(read.get("sha256")))]:
         return None
-    return {key: value for key, value in record.items() if key not in _other_probes(probe)}
-
-
-def _device_of(data: dict) -> str:
-    """The kind of device on which the model of a record was measured."""
-    measured_in = data.get(MEASURED_IN)
-    return str(measured_in.get("device", CPU)) if isinstance(measured_in, dict) else CPU
+    return {key: value for key, value in record.items() if key not in (*_other_probes(probe), SCORED_IN)}
 
 
 def _other_probes(probe: Any) -> set[str]:
