@@ -31,7 +31,8 @@ from surgery.machine.placement import AUTO, current, measured_in_place
 from surgery.machine.progress import begin
 from surgery.operations.base import SURGICAL, ApplyContext
 from surgery.operations.rewrite import checked_record, rewrite_steps
-from surgery.report.report import MEASURED_IN, Report, history_of, new_report
+from surgery.report.lineage import history_of
+from surgery.report.report import MEASURED_IN, Report, new_report
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Recipe

@@ -11,8 +11,8 @@ from surgery.io.model_folder import refuse_links_out
 from surgery.io.model_in_memory import DONE, origin_folder, weights_version
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.machine.transformers_logging import quiet_transformers
-from surgery.report.lineage import heads_of, refuse_another
-from surgery.report.report import NOTICES, Report, history_of
+from surgery.report.lineage import heads_of, history_of, refuse_another
+from surgery.report.report import NOTICES, Report
 
 
 def note_origin(report: Report, model, was: str) -> None:

@@ -12,13 +12,12 @@ from surgery.data.haystack import chat_prompt
 from surgery.errors import SettingError
 from surgery.evaluation.answers import end_tokens
 from surgery.evaluation.benchmark.run import cache_bytes
+from surgery.io.identity import SAMPLED
 from surgery.io.loading import loaded, read_config, read_tokenizer
 from surgery.io.printing import byte_size, count
 
 if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
-
-SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from surgery.evaluation.probes.base import UNASKED, Probe, Progress
 from surgery.evaluation.probes.settings import requested_probes, unknown_items
 from surgery.evaluation.result import without_cases
 from surgery.io.model_in_memory import weights_version
-from surgery.machine.placement import AUTO, current
+from surgery.machine.placement import AUTO, conditions, current
 from surgery.report.lineage import recipe_probe, same_settings
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def evaluate_in_memory(
         asked = requested_probes(report.data["recipe"].get("evaluate") or {})
         refuse_unknown_items(asked, report.data["gate"]["limits"])
         result: Result = _measure_all(asked, model, base, **options)
-        report.record_evaluation(result.to_dict())
+        report.record_evaluation(result.to_dict(), conditions(model))
     else:
         _refuse_other_settings(report.data, probe)
         if not probe.main and (measured or {}).get("status") != "done":
@@ -104,9 +104,9 @@ def evaluate_in_memory(
             )
         result = probe.measure(model, base, **options)
         if probe.main:
-            report.record_evaluation(result.to_dict())
+            report.record_evaluation(result.to_dict(), conditions(model))
         else:
-            report.record_probe(probe.name, result.to_dict())
+            report.record_probe(probe.name, result.to_dict(), conditions(model))
     if listener := SCORE_LISTENERS.get(model):
         listener(report.data)
     report.data["in_memory"] = (report.data.get("in_memory") or {}) | {"scored": weights_version(model)}

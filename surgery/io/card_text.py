@@ -45,7 +45,7 @@ def literal(words: str) -> str:
 
     What stands between backticks stays code.
     """
-    line = re.sub(r"\s*\n\s*", " ", words)
+    line = re.sub(r"\s*[\r\n]\s*", " ", words)
     return _MARKUP.sub(lambda found: found[0] if found["code"] else f"\\{found[0]}", line)
 
 

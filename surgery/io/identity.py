@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from surgery.io.earlier_keys import with_earlier_keys
 from surgery.io.files import read_json, sha256
 from surgery.io.safetensors import Checkpoint
 
 CONFIGS = ("config.json", "generation_config.json")
 # Keys of a config, at any depth, that follow from the machine, and not from the model.
 UNSTABLE = ("transformers_version", "_name_or_path", "_commit_hash")
+# Keys of a generation config that belong to drawing at random.
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 NOT_FINITE = "__not_finite__"  # key of what stands for infinity or NaN, which JSON does not have
 PADDING = ("padding", "truncation")  # what a call of a tokenizer leaves in it
 
@@ -55,9 +58,11 @@ def as_written(value: Any) -> Any:
 
 
 def stable_hash(file: Path) -> str:
-    """A hash of what a config says; of its bytes where it is no JSON."""
+    """A hash of what a config says, in whatever version's spelling; of its bytes where it is no JSON."""
     try:
-        words = json.dumps(stable(json.loads(file.read_text(encoding="utf-8"))), sort_keys=True)
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = with_earlier_keys(config) if isinstance(config, dict) and file.name == CONFIGS[0] else config
+        words = json.dumps(stable(config), sort_keys=True)
     except (ValueError, RecursionError):
         return sha256(file)
     return hashlib.sha256(words.encode()).hexdigest()

@@ -32,7 +32,7 @@ UNLISTED = (
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what `write_text` leaves if it is killed
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 COMPUTES = (*CONFIGS, "*.py")  # what a model computes follows from these and from its weights
-LOADED = (".safetensors", ".bin")  # weights that Transformers finds in a folder
+LOADED = ("model*.safetensors", "adapter_model.*", "adapter_config.json")  # files that Transformers looks for
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -152,10 +152,11 @@ def model_differences(
         for name, info in (record.get("other_files") or {}).items()
         if any(fnmatch(name, pattern) for pattern in COMPUTES)
     }
-    faults = ((name, _content_fault(folder, name, info, digest)) for name, info in known.items())
-    found = [f"{name} {fault}" for name, fault in faults if fault and name not in leave_out]
+    asked = (name for name in known if name not in leave_out and ("/" not in name or _outside(name)))
+    faults = ((name, _content_fault(folder, name, known[name], digest)) for name in asked)
+    found = [f"{name} {fault}" for name, fault in faults if fault]
     more = [name for name in added(folder, record) if "/" not in name and name not in leave_out]
-    return found + [f"{name} was added" for name in more if name.endswith(LOADED) or name in CONFIGS]
+    return found + [f"{name} was added" for name in more if _is_loaded(folder / name)]
 
 
 def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) -> None:
@@ -172,6 +173,15 @@ def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) 
     if what:
         fix = f"run `surgery check {shlex.quote(str(folder))}`"
         raise SurgeryError(what, where=str(folder), fix=fix, code="unchecked-output")
+
+
+def _is_loaded(file: Path) -> bool:
+    """Whether Transformers loads a file that was added, and this says more than config.json."""
+    if file.name == CONFIGS[1]:
+        with suppress(OSError, ValueError, AttributeError):
+            return not json.loads(file.read_text(encoding="utf-8")).get("_from_model_config")
+        return True
+    return any(fnmatch(file.name, pattern) for pattern in LOADED)
 
 
 def _outside(name: str) -> bool:

@@ -230,9 +230,10 @@ def device_for(weights: int) -> torch.device:
     return place_for(ModelSizes((), weights)).device
 
 
-def conditions() -> dict[str, str]:
-    """What a score depends on besides models and settings: this version, the kind of device, and the dtype."""
-    return {"surgery": __version__, "device": device_for(0).type, "dtype": current().dtype}
+def conditions(model: Any = None) -> dict[str, str]:
+    """What scores depend on besides settings: this version, device and dtype, of a loaded model or of this run."""
+    device, dtype = (device_for(0), current().dtype) if model is None else (model.device, model.dtype)
+    return {"surgery": __version__, "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def place_for(sizes: ModelSizes, use: Use = PASSES, beside: int = 0) -> Place:

@@ -13,15 +13,19 @@ from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes import main
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
-from surgery.io.files import published, read_json
-from surgery.io.identity import CONFIGS, as_written, stable_config
+from surgery.io.files import json_fault, published, read_json
+from surgery.io.identity import CONFIGS, SAMPLED, as_written, stable_config
 from surgery.io.manifest import model_differences
 from surgery.io.model_in_memory import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
-from surgery.report.report import FILE, Report
+from surgery.machine.placement import conditions
+from surgery.report.report import FILE, SCORED_IN, Report
 from surgery.report.reproduction import differing_config
 
-SAYS_NOTHING = ("architectures", "use_cache", "_from_model_config")  # keys of a config that change no score
+SAYS_NOTHING = ("architectures", "use_cache")  # keys of a config that change no score
+TOKENS = ("eos_token_id",)
+# Keys of a generation config that greedy answers of a set length do not follow from.
+NOT_GREEDY = (*SAMPLED, "do_sample", "num_beams", "max_length", "max_new_tokens", "use_cache", "_from_model_config")
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
 
@@ -38,6 +42,8 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
     """
     if reason := unrecordable(report.data, base, probe, result):
         return reason
+    if report.folder and (report.folder / FILE).is_symlink():
+        return "its folder is a copy of what is on the Hub, and stays as it is"
     if report.folder and (changed := model_differences(report.folder, report.data)):
         return f"the folder is not as {FILE} describes it: {changed[0]}"
     if probe.main:
@@ -46,6 +52,8 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
         recorded = report.data["evaluation"].get(probe.name) or {}
         joined = probe.joined(recorded, result) if recorded.get("status") == "done" else None
         report.record_probe(probe.name, joined or result)
+        if joined and recorded.get(SCORED_IN) != conditions():  # the tasks were measured in two ways
+            del report.data["evaluation"][probe.name][SCORED_IN]
     report.save()
     return ""
 
@@ -159,10 +167,26 @@ def _differing_configs(recorded: dict, folder: Path) -> list[str]:
             (Path(temporary) / CONFIGS[0]).write_text(json.dumps(as_written(config)), encoding="utf-8")
             found = [key for key in differing_config(Path(temporary), folder) if key not in SAYS_NOTHING]
     if isinstance(generation, dict):
-        now = stable_config(folder, CONFIGS[1])
-        keys = sorted({*generation, *now} - {*SAYS_NOTHING})
-        found += [f"{key} of {CONFIGS[1]}" for key in keys if generation.get(key) != now.get(key)]
+        present = stable_config(folder, CONFIGS[1])
+        then, now = (_generation(each, stable_config(folder)) for each in (generation, present))
+        found += [f"{key} of {CONFIGS[1]}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return found
+
+
+def _generation(config: dict, of_model: dict) -> dict:
+    """What a generation config says that greedy answers follow from, without values that change nothing.
+
+    Args:
+        config: the generation config; {} if there is none.
+        of_model: config.json, from which Transformers takes tokens that `config` does not name.
+    """
+    said = {key: value for key, value in config.items() if value is not None}
+    said = {key: of_model.get(key) for key in TOKENS} | said
+    return {
+        key: value
+        for key, value in said.items()
+        if key not in NOT_GREEDY and (key in TOKENS or value not in (None, False, 0, 1))
+    }
 
 
 def another_origin(record: dict, base: object) -> str:
@@ -188,6 +212,31 @@ def _is_converted(folder: Path, history: list[dict]) -> bool:
     except (OSError, SurgeryError):
         return False
     return all(own.get("plan_hash") != each.get("plan_hash") for each in history)
+
+
+def history_of(base: Path) -> list[dict]:
+    """Earlier surgeries of this base, oldest first."""
+    if not (base / FILE).is_file():
+        return []
+    try:
+        record = read_json(base / FILE)
+    except SurgeryError:
+        return []
+    earlier = record.pop("history", [])
+    if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
+        return []
+    if json_fault([*earlier, record]):  # an earlier version wrote NaN into it
+        return []
+    for name in (
+        "other_files",
+        "record_sha256",
+        "timing",
+        "repository",
+        "owner_notes",
+        "exports",
+    ):  # these describe another folder or run
+        record.pop(name, None)
+    return [*earlier, record]
 
 
 def recorded_base(data: dict) -> str | None:

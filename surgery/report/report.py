@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -214,9 +215,14 @@ class Report(Printed):
             fix = "give it as surgery made it; notes of yours are plain data: text, finite numbers, lists, dicts"
             raise RecordError(f"this report cannot be written: {fault}", fix=fix)
 
-    def record_evaluation(self, result: dict) -> None:
-        """Record a score and compare it with the recipe's gate. `result` is `to_dict()` of the main probe's result."""
-        self._record_scores({SCORED_IN: conditions()} | result)
+    def record_evaluation(self, result: dict, scored_in: dict[str, str] | None = None) -> None:
+        """Record a score and compare it with the recipe's gate.
+
+        Args:
+            result: `to_dict()` of the main probe's result.
+            scored_in: how it was measured (default: `conditions()` of this run).
+        """
+        self._record_scores({SCORED_IN: scored_in or conditions()} | result)
 
     def _record_scores(self, result: dict) -> None:
         from surgery.report.gate import gate
@@ -226,9 +232,9 @@ class Report(Printed):
             status, reasons = gate(result, limits)
             self.data["gate"] |= {"status": status, "reasons": reasons}
 
-    def record_probe(self, name: str, result: dict) -> None:
+    def record_probe(self, name: str, result: dict, scored_in: dict[str, str] | None = None) -> None:
         """Record a further probe (`to_dict()` of its result) next to the main probe, and compare with the gate."""
-        scored = without_cases(result) | {SCORED_IN: conditions()}
+        scored = without_cases(result) | {SCORED_IN: scored_in or conditions()}
         self._record_scores((self.data["evaluation"] or {}) | {name: scored})
 
     def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
@@ -388,7 +394,7 @@ def new_report(
             "composite": plan.before.composite is not None,
             "fingerprint": fingerprint,
             "config": stable_config(source.path) if fingerprint else None,
-            "generation_config": stable_config(source.path, CONFIGS[1]) if fingerprint else None,
+            "generation_config": _generation(source.path) if fingerprint else None,
             "note": source.note,
         },
         "recipe": published_recipe(plan.recipe.identity()),
@@ -408,29 +414,11 @@ def new_report(
     }
 
 
-def history_of(base: Path) -> list[dict]:
-    """Earlier surgeries of this base, oldest first."""
-    if not (base / FILE).is_file():
-        return []
-    try:
-        record = read_json(base / FILE)
-    except SurgeryError:
-        return []
-    earlier = record.pop("history", [])
-    if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
-        return []
-    if json_fault([*earlier, record]):  # an earlier version wrote NaN into it
-        return []
-    for name in (
-        "other_files",
-        "record_sha256",
-        "timing",
-        "repository",
-        "owner_notes",
-        "exports",
-    ):  # these describe another folder or run
-        record.pop(name, None)
-    return [*earlier, record]
+def _generation(base: Path) -> dict | None:
+    """The generation config of a base; None where it cannot be read, of which Transformers makes nothing."""
+    with suppress(SurgeryError):
+        return stable_config(base, CONFIGS[1])
+    return None
 
 
 def versions(ops: Iterable[str] = ()) -> dict[str, str]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from surgery.evaluation.comparison.result import Comparison
     from surgery.machine.progress import Progress
 
-TRIED, OUT = "surgery-sweep-", "out"  # names of folders for weights that are not kept begin so, and what is in them
+TRIED, OUT = ".surgery-try-", "out"  # how names of folders for weights that are not kept begin, and what they hold
 OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 
@@ -154,10 +154,11 @@ def _texts(data: object) -> Iterator[str]:
 
 
 def _is_left(folder: Path) -> bool:
-    """Whether this is what a try leaves if it is killed: a name that `tempfile` makes, and nothing else inside."""
-    if not re.fullmatch(rf"{TRIED}[a-z0-9_]{{8}}", folder.name) or folder.is_symlink() or not folder.is_dir():
+    """Whether this is what a try leaves if it is killed, and holds nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
         return False
-    return all(each.name.startswith(OUT) for each in folder.iterdir())
+    known = re.compile(rf"{OUT}(\.\w+)?|\.{OUT}\.lock")
+    return all(known.fullmatch(each.name) for each in folder.iterdir())
 
 
 def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Progress | None):

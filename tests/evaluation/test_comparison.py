@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -463,12 +465,16 @@ def linked(folder):
 
 
 def saved_again(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0"}))
+    from transformers import AutoModelForCausalLM
+
+    before = (folder / "config.json").read_bytes()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / "config.json").read_bytes() != before
 
 
 def with_other_files(folder):
-    for name in ("model.gguf", "checkpoint-3/model.safetensors", "runs/x.pt"):
+    names = "model.gguf", "checkpoint-3/model.safetensors", "runs/x.pt", "scheduler.bin", "consolidated.safetensors"
+    for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"of a trainer")
 
@@ -782,19 +788,31 @@ def test_a_sweep_with_more_values_measures_those_alone(surgery, model, text, mon
     assert [row["model"] for row in more["rows"]] == ["the base", "window=3", "window=9", "window=12"]
 
 
+def killed(folder):
+    """What a try leaves whose process is killed while it converts."""
+    from surgery.io.output_folder import OutputFolder
+
+    folder.mkdir()
+    if not (process := os.fork()):
+        with OutputFolder(folder / "out", None, "x").opened(1):
+            (folder / "out.partial" / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert sorted(each.name for each in folder.iterdir()) == [".out.lock", "out.partial"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed in the middle")
 def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
     for name in ("weights", "weights-of-last-year"):
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "mine").write_text("kept")
-    (tmp_path / "s" / "surgery-sweep-abcdefgh" / "out").mkdir(parents=True)  # of a sweep that was killed
-    for name in ("surgery-sweep-results", "surgery-sweep-0thesis"):
-        (tmp_path / "s" / name).mkdir()
-        (tmp_path / "s" / name / "mine").write_text("kept")
+    killed(tmp_path / "s" / ".surgery-try-abcdefgh")
+    (tmp_path / "s" / ".surgery-try-mine").mkdir()
+    (tmp_path / "s" / ".surgery-try-mine" / "outputs").write_text("kept")
     options = {"folder": tmp_path / "s", "text": str(text), "only": ["cache"]}
     package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
-    own = ["surgery-sweep-0thesis", "surgery-sweep-results", "weights", "weights-of-last-year"]
-    assert names == ["compare.json", *own]
+    assert names == [".surgery-try-mine", "compare.json", "weights", "weights-of-last-year"]
 
 
 def test_a_sweep_goes_on_and_refuses_before_it_converts(surgery, model, text, tmp_path, monkeypatch):

@@ -106,9 +106,13 @@ def test_a_base_with_another_config_is_another_base(report, tiny, tmp_path):
     (other / "config.json").write_text(json.dumps(nested))
     assert another_base(report.data, other) == "", "keys that change no score"
     generation = json.loads((other / "generation_config.json").read_text())
-    said = {"transformers_version": "5.0.0", "temperature": None} | generation
-    (other / "generation_config.json").write_text(json.dumps(said | {"use_cache": False}))
-    assert another_base(report.data, other) == "", "no value, and a key that changes no score"
+    said = {"transformers_version": "5.0.0", "top_p": None, "num_beams": 1, "repetition_penalty": 1.0} | generation
+    (other / "generation_config.json").write_text(json.dumps(said | {"use_cache": False, "temperature": 0.2}))
+    assert another_base(report.data, other) == "", "no value, defaults, and keys that change no score"
+    (other / "generation_config.json").unlink()
+    assert another_base(report.data, other) == "", "it was made of config.json"
+    (other / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 7}))
+    assert another_base(report.data, other).endswith("(eos_token_id of generation_config.json)")
     (other / "generation_config.json").write_text(json.dumps(generation | {"repetition_penalty": 9.0}))
     assert another_base(report.data, other).endswith("(repetition_penalty of generation_config.json)")
     (other / "generation_config.json").write_text(json.dumps(generation))
@@ -117,6 +121,29 @@ def test_a_base_with_another_config_is_another_base(report, tiny, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     report.data["base"].pop("config")
     assert another_base(report.data, other) == "", "an earlier version recorded none"
+
+
+def test_a_base_whose_generation_config_is_no_json_is_converted(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "generation_config.json").write_text("{")
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "head_mask", "values": {0: {0: 0.5}}}]}
+    surgery.apply(recipe, str(base), output=tmp_path / "out", check=False, evaluate=False)
+    record = Report.of(tmp_path / "out").data
+    assert record["base"]["generation_config"] is None
+    assert another_base(record, base) == ""
+
+
+def test_a_score_of_a_copy_in_the_cache_of_the_hub_is_not_recorded(report, tiny, tmp_path):
+    report.save()
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in report.folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    before = (report.folder / "surgery.json").read_bytes()
+    reason = record_score(Report.of(snapshot), str(tiny), make("needles", {"length": 64, "cases": 4}), NEEDLES)
+    assert reason == "its folder is a copy of what is on the Hub, and stays as it is"
+    assert (snapshot / "surgery.json").is_symlink()
+    assert (report.folder / "surgery.json").read_bytes() == before
 
 
 def test_a_base_whose_config_holds_infinity(tiny, tmp_path):

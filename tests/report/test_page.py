@@ -128,7 +128,7 @@ def test_words_are_shown_as_they_are(words):
 
 def test_words_keep_their_code_and_stay_in_one_line():
     assert literal("see `eval [A] <B> __c__`, *x*") == r"see `eval [A] <B> __c__`, \*x\*"
-    assert literal("one\n\n# two") == "one # two"
+    assert literal("one\n\n# two\r* three") == "one # two * three"
 
 
 def test_a_record_with_nothing_measured_has_a_page():
