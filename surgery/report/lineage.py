@@ -25,7 +25,10 @@ from surgery.report.reproduction import differing_config
 SAYS_NOTHING = ("architectures", "use_cache")  # keys of a config that change no score
 TOKENS = ("eos_token_id",)
 # Keys of a generation config that greedy answers of a set length do not follow from.
-NOT_GREEDY = (*SAMPLED, "do_sample", "num_beams", "max_length", "max_new_tokens", "use_cache", "_from_model_config")
+NOT_GREEDY = (
+    *SAMPLED, "do_sample", "num_beams", "max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "use_cache",
+    "_from_model_config",
+)  # fmt: skip
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
 
