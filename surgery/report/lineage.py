@@ -23,7 +23,7 @@ from surgery.report.report import FILE, SCORED_IN, Report
 from surgery.report.reproduction import differing_config
 
 SAYS_NOTHING = ("architectures", "use_cache")  # keys of a config that change no score
-TOKENS = ("eos_token_id",)
+END = "eos_token_id"  # Transformers takes it from config.json where the generation config does not name it
 # Keys of a generation config that greedy answers of a set length do not follow from.
 NOT_GREEDY = (
     *SAMPLED, "do_sample", "num_beams", "max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "use_cache",
@@ -165,13 +165,13 @@ def another_base(record: dict, base: object) -> str:
 def _differing_configs(recorded: dict, folder: Path) -> list[str]:
     """Keys in which the configs of a base differ from those in its record; those that were not recorded do not."""
     config, generation, found = recorded.get("config"), recorded.get("generation_config"), []
-    if isinstance(config, dict) and config != stable_config(folder):
+    present = stable_config(folder)
+    if isinstance(config, dict) and config != present:
         with TemporaryDirectory(prefix="surgery-") as temporary:  # so that a key left out has this version's default
             (Path(temporary) / CONFIGS[0]).write_text(json.dumps(as_written(config)), encoding="utf-8")
             found = [key for key in differing_config(Path(temporary), folder) if key not in SAYS_NOTHING]
     if isinstance(generation, dict):
-        present = stable_config(folder, CONFIGS[1])
-        then, now = (_generation(each, stable_config(folder)) for each in (generation, present))
+        then, now = (_generation(each, present) for each in (generation, stable_config(folder, CONFIGS[1])))
         found += [f"{key} of {CONFIGS[1]}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return found
 
@@ -181,15 +181,11 @@ def _generation(config: dict, of_model: dict) -> dict:
 
     Args:
         config: the generation config; {} if there is none.
-        of_model: config.json, from which Transformers takes tokens that `config` does not name.
+        of_model: config.json.
     """
-    said = {key: value for key, value in config.items() if value is not None}
-    said = {key: of_model.get(key) for key in TOKENS} | said
-    return {
-        key: value
-        for key, value in said.items()
-        if key not in NOT_GREEDY and (key in TOKENS or value not in (None, False, 0, 1))
-    }
+    said = {key: value for key, value in config.items() if value not in (None, False, 0, 1) and key not in NOT_GREEDY}
+    end = config.get(END)
+    return said | {END: of_model.get(END) if end is None else end}
 
 
 def another_origin(record: dict, base: object) -> str:
