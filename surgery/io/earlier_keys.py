@@ -42,7 +42,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return {}
     if isinstance(rope.get("full_attention"), dict):
-        if kind not in BY_TYPE:
+        if not isinstance(kind, str) or kind not in BY_TYPE:
             return {}
         if isinstance(sliding := rope.get("sliding_attention"), dict) and "rope_theta" in sliding:
             found[BY_TYPE[kind]] = sliding["rope_theta"]

@@ -18,6 +18,20 @@ CONFIGS = ("config.json", "generation_config.json")
 UNSTABLE = ("transformers_version", "_name_or_path", "_commit_hash")
 # Keys of a generation config that belong to drawing at random.
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Keys of a generation config that greedy answers do not follow from.
+NOT_GREEDY = (
+    *SAMPLED, "do_sample", "max_length", "bos_token_id", "pad_token_id", "use_cache", "_from_model_config",
+    "num_return_sequences", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+    "return_dict_in_generate",
+)  # fmt: skip
+# Values of its keys that say what is so without them.
+USUAL = {
+    "num_beams": 1, "num_beam_groups": 1, "early_stopping": False, "length_penalty": 1.0, "diversity_penalty": 0.0,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "remove_invalid_values": False,
+    "renormalize_logits": False, "penalty_alpha": 0.0, "guidance_scale": 1.0,
+}  # fmt: skip
+END = "eos_token_id"
 NOT_FINITE = "__not_finite__"  # key of what stands for infinity or NaN, which JSON does not have
 PADDING = ("padding", "truncation")  # what a call of a tokenizer leaves in it
 
@@ -57,15 +71,48 @@ def as_written(value: Any) -> Any:
     return [as_written(each) for each in value] if isinstance(value, list) else value
 
 
+def greedy_settings(generation: dict[str, Any] | None, config: dict[str, Any]) -> dict[str, Any]:
+    """What greedy answers follow from in the configs of a folder, without values that change nothing.
+
+    Args:
+        generation: the generation config; None where the folder has none, so that config.json says where answers end.
+        config: config.json.
+    """
+    ends: Any = (generation or {}).get(END)
+    if generation is None:
+        text = config.get("text_config")
+        ends = config.get(END, text.get(END) if isinstance(text, dict) else None)
+    said = {
+        key: value
+        for key, value in (generation or {}).items()
+        if key not in NOT_GREEDY and value is not None and (key not in USUAL or value != USUAL[key])
+    }
+    return said | {END: [ends] if isinstance(ends, int) else ends}
+
+
 def stable_hash(file: Path) -> str:
     """A hash of what a config says, in whatever version's spelling; of its bytes where it is no JSON."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        config = with_earlier_keys(config) if isinstance(config, dict) and file.name == CONFIGS[0] else config
+        if isinstance(config, dict) and file.name == CONFIGS[0]:
+            config = _without_dtypes(with_earlier_keys(config))
         words = json.dumps(stable(config), sort_keys=True)
     except (ValueError, RecursionError):
         return sha256(file)
     return hashlib.sha256(words.encode()).hexdigest()
+
+
+def _without_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose inner configs name no dtype of None, nor the outer one's, which Transformers adds as it saves."""
+    outer = (None, config.get("dtype"), config.get("torch_dtype"))
+
+    def inside(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {key: each for key, each in value.items() if key not in ("dtype", "torch_dtype") or each not in outer}
+        return {key: inside(each) for key, each in kept.items()}
+
+    return {key: inside(value) for key, value in config.items()}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from surgery.errors import SurgeryError
 from surgery.io.card_text import without_notes
 from surgery.io.files import CARD, PROGRESS, REPORT, sha256
-from surgery.io.identity import CONFIGS, stable_hash
+from surgery.io.identity import CONFIGS, greedy_settings, stable_config, stable_hash
 from surgery.io.model_folder import is_carried
 
 # Never part of a checkpoint: training states, hidden files, and files that are still being written.
@@ -31,8 +31,13 @@ UNLISTED = (
 )  # fmt: skip
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what `write_text` leaves if it is killed
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
-COMPUTES = (*CONFIGS, "*.py")  # what a model computes follows from these and from its weights
-LOADED = ("model*.safetensors", "adapter_model.*", "adapter_config.json")  # files that Transformers looks for
+# What a model computes follows from these and from its weights.
+COMPUTES = (*CONFIGS, "*.py", "*.safetensors.index.json")
+# Files that Transformers looks for.
+LOADED = (
+    "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json", "adapter_model.*",
+    "adapter_config.json",
+)  # fmt: skip
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -178,8 +183,9 @@ def refuse_unchecked(folder: Path, record: dict, *, passed: bool, intact: bool) 
 def _is_loaded(file: Path) -> bool:
     """Whether Transformers loads a file that was added, and this says more than config.json."""
     if file.name == CONFIGS[1]:
-        with suppress(OSError, ValueError, AttributeError):
-            return not json.loads(file.read_text(encoding="utf-8")).get("_from_model_config")
+        with suppress(SurgeryError, AttributeError):
+            config, generation = (stable_config(file.parent, name) for name in CONFIGS)
+            return greedy_settings(generation, config) != greedy_settings(None, config)
         return True
     return any(fnmatch(file.name, pattern) for pattern in LOADED)
 

@@ -9,26 +9,20 @@ from tempfile import TemporaryDirectory
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.stock_class import base_type_of
 from surgery.data.text import BUILTIN
-from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
+from surgery.errors import MachineError, ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes import main
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.io.files import json_fault, published, read_json
-from surgery.io.identity import CONFIGS, SAMPLED, as_written, stable_config
+from surgery.io.identity import CONFIGS, as_written, greedy_settings, stable_config, tokenizer_identity
 from surgery.io.manifest import model_differences
 from surgery.io.model_in_memory import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 from surgery.machine.placement import conditions
-from surgery.report.report import FILE, SCORED_IN, Report
+from surgery.report.report import FILE, NO_FILE, SCORED_IN, Report
 from surgery.report.reproduction import differing_config
 
 SAYS_NOTHING = ("architectures", "use_cache")  # keys of a config that change no score
-END = "eos_token_id"  # Transformers takes it from config.json where the generation config does not name it
-# Keys of a generation config that greedy answers of a set length do not follow from.
-NOT_GREEDY = (
-    *SAMPLED, "do_sample", "num_beams", "max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "use_cache",
-    "_from_model_config",
-)  # fmt: skip
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
 
@@ -49,6 +43,8 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
         return "its folder is a copy of what is on the Hub, and stays as it is"
     if report.folder and (changed := model_differences(report.folder, report.data)):
         return f"the folder is not as {FILE} describes it: {changed[0]}"
+    if report.folder and (reason := _another_tokenizer(report.folder, base)):
+        return reason
     if probe.main:
         report.record_evaluation(result)
     else:
@@ -56,9 +52,26 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
         joined = probe.joined(recorded, result) if recorded.get("status") == "done" else None
         report.record_probe(probe.name, joined or result)
         if joined and recorded.get(SCORED_IN) != conditions():  # the tasks were measured in two ways
-            del report.data["evaluation"][probe.name][SCORED_IN]
-    report.save()
+            report.data["evaluation"][probe.name][SCORED_IN] = None
+    try:
+        report.save()
+    except (OSError, MachineError) as error:  # the score itself is not lost
+        return f"its folder cannot be written ({getattr(error, 'strerror', None) or error})"
     return ""
+
+
+def _another_tokenizer(folder: Path, base: object) -> str:
+    """Why scores with a base's tokenizer are not those of a checkpoint; "" if its own is the same, or it has none."""
+    from surgery.io.hub import folder_of
+    from surgery.io.loading import read_tokenizer
+
+    if not isinstance(base, str | Path):
+        return ""
+    try:
+        own, other = (tokenizer_identity(read_tokenizer(each)) for each in (folder, folder_of(base)))
+    except SurgeryError:
+        return ""
+    return "" if own == other else "its tokenizer or chat template is not that of this base"
 
 
 def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = None) -> str:
@@ -170,22 +183,12 @@ def _differing_configs(recorded: dict, folder: Path) -> list[str]:
         with TemporaryDirectory(prefix="surgery-") as temporary:  # so that a key left out has this version's default
             (Path(temporary) / CONFIGS[0]).write_text(json.dumps(as_written(config)), encoding="utf-8")
             found = [key for key in differing_config(Path(temporary), folder) if key not in SAYS_NOTHING]
-    if isinstance(generation, dict):
-        then, now = (_generation(each, present) for each in (generation, stable_config(folder, CONFIGS[1])))
+    if isinstance(generation, dict) or generation == NO_FILE:
+        recorded_file = generation if generation != NO_FILE and generation else None  # {}: earlier versions' NO_FILE
+        file = stable_config(folder, CONFIGS[1]) if (folder / CONFIGS[1]).is_file() else None
+        then, now = (greedy_settings(each, present) for each in (recorded_file, file))
         found += [f"{key} of {CONFIGS[1]}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return found
-
-
-def _generation(config: dict, of_model: dict) -> dict:
-    """What a generation config says that greedy answers follow from, without values that change nothing.
-
-    Args:
-        config: the generation config; {} if there is none.
-        of_model: config.json.
-    """
-    said = {key: value for key, value in config.items() if value not in (None, False, 0, 1) and key not in NOT_GREEDY}
-    end = config.get(END)
-    return said | {END: of_model.get(END) if end is None else end}
 
 
 def another_origin(record: dict, base: object) -> str:

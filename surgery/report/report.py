@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
 FORMAT, FILE = 1, "surgery.json"
+NO_FILE = "none"  # in a record, in place of a generation config that the base does not have
 SCORED_IN = "scored_in"  # key of the conditions under which a score was measured
 MEASURED_IN = "measured_in"  # key of device and dtype in which the model was measured, if not the CPU and its own
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
@@ -394,7 +395,7 @@ def new_report(
             "composite": plan.before.composite is not None,
             "fingerprint": fingerprint,
             "config": stable_config(source.path) if fingerprint else None,
-            "generation_config": _generation(source.path) if fingerprint else None,
+            "generation_config": _generation_config(source.path) if fingerprint else None,
             "note": source.note,
         },
         "recipe": published_recipe(plan.recipe.identity()),
@@ -414,8 +415,10 @@ def new_report(
     }
 
 
-def _generation(base: Path) -> dict | None:
+def _generation_config(base: Path) -> dict | str | None:
     """The generation config of a base; None where it cannot be read, of which Transformers makes nothing."""
+    if not (base / CONFIGS[1]).is_file():
+        return NO_FILE
     with suppress(SurgeryError):
         return stable_config(base, CONFIGS[1])
     return None

@@ -21,10 +21,11 @@ from surgery.config.arguments import refuse_no_function, refuse_no_path
 from surgery.conversion.plan import make_plan
 from surgery.errors import SettingError
 from surgery.evaluation.comparison.measures import chosen
-from surgery.evaluation.comparison.run import Candidate, listed, measure_all
+from surgery.evaluation.comparison.run import OTHER_FOLDER, Candidate, listed, measure_all
 from surgery.io.files import sha256
 from surgery.io.hub import resolve
 from surgery.io.identity import model_identity
+from surgery.io.output_folder import used_alone
 from surgery.machine.placement import placed
 from surgery.machine.progress import renamed
 from surgery.pipeline import convert_only
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 TRIED, OUT = ".surgery-try-", "out"  # how names of folders for weights that are not kept begin, and what they hold
+LEFT = re.compile(r"(\.surgery-try-|surgery-sweep-)[a-z0-9_]{8}")  # such a name, also one of an earlier version
 OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 
@@ -75,6 +77,10 @@ def sweep(
     for each in resolved.values():
         make_plan(each, anatomy, source.name, source.path)  # raises where the recipe does not fit
     folder, base = Path(folder), model_identity(source.path)
+    if folder.is_dir():
+        with used_alone(folder, OTHER_FOLDER):
+            for left in filter(_is_left, folder.iterdir()):
+                shutil.rmtree(left, ignore_errors=True)
     candidates = [
         Candidate(name, name, _identity(each, base), _converted(each, str(model), folder, name, progress), recipe=each)
         for name, each in resolved.items()
@@ -155,10 +161,10 @@ def _texts(data: object) -> Iterator[str]:
 
 def _is_left(folder: Path) -> bool:
     """Whether this is what a try leaves if it is killed, and holds nothing else."""
-    if folder.is_symlink() or not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir() or not LEFT.fullmatch(folder.name):
         return False
-    known = re.compile(rf"{OUT}(\.\w+)?|\.{OUT}\.lock")
-    return all(known.fullmatch(each.name) for each in folder.iterdir())
+    folders, lock = (OUT, f"{OUT}.partial", f"{OUT}.replaced"), f".{OUT}.lock"
+    return all(each.name == lock or (each.is_dir() and each.name in folders) for each in folder.iterdir())
 
 
 def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Progress | None):
@@ -167,8 +173,6 @@ def _converted(recipe: Recipe, model: str, folder: Path, name: str, progress: Pr
     @contextmanager
     def opened() -> Iterator[Path]:
         said = renamed(progress, f"converting with {name}")
-        for left in filter(_is_left, folder.glob(f"{TRIED}*")):  # this run has the folder for itself
-            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=TRIED, dir=folder) as temporary:
             out = Path(temporary) / OUT
             convert_only(recipe, model, out, said)

@@ -794,9 +794,12 @@ def killed(folder):
 
     folder.mkdir()
     if not (process := os.fork()):
-        with OutputFolder(folder / "out", None, "x").opened(1):
-            (folder / "out.partial" / "model.safetensors").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            with OutputFolder(folder / "out", None, "x").opened(1):
+                (folder / "out.partial" / "model.safetensors").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
     os.waitpid(process, 0)
     assert sorted(each.name for each in folder.iterdir()) == [".out.lock", "out.partial"]
 
@@ -807,12 +810,18 @@ def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "mine").write_text("kept")
     killed(tmp_path / "s" / ".surgery-try-abcdefgh")
-    (tmp_path / "s" / ".surgery-try-mine").mkdir()
-    (tmp_path / "s" / ".surgery-try-mine" / "outputs").write_text("kept")
+    killed(tmp_path / "s" / "surgery-sweep-ab_defg1")
+    mine = {".surgery-try-notes": "out.log", ".surgery-try-12345678": "out", ".surgery-try-abcdefg2": "outputs"}
+    for name, file in mine.items():
+        (tmp_path / "s" / name).mkdir()
+        (tmp_path / "s" / name / file).write_text("kept")
     options = {"folder": tmp_path / "s", "text": str(text), "only": ["cache"]}
     package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
-    assert names == [".surgery-try-mine", "compare.json", "weights", "weights-of-last-year"]
+    assert names == [*sorted(mine), "compare.json", "weights", "weights-of-last-year"]
+    killed(tmp_path / "s" / ".surgery-try-abcdefgh")
+    package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
+    assert not (tmp_path / "s" / ".surgery-try-abcdefgh").exists(), "removed, though every figure is there"
 
 
 def test_a_sweep_goes_on_and_refuses_before_it_converts(surgery, model, text, tmp_path, monkeypatch):

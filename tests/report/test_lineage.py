@@ -10,6 +10,8 @@ import pytest
 
 import surgery
 from surgery.evaluation.probes.settings import make
+from surgery.io.identity import greedy_settings, stable_hash
+from surgery.io.manifest import model_differences, other_files
 from surgery.report.lineage import another_base, record_score
 from surgery.report.report import Report
 
@@ -26,6 +28,13 @@ NEEDLES = {
     "kept": {"of": 4, "kept": 0, "share": 0.0, "low": 0.0, "high": 0.5},
     "cases": [{"length": 64}],
 }
+
+
+# Settings of answers, some of which Python takes for the default: True == 1.
+CHANGES_ANSWERS = {
+    "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 1, "min_length": 1, "num_beams": 4,
+    "forced_eos_token_id": 1, "remove_invalid_values": True, "renormalize_logits": True, "max_new_tokens": 3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +120,121 @@ def test_a_base_with_another_config_is_another_base(report, tiny, tmp_path):
     assert another_base(report.data, other) == "", "no value, defaults, and keys that change no score"
     (other / "generation_config.json").unlink()
     assert another_base(report.data, other) == "", "it was made of config.json"
+    (other / "generation_config.json").write_text("{}")
+    assert "(eos_token_id of generation_config.json)" in another_base(report.data, other), "then answers have no end"
     (other / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 7}))
     assert another_base(report.data, other).endswith("(eos_token_id of generation_config.json)")
-    (other / "generation_config.json").write_text(json.dumps(generation | {"repetition_penalty": 9.0}))
-    assert another_base(report.data, other).endswith("(repetition_penalty of generation_config.json)")
+    for key, value in CHANGES_ANSWERS.items():
+        (other / "generation_config.json").write_text(json.dumps(generation | {key: value}))
+        assert another_base(report.data, other).endswith(f"({key} of generation_config.json)")
     (other / "generation_config.json").write_text(json.dumps(generation))
     (other / "config.json").write_text("{")
     assert "cannot be compared" in another_base(report.data, other)
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     report.data["base"].pop("config")
     assert another_base(report.data, other) == "", "an earlier version recorded none"
+
+
+def test_greedy_settings_are_those_that_transformers_takes(tiny, tmp_path):
+    """The end of answers comes from config.json only where there is no generation config."""
+    import transformers
+
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 9]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for generation in (None, {}, {"max_new_tokens": 256}, {"eos_token_id": 7}, {"eos_token_id": [7, 8]}):
+        file = folder / "generation_config.json"
+        file.unlink(missing_ok=True)
+        if generation is not None:
+            file.write_text(json.dumps(generation))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        ends = greedy_settings(generation, config)["eos_token_id"]
+        assert ends == ([loaded] if isinstance(loaded, int) else loaded), generation
+    assert greedy_settings(None, {"text_config": {"eos_token_id": 3}})["eos_token_id"] == [3]
+    assert greedy_settings({"num_beams": 1, "top_p": 0.5, "pad_token_id": 4}, config) == {"eos_token_id": None}
+
+
+def test_a_base_without_a_generation_config(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "head_mask", "values": {0: {0: 0.5}}}]}
+    surgery.apply(recipe, str(base), output=tmp_path / "out", check=False, evaluate=False)
+    record = Report.of(tmp_path / "out").data
+    assert record["base"]["generation_config"] == "none"
+    assert another_base(record, base) == ""
+    (base / "generation_config.json").write_text(json.dumps({"max_length": 256}))
+    assert "(eos_token_id of generation_config.json)" in another_base(record, base)
+    record["base"]["generation_config"] = {}  # as an earlier version said it
+    (base / "generation_config.json").unlink()
+    assert another_base(record, base) == ""
+
+
+def test_a_score_with_another_tokenizer_is_not_recorded(report, tiny, tmp_path):
+    probe, other = make("needles", {"length": 64, "cases": 4}), shutil.copytree(tiny, tmp_path / "base")
+    (other / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}!{% endfor %}")
+    reason = record_score(report, str(other), probe, NEEDLES)
+    assert reason == "its tokenizer or chat template is not that of this base"
+    assert record_score(report, str(tiny), probe, NEEDLES) == ""
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_record(report, tiny, monkeypatch):
+    """The score itself is not lost: the caller prints it, with the reason."""
+
+    def refused(self, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Report, "save", refused)
+    reason = record_score(report, str(tiny), make("needles", {"length": 64, "cases": 4}), NEEDLES)
+    assert reason == "its folder cannot be written (Permission denied)"
+
+
+def test_what_counts_as_a_change_of_a_result(report, tmp_path):
+    """Files that Transformers would load, and configs by what they say."""
+    folder, record = report.folder, report.data
+    assert model_differences(folder, record) == []
+    loaded = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json")
+    for name in loaded:
+        (folder / name).write_bytes(b"{}")
+        assert model_differences(folder, record) == [f"{name} was added"]
+        (folder / name).unlink()
+    for name in ("model-backup.safetensors", "notes.txt", "checkpoint-5/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+        assert model_differences(folder, record) == [], name
+    generation = folder / "generation_config.json"
+    said = json.loads(generation.read_text())
+    record["other_files"].pop("generation_config.json")
+    generation.write_text(json.dumps({"_from_model_config": True, "eos_token_id": said["eos_token_id"]}))
+    assert model_differences(folder, record) == [], "config.json says the same"
+    for more in ({"repetition_penalty": 1.5}, {"eos_token_id": 99}):
+        generation.write_text(json.dumps(said | {"_from_model_config": True} | more))
+        assert model_differences(folder, record) == ["generation_config.json was added"]
+    generation.write_text("{")
+    assert model_differences(folder, record) == ["generation_config.json was added"]
+
+
+def test_an_index_that_points_elsewhere_is_a_change(tmp_path):
+    """Of weights in several files: what the index names is what is loaded."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
+    record = {"files": {}, "other_files": other_files(folder, {})}
+    assert model_differences(folder, record) == []
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "tuned.safetensors"}}')
+    assert model_differences(folder, record) == ["model.safetensors.index.json is not the file that was written"]
+
+
+def test_a_dtype_that_transformers_adds_inside_is_no_change(tmp_path):
+    file, inside = tmp_path / "config.json", {"hidden_size": 4}
+    hashes = []
+    for dtype in ({}, {"dtype": None}, {"dtype": "float32"}, {"dtype": "bfloat16"}):
+        file.write_text(json.dumps({"model_type": "gemma3", "dtype": "float32", "text_config": inside | dtype}))
+        hashes.append(stable_hash(file))
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    rope = {"full_attention": {}, "sliding_attention": {}}
+    file.write_text(json.dumps({"model_type": ["x"], "rope_parameters": rope}))
+    assert stable_hash(file), "a hash, whatever stands there"
 
 
 def test_a_base_whose_generation_config_is_no_json_is_converted(tiny, tmp_path):
