@@ -236,7 +236,7 @@ def _evaluate(
     if isinstance(out, Path) and (dtype := current().dtype) != AUTO:
         result.notes.append(f"measured in {dtype}" + ", so not added to the card" * (base is not None))
     elif base is not None and isinstance(out, Path):
-        _record(out, base, asked, result)
+        _record(out, base, asked, result, tokenizer)
     return result
 
 
@@ -276,7 +276,7 @@ def _usual() -> Probe:
     return probes.main()()
 
 
-def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
+def _record(folder: Path, base: object, probe: Probe, result: Result, tokenizer: Any) -> None:
     """Add a score to the record of a checkpoint of ours that has none, or note in the result why it was not added."""
     from surgery.architecture.anatomy import positions_of
     from surgery.config.recipe import recorded
@@ -289,7 +289,7 @@ def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
     recipe = recorded(report.data) if probe.main else None
     if recipe and (short := recipe.too_short(probe.length, "windows", "", positions_of(read_config(folder)))):
         result.notes.append(short)
-    if reason := record_score(report, base, probe, result.to_dict()):
+    if reason := record_score(report, base, probe, result.to_dict(), tokenizer):
         result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")
 
 

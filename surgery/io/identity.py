@@ -75,19 +75,27 @@ def greedy_settings(generation: dict[str, Any] | None, config: dict[str, Any]) -
     """What greedy answers follow from in the configs of a folder, without values that change nothing.
 
     Args:
-        generation: the generation config; None where the folder has none, so that config.json says where answers end.
+        generation: the generation config; None: the folder has none, and Transformers makes one of config.json.
         config: config.json.
     """
-    ends: Any = (generation or {}).get(END)
-    if generation is None:
-        text = config.get("text_config")
-        ends = config.get(END, text.get(END) if isinstance(text, dict) else None)
     said = {
         key: value
-        for key, value in (generation or {}).items()
+        for key, value in (_generation_of(config) if generation is None else generation).items()
         if key not in NOT_GREEDY and value is not None and (key not in USUAL or value != USUAL[key])
     }
+    ends = said.get(END)
     return said | {END: [ends] if isinstance(ends, int) else ends}
+
+
+def _generation_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The generation config that Transformers makes of a config.json: what it says, then what an inner config says."""
+    from transformers import GenerationConfig
+
+    inner = next((config[name] for name in ("decoder", "generator", "text_config") if config.get(name)), {})
+    made: dict[str, Any] = {}
+    for source in (inner if isinstance(inner, dict) else {}, config):
+        made |= {key: source[key] for key in vars(GenerationConfig()) if source.get(key) is not None}
+    return made
 
 
 def stable_hash(file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.stock_class import base_type_of
@@ -26,13 +27,14 @@ SAYS_NOTHING = ("architectures", "use_cache")  # keys of a config that change no
 KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
 
-def record_score(report: Report, base: object, probe: Probe, result: dict) -> str:
+def record_score(report: Report, base: object, probe: Probe, result: dict, tokenizer: Any = None) -> str:
     """Add a score to a checkpoint's surgery.json and card, and compare it with the gate.
 
     Args:
         base: the base of the score: a folder, a name, or a loaded model.
         probe: the probe that gave the score, with its settings.
         result: `to_dict()` of its result.
+        tokenizer: with which it was measured; None: the base's.
 
     Returns:
         "" if the score was added, otherwise the reason why not.
@@ -43,7 +45,7 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
         return "its folder is a copy of what is on the Hub, and stays as it is"
     if report.folder and (changed := model_differences(report.folder, report.data)):
         return f"the folder is not as {FILE} describes it: {changed[0]}"
-    if report.folder and (reason := _another_tokenizer(report.folder, base)):
+    if report.folder and (reason := _another_tokenizer(report.folder, base, tokenizer)):
         return reason
     if probe.main:
         report.record_evaluation(result)
@@ -56,22 +58,23 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
     try:
         report.save()
     except (OSError, MachineError) as error:  # the score itself is not lost
-        return f"its folder cannot be written ({getattr(error, 'strerror', None) or error})"
+        return f"its folder cannot be written ({getattr(error, 'what', None) or getattr(error, 'strerror', error)})"
     return ""
 
 
-def _another_tokenizer(folder: Path, base: object) -> str:
-    """Why scores with a base's tokenizer are not those of a checkpoint; "" if its own is the same, or it has none."""
+def _another_tokenizer(folder: Path, base: object, tokenizer: Any) -> str:
+    """Why scores with a tokenizer (None: the base's) are not those of a checkpoint; "" if its own is this, or none."""
     from surgery.io.hub import folder_of
     from surgery.io.loading import read_tokenizer
 
-    if not isinstance(base, str | Path):
+    if tokenizer is None and not isinstance(base, str | Path):
         return ""
     try:
-        own, other = (tokenizer_identity(read_tokenizer(each)) for each in (folder, folder_of(base)))
+        used = read_tokenizer(folder_of(str(base))) if tokenizer is None else tokenizer
+        same = tokenizer_identity(read_tokenizer(folder)) == tokenizer_identity(used)
     except SurgeryError:
         return ""
-    return "" if own == other else "its tokenizer or chat template is not that of this base"
+    return "" if same else "its own tokenizer or chat template is another one than the score was measured with"
 
 
 def unrecordable(data: dict, base: object, probe: Probe, result: dict | None = None) -> str:
@@ -184,10 +187,14 @@ def _differing_configs(recorded: dict, folder: Path) -> list[str]:
             (Path(temporary) / CONFIGS[0]).write_text(json.dumps(as_written(config)), encoding="utf-8")
             found = [key for key in differing_config(Path(temporary), folder) if key not in SAYS_NOTHING]
     if isinstance(generation, dict) or generation == NO_FILE:
-        recorded_file = generation if generation != NO_FILE and generation else None  # {}: earlier versions' NO_FILE
-        file = stable_config(folder, CONFIGS[1]) if (folder / CONFIGS[1]).is_file() else None
-        then, now = (greedy_settings(each, present) for each in (recorded_file, file))
-        found += [f"{key} of {CONFIGS[1]}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+        now = greedy_settings(stable_config(folder, CONFIGS[1]) if (folder / CONFIGS[1]).is_file() else None, present)
+        # {} is an empty file, or with earlier versions none.
+        files = [None] if generation == NO_FILE else [generation] if generation else [{}, None]
+        thens = [greedy_settings(each, present) for each in files]
+        if now not in thens:
+            found += [
+                f"{key} of {CONFIGS[1]}" for key in sorted({*thens[0], *now}) if thens[0].get(key) != now.get(key)
+            ]
     return found
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 TRIED, OUT = ".surgery-try-", "out"  # how names of folders for weights that are not kept begin, and what they hold
-LEFT = re.compile(r"(\.surgery-try-|surgery-sweep-)[a-z0-9_]{8}")  # such a name, also one of an earlier version
+LEFT = re.compile(re.escape(TRIED) + "[a-z0-9_]{8}")
 OPENING, CLOSING = "([{", ")]}"  # brackets inside of which a comma belongs to a value
 
 

@@ -810,15 +810,14 @@ def test_a_sweep_removes_nothing_of_the_user(model, text, tmp_path):
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "mine").write_text("kept")
     killed(tmp_path / "s" / ".surgery-try-abcdefgh")
-    killed(tmp_path / "s" / "surgery-sweep-ab_defg1")
     mine = {".surgery-try-notes": "out.log", ".surgery-try-12345678": "out", ".surgery-try-abcdefg2": "outputs"}
-    for name, file in mine.items():
-        (tmp_path / "s" / name).mkdir()
+    for name, file in (mine | {"surgery-sweep-qwen2_7b": "out/mine"}).items():
+        (tmp_path / "s" / name / file).parent.mkdir(parents=True)
         (tmp_path / "s" / name / file).write_text("kept")
     options = {"folder": tmp_path / "s", "text": str(text), "only": ["cache"]}
     package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
-    assert names == [*sorted(mine), "compare.json", "weights", "weights-of-last-year"]
+    assert names == [*sorted(mine), "compare.json", "surgery-sweep-qwen2_7b", "weights", "weights-of-last-year"]
     killed(tmp_path / "s" / ".surgery-try-abcdefgh")
     package.sweep("streaming", model, ["window=3,9", "sinks=1"], **options)
     assert not (tmp_path / "s" / ".surgery-try-abcdefgh").exists(), "removed, though every figure is there"

@@ -11,6 +11,7 @@ import pytest
 import surgery
 from surgery.evaluation.probes.settings import make
 from surgery.io.identity import greedy_settings, stable_hash
+from surgery.io.loading import read_tokenizer
 from surgery.io.manifest import model_differences, other_files
 from surgery.report.lineage import another_base, record_score
 from surgery.report.report import Report
@@ -150,7 +151,16 @@ def test_greedy_settings_are_those_that_transformers_takes(tiny, tmp_path):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
         ends = greedy_settings(generation, config)["eos_token_id"]
         assert ends == ([loaded] if isinstance(loaded, int) else loaded), generation
-    assert greedy_settings(None, {"text_config": {"eos_token_id": 3}})["eos_token_id"] == [3]
+    (folder / "generation_config.json").unlink()
+    inner = {"text_config": {"eos_token_id": 3, "repetition_penalty": 1.2}}
+    for said in ({"repetition_penalty": 1.3, "suppress_tokens": [4]}, inner, inner | {"eos_token_id": 5}):
+        written = (
+            {key: value for key, value in config.items() if key != "eos_token_id"} | {"eos_token_id": None} | said
+        )
+        (folder / "config.json").write_text(json.dumps(written))
+        from_model = {"config_file_name": "config.json", "_from_model_config": True}  # as a model is loaded
+        made = transformers.GenerationConfig.from_pretrained(folder, **from_model).to_dict()
+        assert greedy_settings(None, written) == greedy_settings(made, {}), said
     assert greedy_settings({"num_beams": 1, "top_p": 0.5, "pad_token_id": 4}, config) == {"eos_token_id": None}
 
 
@@ -169,12 +179,22 @@ def test_a_base_without_a_generation_config(tiny, tmp_path):
     assert another_base(record, base) == ""
 
 
+@pytest.mark.parametrize("content", ["{}", '{"transformers_version": "4.40.0"}'])
+def test_a_base_with_an_empty_generation_config_is_its_own(tiny, tmp_path, content):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "generation_config.json").write_text(content)
+    recipe = {"version": 1, "name": "r", "operations": [{"op": "head_mask", "values": {0: {0: 0.5}}}]}
+    surgery.apply(recipe, str(base), output=tmp_path / "out", check=False, evaluate=False)
+    assert another_base(Report.of(tmp_path / "out").data, base) == ""
+
+
 def test_a_score_with_another_tokenizer_is_not_recorded(report, tiny, tmp_path):
     probe, other = make("needles", {"length": 64, "cases": 4}), shutil.copytree(tiny, tmp_path / "base")
     (other / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}!{% endfor %}")
     reason = record_score(report, str(other), probe, NEEDLES)
-    assert reason == "its tokenizer or chat template is not that of this base"
-    assert record_score(report, str(tiny), probe, NEEDLES) == ""
+    assert reason == "its own tokenizer or chat template is another one than the score was measured with"
+    assert record_score(report, str(tiny), probe, NEEDLES, read_tokenizer(other)) == reason, "it was given"
+    assert record_score(report, str(tiny), probe, NEEDLES, read_tokenizer(tiny)) == ""
 
 
 def test_a_folder_that_cannot_be_written_keeps_its_record(report, tiny, monkeypatch):
