@@ -30,7 +30,7 @@ DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families latent layer sliding stock_class surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
-    "calibration/closed_form": "conjugate_gradient cost fit_mlp fit_scores fit_values layer layer_inputs "
+    "calibration/closed_form": "conjugate_gradient cost fit_mlp fit_scores fit_values joint_rank layer layer_inputs "
     "layerwise_fit low_rank",
     "cli": "compare completion convert doctor evaluate export help inspect interrupt main measure options pages",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
@@ -62,7 +62,8 @@ DECIDED = {
     "operations/kv_read": "base key_directions methods operation",
     "operations/gqa": "base closed_form closed_form_method grouping heads_by_layer layer lost_alone merge "
     "merge_methods operation",
-    "operations/mla": "closed_form joint_rank layer operation weights",
+    "operations/low_rank_kv": "closed_form layer operation weights",
+    "operations/mla": "closed_form layer operation weights",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
@@ -74,7 +75,7 @@ DECIDED = {
     "search": "budget fit fitted sweep trials",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
-    "surgery_kept_store surgery_kernels surgery_latent surgery_query_blocks surgery_sparse_prefill "
+    "surgery_kept_store surgery_kernels surgery_latent surgery_low_rank surgery_query_blocks surgery_sparse_prefill "
     "surgery_stores surgery_visibility",
 }
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.

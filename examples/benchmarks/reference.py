@@ -42,6 +42,7 @@ def families() -> str:
                 merge,
                 fit,
                 "yes" if name in BASES[STOCK] else "no",
+                "no" if family.vectors_problem else "yes",
                 _windows(name, HOSTS),
                 split,
             ]
@@ -54,6 +55,7 @@ def families() -> str:
         "merge, expand",
         "`gqa` in closed form",
         "`mla`",
+        "`low_rank_kv`",
         "sliding layers",
         "head split",
     ]

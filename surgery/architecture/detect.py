@@ -12,6 +12,7 @@ from surgery.architecture.families import (
     FAMILIES,
     LAYER_PATHS,
     Family,
+    with_kv_vector,
     with_query_vector,
 )
 from surgery.architecture.layer import BYTES, Latent, LayerAnatomy
@@ -109,6 +110,8 @@ def _layer(
         sizes: query heads, KV heads and head size in the config, for all layers.
     """
     text, entry, (heads, kv_heads, head_dim) = _text(config), _block_entry(config, index), sizes
+    if vector := entry.get("low_rank", {}).get("rank", 0):
+        family = with_kv_vector(family)
     return LayerAnatomy(
         index=index,
         path=path,
@@ -126,6 +129,7 @@ def _layer(
         query_groups=tuple(entry.get("query_groups", ())) if len({*entry.get("query_groups", ())}) > 1 else (),
         query_numbers=tuple(entry.get("query_numbers", ())),
         kv_numbers=tuple(entry.get("kv_numbers", ())),
+        vector=vector,
         entry=_part_entries(entry),
     )
 
@@ -314,8 +318,8 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
                 _refuse_quantised(config, stored_name, tensors.get(stored_name), where)
             raise ModelError(f"{stored_name} is missing", where=where, exists=_attention_names(tensors))
     hidden = None if layer.positions == "unknown" else getattr(_text(config), "hidden_size", None)  # None: a guess
-    if layer.latent:
-        _verify_latent(layer, tensors, hidden, where)
+    if layer.latent or layer.vector:
+        _verify_shapes(layer, tensors, hidden, where)
         return
     sizes = {name: (heads * layer.head_dim, hidden) for name, heads in wanted.items()}
     sizes[layout.o] = (hidden, layer.heads * layer.head_dim)
@@ -332,8 +336,8 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
             )
 
 
-def _verify_latent(layer: LayerAnatomy, tensors: dict, hidden: int, where: str) -> None:
-    """Raise unless every tensor of a layer with latent attention has the shape that the config gives."""
+def _verify_shapes(layer: LayerAnatomy, tensors: dict, hidden: int, where: str) -> None:
+    """Raise unless every tensor of a layer with a vector has the shape that the config gives."""
     for name, expected in packed_shapes(layer, hidden, hidden).items():
         shape = tensors[f"{layer.path}.{name}"][1]
         if tuple(shape) != expected:

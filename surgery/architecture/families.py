@@ -38,6 +38,10 @@ class Family:
         sinks: name of the learned sink logits [heads], or None.
         head_dim: whether the forward takes the head size from the config's `head_dim`, if set. Otherwise it divides
             the hidden size by the heads, and no stock checkpoint can have fewer heads of the same size.
+        kv_down: name of the projection that makes the vector of which keys and values are made, where a surgery gave
+            the layer one (`with_kv_vector`), or None. `k` and `v` then read this vector.
+        angles: what attention gets of RoPE's cosines and sines: one for each of the "channels" or of the "pairs" of
+            channels, "wide" (for each channel, in float32), or "nothing", where it makes them by itself.
         interface: whether the family uses Transformers' attention interface in the installed version.
         since: the version of Transformers that introduced this; "": every version that this package accepts, or none.
     """
@@ -61,6 +65,8 @@ class Family:
     k_norm: str = "k_norm"
     sinks: str | None = None
     head_dim: bool = True
+    kv_down: str | None = None
+    angles: str = "channels"
     interface: bool = True
     since: str = ""
 
@@ -68,6 +74,17 @@ class Family:
     def q_input(self) -> str:
         """Name of the query projection that reads the layer's input."""
         return self.q_down or self.q
+
+    @property
+    def vectors_problem(self) -> str:
+        """Why keys and values cannot be made of a vector of low rank (`with_kv_vector`); "" if they can."""
+        if not self.interface or self.latent_norm:
+            return "attention of this kind has no keys and values of its own here"
+        if self.qkv:
+            return "one matrix makes queries, keys and values, and keys need one of their own"
+        if self.angles == "nothing":
+            return "attention turns its keys by itself, and those of the past must be turned anew"
+        return ""
 
 
 TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
@@ -87,14 +104,14 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(),
     "starcoder2": Family(),
     "glm4": Family(positions="interleaved"),
-    "gpt_oss": Family(sinks="sinks"),
+    "gpt_oss": Family(sinks="sinks", angles="pairs"),
     # latent attention; where a config has q_lora_rank, see `with_query_vector`
     "deepseek_v3": Family(k="kv_a_proj_with_mqa", v="kv_b_proj", latent_norm="kv_a_layernorm", kv_field=None),
     # the same, with a norm between projection and RoPE
     "qwen3": Family(qk_norm="shared"),
     "qwen3_moe": Family(qk_norm="shared"),
     "gemma3_text": Family(qk_norm="shared"),
-    "olmo2": Family(qk_norm="whole"),
+    "olmo2": Family(qk_norm="whole", angles="wide"),
     "cohere": Family(qk_norm="per head", positions="interleaved"),
     "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm", head_dim=False),
     "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense"),
@@ -112,7 +129,14 @@ FAMILIES: dict[str, Family] = {
         head_dim=False,
     ),
     "gpt2": Family(**GPT2, qkv="c_attn", o="c_proj", layout="rows", conv1d=True, positions="learned"),
-    "gptj": Family(**GPT2, o="out_proj", positions="interleaved", interface=TRANSFORMERS >= (5, 24), since="5.24"),
+    "gptj": Family(
+        **GPT2,
+        o="out_proj",
+        positions="interleaved",
+        angles="nothing",
+        interface=TRANSFORMERS >= (5, 24),
+        since="5.24",
+    ),
     "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None, head_dim=False),
     "bloom": Family(layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, **BLOOM),
     "mpt": Family(
@@ -132,6 +156,11 @@ FAMILIES: dict[str, Family] = {
 def with_query_vector(family: Family) -> Family:
     """A family with latent attention whose queries are made of a vector of their own (`q_lora_rank`)."""
     return replace(family, q="q_b_proj", q_down="q_a_proj", q_down_norm="q_a_layernorm")
+
+
+def with_kv_vector(family: Family) -> Family:
+    """A family whose keys and values are made of a vector of low rank (surgery/runtime/surgery_low_rank.py)."""
+    return replace(family, k=f"{family.k}.up", v=f"{family.v}.up", kv_down="kv_vector")
 
 
 # Where the layer list of a causal model may be found in a file or in a loaded model: checkpoints are saved

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from surgery.architecture.families import Family
+from surgery.architecture.families import Family, with_kv_vector
 from surgery.io.safetensors import DTYPE_BITS, TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class LayerAnatomy:
         layout: the family's row, with Falcon's variants resolved.
         query_groups: number of query heads that read each KV head, if the numbers differ; else ().
         query_numbers, kv_numbers: the base's numbers of these heads, if some of its heads were removed; else ().
+        vector: numbers in the vector of which keys and values are made, where a surgery gave the layer one; else 0.
         latent: the layer's latent attention, or None. Such a layer has one KV head here, which is what its cache
             holds; `head_dim` is the size of a query, and `rotary` counts its last channels.
         entry: the settings of a surgery in this layer, as in the `surgery` block. The block's numbers of heads and
@@ -78,6 +79,7 @@ class LayerAnatomy:
     query_groups: tuple[int, ...] = ()
     query_numbers: tuple[int, ...] = ()
     kv_numbers: tuple[int, ...] = ()
+    vector: int = 0
     latent: Latent | None = None
     entry: dict[str, Any] = field(default_factory=dict)
 
@@ -132,6 +134,15 @@ class LayerAnatomy:
             heads = part.kv_cost(self.entry, heads)
         return heads
 
+    def with_vector(self, entry: dict[str, Any]) -> LayerAnatomy:
+        """This layer with keys and values that are made of a vector.
+
+        Args:
+            entry: its `low_rank` in the `surgery` block (surgery/runtime/surgery_low_rank.py).
+        """
+        layout = with_kv_vector(self.layout)
+        return replace(self, layout=layout, vector=entry["rank"], entry=self.entry | {"low_rank": entry})
+
     def with_entry(self, **changes: Any) -> LayerAnatomy:
         """This layer with other values of some keys of its entry in the `surgery` block."""
         return replace(self, entry=self.entry | changes)
@@ -167,7 +178,8 @@ class LayerAnatomy:
             names = [*down, layout.q, layout.k, layout.latent_norm, layout.v, layout.o]
             return [f"{name}.weight" for name in names] + [f"{biased[letter]}.bias" for letter in self.biases]
         projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
-        names = [f"{name}.weight" for name in [*projections, layout.o]]
+        down = [layout.kv_down] if layout.kv_down else []
+        names = [f"{name}.weight" for name in [*down, *projections, layout.o]]
         names += [f"{name}.bias" for name, letters in projections.items() if letters[0] in self.biases]
         if self.norm_per_head:
             names += norm_names(self, "q_norm", self.heads) + norm_names(self, "k_norm", self.kv_heads)

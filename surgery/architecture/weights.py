@@ -190,9 +190,10 @@ def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tup
         return _latent_shapes(anatomy, anatomy.latent, hidden, out)
     queries, kv = anatomy.heads * size, anatomy.kv_heads * size
     rows = {layout.qkv: queries + 2 * kv} if layout.qkv else {layout.q: queries, layout.k: kv, layout.v: kv}
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {f"{layout.kv_down}.weight": (anatomy.vector, hidden)}
     for name, count in rows.items():
-        shapes |= {f"{name}.weight": (hidden, count) if layout.conv1d else (count, hidden), f"{name}.bias": (count,)}
+        read = anatomy.vector if layout.kv_down and name != layout.q else hidden
+        shapes |= {f"{name}.weight": (read, count) if layout.conv1d else (count, read), f"{name}.bias": (count,)}
     shapes[f"{layout.o}.weight"] = (queries, out) if layout.conv1d else (out, queries)
     for norm, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
         whole = {"whole": (heads * size,), "modules": (size,)}.get(anatomy.qk_norm or "", (heads, size))

@@ -306,9 +306,14 @@ def _explained(term: str) -> str:
 
 def after_latent(operation: Operation, current: Anatomy) -> list[str]:
     """Why an operation cannot follow latent attention, whose heads have no keys and values of their own."""
-    if current.latent is None or operation.on_latent:
+    if operation.on_latent:
         return []
-    what = "this model has latent attention (mla), whose heads it cannot change"
+    if current.latent:
+        what = "this model has latent attention (mla), whose heads it cannot change"
+    elif any(layer.vector for layer in current.layers):
+        what = "keys and values of this model are made of vectors (low_rank_kv), which it cannot change"
+    else:
+        return []
     return [f"{operation.op}: {what}: start from its base"]
 
 

@@ -70,6 +70,8 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
     rows.append(f"{heads} read by {_readers(new)} query heads{earlier}")
     if known and (old.streaming or new.streaming):
         rows.append(f"{arrow(len(old.streaming), len(new.streaming))} streaming KV heads")
+    if new.vector:
+        rows.append(f"keys and values made of a vector of {new.vector} numbers")
     return rows + _tensor_lines(plan, old, new)
 
 

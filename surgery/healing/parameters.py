@@ -211,6 +211,8 @@ def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table, every_n
             if letter == "q" and layer.layout.q_down:
                 own += [f"{layer.layout.q_down}.weight", f"{layer.layout.q_down}.bias"]
                 own += [f"{layer.layout.q_down_norm}.weight"] if every_norm else []
+            if letter in "kv" and layer.layout.kv_down:
+                own.append(f"{layer.layout.kv_down}.weight")
             if letter in "qk" and (layer.norm_per_head or (every_norm and layer.qk_norm)):
                 norms = norm_names(layer, f"{letter}_norm", layer.heads if letter == "q" else layer.kv_heads)
                 own += norms + [f"{name.removesuffix('weight')}bias" for name in norms if every_norm]
@@ -224,7 +226,8 @@ def _linears(anatomy: Anatomy, table: Table) -> list[str]:
     for layer in anatomy.layers:
         layout = layer.layout
         queries = [layout.q_down, layout.q] if layout.q_down else [layout.q]
-        names = [layout.qkv] if layout.qkv else [*queries, layout.k, layout.v]
+        down = [layout.kv_down] if layout.kv_down else []
+        names = [layout.qkv] if layout.qkv else [*queries, *down, layout.k, layout.v]
         paths += [f"{layer.path}.{name}" for name in names]
         paths += [f"{layer.path}.{layout.o}"]
         block, attention = _block(layer), f"{layer.path}."

@@ -18,6 +18,7 @@ BUILTIN = {  # op -> module of this package : class
     "head_mask": "head_mask:HeadMask",
     "kv_evict": "kv_evict.operation:KVEvict",
     "kv_read": "kv_read.operation:KVRead",
+    "low_rank_kv": "low_rank_kv.operation:LowRankKV",
     "mae": "moh.operation:Mae",
     "mla": "mla.operation:MLA",
     "moh": "moh.operation:Moh",

@@ -208,9 +208,10 @@ TERMS = {  # term of the equation -> what it decides, for errors
     "bias": "what is added to the scores of some keys",
     "virtual keys": "what is added to the softmax beside the keys",
     "gate": "which heads a token uses",
+    "vectors": "what keys and values are made of",
 }
-# Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.
-TERMS_OF_A_HEAD = tuple(term for term in TERMS if term != "gate")
+# Terms that stay valid for a head that a weight change keeps or silences.
+TERMS_OF_A_HEAD = tuple(term for term in TERMS if term not in ("gate", "vectors"))
 RENAMED = {  # former name of an operation's member -> present name
     "caveats": "LIMITATIONS or limitations()",
     "follows_terms": "carries_terms",

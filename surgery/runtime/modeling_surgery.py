@@ -313,7 +313,9 @@ class _ModelMixin:
             raise ValueError(f"{sharding[0]} cuts attention by heads, which would undo the surgery: use device_map")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         own = {name for layer in model.config.surgery["layers"] for name in layer.get("parameters", {})}
-        if lost := sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in own):
+        modules = {name for module in attention_modules(model) for name in getattr(module, "surgery_modules", ())}
+        lost = (key for key in info["missing_keys"] if key.rpartition(".")[2] in own or modules & {*key.split(".")})
+        if lost := sorted(lost):
             raise ValueError(f"{len(lost)} parameters of the surgery are not in the file, the first is {lost[0]}")
         return (model, info) if output_loading_info else model
 

@@ -13,6 +13,7 @@ import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .surgery_kept_store import store_of
+from .surgery_stores import VectorStore
 from .surgery_visibility import HeadKinds, head_kinds
 
 # Transformers renamed the forward's argument during 5.x.
@@ -142,6 +143,9 @@ class SurgeryCache(Cache):
 
     def __init__(self, layers: list[HeadKinds], offloading: bool = False):
         super().__init__(layers=[SurgeryLayer(heads) for heads in layers], offloading=offloading)
+        of_vectors = [store for layer in self.layers for store in layer.stores if isinstance(store, VectorStore)]
+        for store in of_vectors:
+            store.of_cache = of_vectors
         self.fits: dict | None = None  # the last surgery block that was found to have these kinds of heads
 
     @classmethod

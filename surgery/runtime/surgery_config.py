@@ -51,6 +51,7 @@ ENTRY = "modeling_surgery"  # the file that config.json names
 FILES = {
     "split": "surgery_visibility",
     "latent": "surgery_latent",
+    "low_rank": "surgery_low_rank",
     "sparse": "surgery_sparse_prefill",
     "act": "surgery_act",
     "bias": "surgery_bias",

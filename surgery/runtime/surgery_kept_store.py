@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .surgery_stores import FullStore, KeyValues, RingStore, rows_at, spare
+from .surgery_stores import VECTORS, FullStore, KeyValues, RingStore, VectorStore, rows_at, spare
 from .surgery_visibility import Visibility
 
 READER = "read"  # the keeper that chooses what is read (surgery_kv_read.py)
 RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
 
 
-def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
+def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore | VectorStore:
     """An empty store for the heads of one visibility."""
     if visibility.window is not None:
         return RingStore(visibility)
+    if visibility.keeper == VECTORS:
+        return VectorStore(visibility)
     return KeptStore(visibility) if visibility.keeper else FullStore(visibility)
 
 

@@ -83,7 +83,7 @@ def attend(module, query, vectors, rotated, mask, scale: float) -> torch.Tensor:
     Returns:
         [batch, n, heads, d], zero for queries that see no key.
     """
-    few = query.shape[2] <= _most_absorbed(module) and _is_plain(module.kv_b_proj)
+    few = query.shape[2] <= _most_absorbed(module) and is_plain(module.kv_b_proj)
     made = _absorbed(module, query, vectors, rotated) if few else _expanded(module, query, vectors, rotated)
     length, end = query.shape[2], vectors.shape[2]
     if not few and mask is None and length == end:
@@ -115,7 +115,7 @@ def _most_absorbed(module) -> int:
     return rank * made // more if more > 0 else 1 << 30
 
 
-def _is_plain(projection) -> bool:
+def is_plain(projection) -> bool:
     """Whether a projection is its weight alone: no adapter, no quantisation, and no hook."""
     hooks = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
     weight = projection._parameters.get("weight")  # a weight that is computed is no parameter

@@ -4,6 +4,7 @@
     FullStore   full heads: every key, in a buffer that grows by blocks
     RingStore   heads that see sinks + window: a row's first real tokens and a ring of the last `window` slots
     KeptStore   full heads under a policy: the keys that stay, which differ among KV heads (surgery_kept_store.py)
+    VectorStore the vectors of which all keys and values are made (surgery_low_rank.py)
     KeyValues   the view of a store that the attention function gets for one call, in place of keys and values
 
 A method that drops keys needs no store of its own: it is a policy. The policy adds a call's keys to its store, all at
@@ -25,6 +26,7 @@ import torch
 
 from .surgery_visibility import Visibility
 
+VECTORS = "vectors"  # the keeper that makes keys and values of vectors (surgery_low_rank.py)
 GROWTH = 256  # a full head's buffer grows by at least this many slots; a long one grows by 1/32 of its length
 
 
@@ -147,6 +149,11 @@ class FullStore:
 
     def _append(self, added: dict[str, torch.Tensor]) -> KeyValues:
         """Append tensors [batch, heads, n, ...] to the stored tensors of the same names."""
+        new = self._store(added)
+        return KeyValues(self.visibility, self._used("keys"), self._used("values"), new, self.seen)
+
+    def _store(self, added: dict[str, torch.Tensor]) -> int:
+        """Append tensors as `_append` does; returns the number of new tokens."""
         new = added["keys"].shape[2]
         end = self.stored + new
         if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing is changed in place
@@ -156,7 +163,7 @@ class FullStore:
                 self._reserve(name, tensor, end)
                 self.tensors[name][:, :, self.stored : end] = tensor
         self.seen, self.stored = self.seen + new, end
-        return KeyValues(self.visibility, self._used("keys"), self._used("values"), new, self.seen)
+        return new
 
     def _used(self, name: str) -> torch.Tensor:
         return self.tensors[name][:, :, : self.stored]
@@ -182,6 +189,50 @@ class FullStore:
 
     def accept(self) -> None:
         """Forget how recorded tokens could be removed."""
+
+
+class VectorStore(FullStore):
+    """The vectors of all tokens, of which the keys and values of a layer are made.
+
+    Tokens are turned by the same angles in every layer, so that one store of a cache keeps them for all.
+
+    Attributes:
+        of_cache: the stores of this kind in the cache, in the order of its layers.
+    """
+
+    def __init__(self, visibility: Visibility):
+        super().__init__(visibility)
+        self.of_cache = [self]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        """The new keys and values alone: the keeper stores their vectors."""
+        new = keys.shape[2]
+        return KeyValues(self.visibility, keys, values, new, self.seen + new, store=self)
+
+    def add(self, vectors: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Store the vectors [batch, n, rank] of new tokens.
+
+        Args:
+            angles: the cosines and sines [1 or batch, n, width] by which they are turned; None: another store has
+                them, or nothing is turned.
+        """
+        added = {"keys": vectors[:, None]}
+        for name, each in zip(("cos", "sin"), angles or (), strict=False):
+            added[name] = each.expand(len(vectors), -1, -1)[:, None]
+        if self.tensors:  # a cache that offloads has sent them away
+            home = self.tensors["keys"].device
+            added = {name: tensor.to(home) for name, tensor in added.items()}
+        self._store(added)
+
+    def vectors(self, device) -> torch.Tensor:
+        """All vectors, [batch, 1, N, rank]."""
+        return self._used("keys").to(device)
+
+    def angles(self, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosines and sines of all tokens, [batch, 1, N, width]."""
+        keeper = next(store for store in self.of_cache if "cos" in store.tensors)
+        cos, sin = (keeper._used(name).to(device) for name in ("cos", "sin"))
+        return cos, sin
 
 
 def spare(length: int) -> int:

@@ -28,7 +28,8 @@ class Visibility:
         limit: the base model's own sliding window in this layer, or None.
         of_base: the window is the base's own.
         keeper: who takes a call's keys and chooses among them, which may differ among KV heads: "policy" drops some
-            from the cache (surgery_kv_policy.py), "read" leaves some unread (surgery_kv_read.py); "": nobody.
+            from the cache (surgery_kv_policy.py), "read" leaves some unread (surgery_kv_read.py), "vectors" stores
+            what they are made of (surgery_low_rank.py); "": nobody.
         most: the largest number of keys that the policy lets the cache hold for a KV head; None: it grows.
     """
 

@@ -30,7 +30,7 @@ SHIPPED |= {
 SHIPPED |= {"minference", "moba", "moba-heal", "streaming-delta", "sparse-duo"}
 SHIPPED |= {"duo-heal", "gqa-distill", "gqa-uptrain", "learned-sinks-heal", "mae-heal", "moh-heal", "wgqa"}
 SHIPPED |= {"adaptive-heads", "hip", "loki", "recycled", "tokenselect"}
-SHIPPED |= {"evict", "evict-duo", "hybrid-swa", "hybrid-swa-heal", "mla-heal", "snap", "task-kv"}
+SHIPPED |= {"evict", "evict-duo", "hybrid-swa", "hybrid-swa-heal", "low-rank-kv", "mla-heal", "snap", "task-kv"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 

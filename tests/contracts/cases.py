@@ -93,6 +93,12 @@ CASES: dict[str, Case] = {
         native=True,
         refused_always=("qwen3", "gemma2", "gpt_oss", "mistral", "gpt2", "granite", "phi"),
     ),
+    "low_rank_kv": Case(
+        {"rank": 20, "calibration_text": "builtin", "calibration_samples": 3, "calibration_length": 24},
+        {},  # it needs a text at any rank: tests/operations/low_rank_kv has the identity
+        ("rank", 0),
+        refused_always=("mistral", "starcoder2", "gpt2", "gpt_neox", "phi3", "gptj"),
+    ),
     "absorb": Case(
         {},
         {},  # every setting computes what its base does, which is latent attention: tests/operations/mla

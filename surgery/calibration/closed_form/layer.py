@@ -88,6 +88,14 @@ class FittedLayer:
         """What a fit of scores has made, as queries [H, d, n] and keys [G', d, n]. Here it is the pair of them."""
         return fitted
 
+    def normed(self, projection: str, heads: torch.Tensor) -> torch.Tensor:
+        """Projections [heads, T, d] after the norm that stands between them and RoPE; here there is none.
+
+        Args:
+            projection: "q" or "k".
+        """
+        return heads
+
     def packed(self, new: Any) -> dict[str, torch.Tensor]:
         """The tensors of the new layer as they are stored, by name in its attention module."""
         return pack(new)
@@ -150,7 +158,8 @@ class FittedLayer:
         cross = power = free_cross = free_power = 0.0
         pairs = []
         for call in self.inputs.base[:ROPE_SAMPLES]:
-            before = project(heads, exact(with_ones(call.x, self.layer.q_bias is not None)))
+            rows = project(heads, exact(with_ones(call.x, self.layer.q_bias is not None)))
+            before = self.normed(projection, rows)
             after = exact(call.query if projection == "q" else call.key)
             z, rotated = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
             cross, power = cross + (rotated * z.conj()).sum(0), power + z.abs().square().sum(0)

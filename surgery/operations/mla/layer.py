@@ -11,6 +11,7 @@ from surgery.architecture.layer import LayerAnatomy, groups_of, pair_channels
 from surgery.architecture.weights import AttentionLayer, with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
+from surgery.calibration.closed_form.joint_rank import joint_rank
 from surgery.calibration.closed_form.layer import FittedLayer
 from surgery.calibration.closed_form.layer_inputs import (
     LayerInputs,
@@ -20,7 +21,6 @@ from surgery.calibration.closed_form.layer_inputs import (
 )
 from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
 from surgery.calibration.closed_form.low_rank import merge_keys
-from surgery.operations.mla.joint_rank import joint_rank
 from surgery.operations.mla.weights import LatentLayer
 
 # The fits of scores, each with its share of the solver's steps. The last one is the longest, since it sees all others.

@@ -17,12 +17,12 @@ from tokenizers_of_bytes import Letters, byte_tokenizer
 import surgery
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.latent import vectors_at_scale
+from surgery.calibration.closed_form.joint_rank import joint_rank
 from surgery.engines import find
 from surgery.errors import SurgeryError
 from surgery.evaluation.benchmark.models import compare
 from surgery.operations.base import ApplyContext
 from surgery.operations.head_scorers.scorers import score
-from surgery.operations.mla.joint_rank import joint_rank
 from surgery.operations.mla.operation import MLA
 from surgery.runtime.modeling_surgery import CACHE
 

@@ -1,0 +1,211 @@
+"""Keys and values of low rank, made of one vector for each token.
+
+The conversion is our own: see `layer.py`. Related: Chang et al. 2024, "Palu", arXiv 2407.21118.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.architecture.layer import BYTES
+from surgery.calibration.closed_form.cost import Calibration
+from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
+from surgery.operations.base import (
+    SURGICAL,
+    CalibrationRecall,
+    InWords,
+    Operation,
+    PlannedChange,
+    recall_problems,
+)
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
+
+Projection = Literal["q", "k", "o", "mlp"]
+
+
+class LowRankKV(Operation):
+    """One vector for each token, from which the keys and values of all heads are made."""
+
+    summary: ClassVar[str] = "Low-rank keys and values: the cache holds one vector a token, of which all are made."
+    purpose: ClassVar[str] = "cache"
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
+        "The weights are fitted to the calibration text (by default half Python's language reference, half what the "
+        "model writes itself); text of another kind loses more.",
+        "A step makes the keys of the whole past anew, which takes time that the base does not need and that grows "
+        "with the text.",
+        "No stock class and no engine holds it: it runs in Transformers with the code that comes with the checkpoint.",
+    )
+
+    op: Literal["low_rank_kv"] = "low_rank_kv"
+    keep_kv: float = Field(
+        0.5, gt=0, le=1, description="Share of a layer's keys and values that the vector takes, where rank is null."
+    )
+    rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        None, description="Numbers in the vector. null: as keep_kv says."
+    )
+    refit: list[Projection] = Field(
+        ["q", "k", "o", "mlp"],
+        description="Projections that are refitted: queries and keys to the base's scores, attention's output (o) to "
+        "that of the base's attention, the MLP's output (mlp) to the base's states behind each layer.",
+    )
+    calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
+    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
+    calibration_text: str = Field(VARIED, description=CALIBRATION_TEXTS_ARE)
+    calibration_recall: CalibrationRecall = 0.0
+
+    @property
+    def usual_tier(self) -> str:
+        return SURGICAL
+
+    @property
+    def rewritten_projections(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")
+
+    def milder(self) -> str:
+        if self.rank is not None:
+            return f"rank={self.rank + max(1, self.rank // 2)}"
+        return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
+
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
+
+    def _changed(self, anatomy: Anatomy) -> list[LayerAnatomy]:
+        """The layers that get a vector: those whose cache grows with the text."""
+        return [layer for layer in anatomy.layers if layer.window is None]
+
+    def _rank(self, layer: LayerAnatomy) -> int:
+        return self.rank or round(self.keep_kv * _full(layer))
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        if reason := _problem(anatomy):
+            return [f"low_rank_kv: {reason}"]
+        layers, problems = self._changed(anatomy), []
+        if not layers:
+            return ["low_rank_kv: every layer of this model has a sliding window: its cache does not grow"]
+        layer, rank, hidden = layers[0], self._rank(layers[0]), anatomy.config.get_text_config().hidden_size
+        most = min(_full(layer), hidden)
+        if rank < 1:
+            problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {_full(layer)} numbers a token is none")
+        elif rank > most and self.rank is not None:
+            problems.append(
+                f"low_rank_kv: rank: {rank} is more than keys and values of {_full(layer)} numbers have, made of "
+                f"{hidden} channels: take at most {most}"
+            )
+        elif rank > most:
+            problems.append(
+                f"low_rank_kv: keep_kv: {self.keep_kv:g} of {_full(layer)} numbers a token is {rank}, and a vector of "
+                f"{hidden} loses nothing here: take at most {most / _full(layer):g}"
+            )
+        if self.calibration_recall:
+            problems += recall_problems("low_rank_kv", self.calibration_length)
+        if len(set(self.refit)) < len(self.refit):
+            problems.append(f"low_rank_kv: refit names a projection twice: {', '.join(self.refit)}")
+        return problems
+
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
+        changed = self._changed(anatomy)
+        turning = next((layer.index for layer in changed if layer.rotary), None)
+        layers = tuple(
+            layer.with_vector(self._entry(layer, keeps_angles=layer.index == turning)) if layer in changed else layer
+            for layer in anatomy.layers
+        )
+        full, rank = _full(changed[0]), self._rank(changed[0])
+        line = f"KV cache {full} → {rank} numbers a token in {len(changed)} layers (a vector of which all are made)"
+        measurements = self._calibration(anatomy).measurements(anatomy, len(changed))
+        after = replace(anatomy, layers=layers)
+        return PlannedChange(after, (line,), SURGICAL, tuple(self._notes(anatomy, after)), measurements=measurements)
+
+    def _entry(self, layer: LayerAnatomy, keeps_angles: bool) -> dict[str, Any]:
+        entry: dict[str, Any] = {"rank": self._rank(layer), "head_dim": layer.head_dim, "rotary": layer.rotary}
+        if keeps_angles:
+            entry["angles"] = _angles(layer)
+        if layer.qk_norm:
+            entry["norm"] = [layer.layout.k_norm, layer.qk_norm]
+        return entry
+
+    def _calibration(self, anatomy: Anatomy) -> Calibration:
+        layer, hidden = self._changed(anatomy)[0], anatomy.config.get_text_config().hidden_size
+        rank, before = self._rank(layer), hidden * layer.head_dim * 2 * (layer.heads + layer.kv_heads)
+        after = before + rank * (hidden + _full(layer)) - hidden * _full(layer)
+        fits = 2 * ("q" in self.refit) + ("k" in self.refit)
+        return Calibration(
+            self.calibration_samples,
+            self.calibration_length,
+            scores=0 if layer.qk_norm else fits,
+            values=False,
+            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
+            mlp="mlp" in self.refit,
+            stage="lowering the rank",
+            grown=max(1.0, after / before),
+        )
+
+    def _notes(self, anatomy: Anatomy, after: Anatomy) -> Iterator[str]:
+        layers, layer = self._changed(anatomy), self._changed(anatomy)[0]
+        if kept := len(anatomy.layers) - len(layers):
+            yield f"{kept} layers with the base's own sliding window stay as they are"
+        if (rank := self._rank(layer)) == _full(layer):
+            yield "the cache keeps its size: a lower rank saves memory"
+        elif rank == anatomy.config.get_text_config().hidden_size:
+            yield "the vector has as many numbers as the layer's input: keys and values stay exact"
+        angles = sum(each.entry["low_rank"].get("angles", 0) for each in after.layers if each.vector)
+        if angles:
+            yield f"one layer keeps, for all, the {angles} cosines and sines by which RoPE turns a token"
+        fitted = [name for name in self.refit if not (layer.qk_norm and name in "qk")]
+        tokens = self._calibration(anatomy).tokens
+        yield f"fitted on {tokens:,} tokens of text; refitted: {', '.join(fitted) or 'nothing'}"
+        if self.calibration_recall:
+            yield f"in {100 * self.calibration_recall:.3g}% of the text something said earlier comes back"
+        if layer.qk_norm:
+            yield "a norm stands between keys and RoPE, so queries and keys are not fitted to the base's scores"
+
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        changed = [layer for layer in after.layers if layer.vector]
+        if not changed:
+            return None
+        rank, full = changed[0].vector, _full(changed[0])
+        return InWords(
+            f"keys and values of low rank ({rank} numbers a token, was {full})",
+            f"The keys and values of all heads are made of one vector of {rank} numbers for each token, in closed "
+            "form on calibration text, without training.",
+            use="Use it where the KV cache is the limit: many or long sequences at once.",
+            avoid="Do not use it where the time of a decoding step behind a long text is the limit: each step makes "
+            "the keys of the text anew.",
+        )
+
+    def apply(self, model: Any, context) -> dict[str, Any]:
+        from surgery.calibration.closed_form.layer_inputs import FitSettings
+        from surgery.operations.low_rank_kv.closed_form import lower_rank
+
+        text = CalibrationText(
+            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
+        )
+        return lower_rank(model, context, text, FitSettings(refit=tuple(self.refit)))
+
+
+def _full(layer: LayerAnatomy) -> int:
+    """Numbers of keys and values that a layer's cache holds for a token."""
+    return layer.kv_heads * layer.kv_width
+
+
+def _angles(layer: LayerAnatomy) -> int:
+    """Numbers, in the weights' dtype, of the cosines and sines with which a token comes."""
+    each = {"pairs": layer.rotary // 2, "wide": layer.rotary * BYTES["F32"] // BYTES.get(layer.dtype, 2)}
+    return 2 * each.get(layer.layout.angles, layer.rotary)
+
+
+def _problem(anatomy: Anatomy) -> str:
+    """Why keys and values of this model cannot be made of vectors; "" if they can."""
+    if reason := anatomy.runtime_problem():
+        return reason
+    if reason := anatomy.layers[0].layout.vectors_problem:
+        return f"in a {anatomy.model_type} {reason}"
+    if anatomy.surgical or not anatomy.alike:
+        return "the layers of this model were changed before; start from its base"
+    return ""
