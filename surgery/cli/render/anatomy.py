@@ -124,8 +124,7 @@ def effects(fits: list[Fit], typed: str) -> None:
         columns(out, [head, *(_effect(fit.entry, fit.plan) for fit in able if fit.plan)], cut=True)
         if any(fit.plan and fit.plan.after.kv_bytes_fixed for fit in able):
             out.print(Text("+ MB: a fixed part for each sequence, its sinks, windows and kept keys.", style="dim"))
-        for line in LEGEND:
-            hanging(out, "", line, 0, "dim")
+        hanging(out, "", LEGEND, 0, "dim")
     _reasons(out, [fit for fit in fits if fit.problems])
     if able:
         names = [fit.entry.name for fit in able]

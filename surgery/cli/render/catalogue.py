@@ -21,10 +21,7 @@ from surgery.operations.variants import Variants, describe_method, inline_schema
 TRAINING = {"no": "no training", "included": "trains for itself", "needed": "to be trained before use"}
 STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
-LEGEND = (
-    "native: stock Transformers loads it. surgical: it needs code saved with it.",
-    "training, no: only if the gate fails; needed: by heal; /heal: NAME-heal has it.",
-)
+LEGEND = "native: stock Transformers loads it. /heal: NAME-heal includes training."
 FEW = 2  # recipes of one operation that each have a row
 TRAINED = "-heal"  # ends the name of a recipe that is another one with training included
 
@@ -64,8 +61,7 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
             if entry.name in others_of:
                 hanging(out, "  or", ", ".join(others_of[entry.name]), 4, "dim")
     out.print()
-    for line in LEGEND:
-        hanging(out, "", line, 0, "dim")
+    hanging(out, "", LEGEND, 0, "dim")
     without = f"; without a recipe: {', '.join(others)}" if (others := list(others)) else ""
     hanging(out, "Settings:", f"surgery ls NAME; all: surgery ls --all{without}", 0)
     for op, error in broken.items():
