@@ -52,6 +52,7 @@ PARTS = {
     "act": ("attention that is redistributed at run time: llama.cpp has no such step", SAME_WEIGHTS),
     "bias": ("sink biases, scales of sinks or virtual keys: llama.cpp has such terms in gpt-oss alone", WEIGHTS_ALONE),
     "gate": ("gated heads: llama.cpp has no router of heads", "prune-heads, which removes heads for good"),
+    "low_rank": ("keys and values that are made of vectors: llama.cpp has this as latent attention alone", "mla"),
     "read": ("decoding steps that read a part of the cache: llama.cpp reads all", SAME_WEIGHTS),
     "policy": ("a cache that drops keys: llama.cpp keeps the keys of all tokens", WEIGHTS_ALONE),
 }

@@ -56,6 +56,7 @@ PARTS = {
     "act": ("attention that is redistributed at run time: it has no such step", SAME_WEIGHTS),
     "bias": ("sink biases, scales of sinks or virtual keys: it has sinks in gpt-oss alone", WEIGHTS_ALONE),
     "gate": ("gated heads: it has no router of heads", "prune-heads, which removes heads for good"),
+    "low_rank": ("keys and values that are made of vectors: it has this as latent attention alone", "mla"),
     "read": ("decoding steps that read a part of the cache: it reads all", SAME_WEIGHTS),
     "policy": ("a cache that drops keys: it keeps the keys of all tokens", WEIGHTS_ALONE),
 }

@@ -64,8 +64,8 @@ FAULTS = {
         ],
     ),
     "operation of a later version": (
-        GOOD.replace("op: gqa", "op: linear_attention"),
-        ["mine.yaml:4: unknown operation 'linear_attention'", "newer version of attention-surgery"],
+        GOOD.replace("op: gqa", "op: wavelets"),
+        ["mine.yaml:4: unknown operation 'wavelets'", "newer version of attention-surgery"],
     ),
     "version 2": (GOOD.replace("version: 1", "version: 2"), ["mine.yaml:1: version should be 1; it is 2"]),
     "true is no version": (GOOD.replace("version: 1", "version: true"), ["mine.yaml:1: version should be 1"]),
