@@ -44,6 +44,7 @@ class Call(threading.local):
     """What a thread's call of an attention module has so far.
 
     Attributes:
+        module: the attention module, or a replica of it that another device runs.
         hidden, vector: the layer's input [batch, n, hidden size] and its vectors [batch, n, rank].
         angles: the cosines and sines of RoPE, [1 or batch, n, width] each; None where nothing turns.
     """
@@ -52,7 +53,7 @@ class Call(threading.local):
         self.clear()
 
     def clear(self) -> None:
-        self.hidden = self.vector = self.angles = None
+        self.module = self.hidden = self.vector = self.angles = None
 
     def __deepcopy__(self, memo) -> Call:
         return Call()
@@ -63,7 +64,7 @@ class Call(threading.local):
     def vector_of(self, module, hidden: torch.Tensor) -> torch.Tensor:
         """The vectors of an input; keys and values of one call share them."""
         if self.hidden is not hidden:
-            self.hidden, self.vector = hidden, getattr(module, VECTOR)(hidden)
+            self.hidden, self.vector = hidden, getattr(self.module or module, VECTOR)(hidden)
         return self.vector
 
 
@@ -80,6 +81,7 @@ class Made(torch.nn.Module):
         super().__init__()
         self.of = (module,)  # in a tuple, so that it is no submodule
         self.up = _linear(rank, old.out_features, old, bias=old.bias is not None)
+        self.train(old.training)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         (module,) = self.of
@@ -87,10 +89,10 @@ class Made(torch.nn.Module):
 
 
 def _linear(inputs: int, outputs: int, like, bias: bool = False) -> torch.nn.Linear:
-    """A linear map on the device and in the dtype of another one."""
+    """A linear map on the device, in the dtype and in the mode of another one."""
     weight = like.weight
     made = torch.nn.Linear(inputs, outputs, bias, device=weight.device, dtype=weight.dtype)
-    return made.requires_grad_(weight.requires_grad)
+    return made.requires_grad_(weight.requires_grad).train(like.training)
 
 
 def _begin(module, args, kwargs) -> None:
@@ -102,7 +104,7 @@ def _begin(module, args, kwargs) -> None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
         place = names.index(ANGLES) if ANGLES in names else len(args)
         angles = args[place] if place < len(args) else None
-    call.angles = angles
+    call.module, call.angles = module, angles
 
 
 def _end(module, args, output) -> None:

@@ -462,3 +462,18 @@ def test_a_thread_sees_its_own_vectors(half):
         together = list(pool.map(lambda text: pieces(model, text, (30, 1, text.shape[1] - 31))[0], texts))
     for one, other in zip(alone, together, strict=True):
         assert gap(other, one) <= EXACT
+
+
+def test_a_replica_makes_vectors_of_its_own_weights(half):
+    """As DataParallel does: a shallow copy of the module, with weights on its own device."""
+    _, model = copy.deepcopy(half)
+    assert not [name for name, module in model.named_modules() if module.training]
+    wanted, text = copy.deepcopy(model), tokens(1, 30)
+    layer, other = model.model.layers[0], wanted.model.layers[0].self_attn
+    other.kv_vector.weight.data *= 2
+    replica = layer.self_attn._replicate_for_data_parallel()
+    replica.kv_vector = copy.deepcopy(other.kv_vector)
+    layer.self_attn = replica
+    with torch.no_grad():
+        assert torch.equal(model(text).logits, wanted(text).logits)
+        assert gap(model(text).logits, half[1](text).logits) > 1e-3
