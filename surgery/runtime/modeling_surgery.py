@@ -1,9 +1,9 @@
 """The model class of a surgical checkpoint, made at load time from the class of its base.
 
 `SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache. Parameter names,
-`generate`, peft and the rest of Transformers work on it as on the base. The checkpoint carries this file, the files
-that it imports, and the parts that the surgery uses. They import torch and transformers alone. With
-`trust_remote_code=True` a checkpoint needs nothing else.
+`generate`, peft and the rest of Transformers work on it as on the base (but see surgery_low_rank.py). The checkpoint
+carries this file, the files that it imports, and the parts that the surgery uses. They import torch and transformers
+alone. With `trust_remote_code=True` a checkpoint needs nothing else.
 
 The other files:
 

@@ -86,10 +86,15 @@ class SurgeryLayer(CacheLayerMixin):
         for store in self.stores:
             store.reset()
 
-    def change(self, function) -> None:
-        """Replace every stored tensor by the function's result for it."""
+    def change(self, function, moves: bool = False) -> None:
+        """Replace every stored tensor by the function's result for it.
+
+        Args:
+            moves: the function moves tensors to another device; what other layers read stays where it is.
+        """
         for store in self.stores:
-            store.tensors = {name: function(tensor) for name, tensor in store.tensors.items()}
+            stays = store.shared if moves else ()
+            store.tensors = {n: tensor if n in stays else function(tensor) for n, tensor in store.tensors.items()}
             store.prompt_slots = {name: function(slots) for name, slots in store.prompt_slots.items()}
             if getattr(store, "state", None):
                 store.state = {name: function(tensor) for name, tensor in store.state.items()}
@@ -114,11 +119,11 @@ class SurgeryLayer(CacheLayerMixin):
             store.accept()
 
     def offload(self) -> None:
-        self.change(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self.change(lambda tensor: tensor.to("cpu", non_blocking=True), moves=True)
 
     def prefetch(self) -> None:
         if self.is_initialized:
-            self.change(lambda tensor: tensor.to(self.device, non_blocking=True))
+            self.change(lambda tensor: tensor.to(self.device, non_blocking=True), moves=True)
 
     @property
     def nbytes(self) -> int:

@@ -127,7 +127,7 @@ class HeadCost(NamedTuple):
 
     growing: float = 1
     fixed: int = 0
-    beside: int = 0
+    beside: float = 0
     readers: int = 1
 
 

@@ -14,9 +14,12 @@ RoPE turns.
 
 A prompt makes keys and values as the base does. A later call makes the keys of the past anew. It turns them by the
 cosines and sines with which they came, which one layer keeps for all: `angles` is how many numbers it keeps for a
-token, and other layers leave it out. A call of few queries makes no values of the past. All heads read the vectors:
+token (`wide`: in float32, whatever the dtype of the weights), and other layers leave it out. A call of few queries
+makes no values of the past. All heads read the vectors:
 
     sum over j of p_j (B c_j + b) = B (sum over j of p_j c_j) + b sum over j of p_j
+
+Adapters take the names of these modules: peft knows no `k_proj` that is no linear map.
 
 With a `DynamicCache`, or without a cache, keys and values are as in the base, and no memory is saved.
 """
@@ -35,6 +38,7 @@ from .surgery_latent import is_plain
 from .surgery_stores import VECTORS, KeyValues, Scoring, VectorStore
 from .surgery_visibility import Visibility, seen_keys
 
+FEW = 32  # most queries of a call whose values are read as vectors
 VECTOR, UP = "kv_vector", "up"  # names of the modules
 ANGLES = "position_embeddings"  # the argument by which attention gets cosines and sines
 NORMS = ("shared", "per head", "modules", "whole")  # kinds of norms of keys (surgery/architecture/families.py)
@@ -116,10 +120,10 @@ class LayerVectors:
     """How the heads of one layer attend to the vectors of a cache.
 
     Args:
-        rank, head_dim, rotary, angles, norm: see the module's docstring.
+        head_dim, rotary, angles, norm: see the module's docstring.
     """
 
-    def __init__(self, rank: int, head_dim: int, rotary: int, angles: int = 0, norm: list[str] | None = None):
+    def __init__(self, head_dim: int, rotary: int, angles: int, norm: list[str] | None):
         self.head_dim, self.rotary, self.angles, self.norm = head_dim, rotary, angles, norm
 
     def attend(self, module, kind: int, query, view: KeyValues, terms, scoring: Scoring, attend) -> torch.Tensor:
@@ -168,10 +172,13 @@ class LayerVectors:
 
 
 def _most_read(rank: int, query: torch.Tensor, values: torch.Tensor) -> int:
-    """Up to so many queries, reading the vectors takes fewer products than making values, for any past."""
+    """Up to so many queries, reading the vectors takes fewer products than making values, for any past.
+
+    Never more than `FEW`: their scores of all keys exist at once.
+    """
     heads, size, kv_heads = query.shape[1], query.shape[3], values.shape[1]
     more = rank - size  # products that a head of a query spends on each token beyond those with a value
-    return kv_heads * rank * size // (heads * more) if more > 0 else 1 << 30
+    return min(FEW, kv_heads * rank * size // (heads * more)) if more > 0 else FEW
 
 
 def _read(query, keys, vectors, up, scoring: Scoring, sink) -> torch.Tensor:
@@ -189,9 +196,8 @@ def _read(query, keys, vectors, up, scoring: Scoring, sink) -> torch.Tensor:
     """
     batch, heads, length, size = query.shape
     kv_heads, end = keys.shape[1:3]
-    scores = query.reshape(batch, kv_heads, -1, size) @ keys.mT
+    scores = (query * scoring.scale).reshape(batch, kv_heads, -1, size) @ keys.mT  # float16 holds no q.k unscaled
     scores = scores.view(batch, heads, length, end).to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     seen = None
@@ -223,9 +229,9 @@ class LowRank(Part):
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
         entry = layer["low_rank"]
         least = {"rank": 1, "head_dim": 1, "rotary": 0, "angles": 1}
-        named = isinstance(entry, dict) and {"rank", "head_dim", "rotary"} <= {*entry} <= {*least, "norm"}
+        named = isinstance(entry, dict) and {"rank", "head_dim", "rotary"} <= {*entry} <= {*least, "norm", "wide"}
         if not named or not all(is_whole(entry[name], least[name]) for name in least if name in entry):
-            return f"has low_rank {entry!r}; it names rank, head_dim, rotary, and perhaps angles and norm"
+            return f"has low_rank {entry!r}; it names rank, head_dim, rotary, and perhaps angles, wide and norm"
         norm = entry.get("norm", ["", NORMS[0]])
         if not (isinstance(norm, list) and len(norm) == 2 and norm[1] in NORMS):
             return f"has a norm {norm!r} of low_rank; it is a name and one of {', '.join(NORMS)}"
@@ -248,7 +254,8 @@ class LowRank(Part):
             module.surgery_modules = (VECTOR, UP)
             module.register_forward_pre_hook(_begin, with_kwargs=True)
             module.register_forward_hook(_end, always_call=True)
-        module.surgery_keepers[VECTORS] = LayerVectors(**entry)
+        own = entry["head_dim"], entry["rotary"], entry.get("angles", 0), entry.get("norm")
+        module.surgery_keepers[VECTORS] = LayerVectors(*own)
 
     def terms(self, layer: dict) -> tuple[str, ...]:
         return ("vectors",)
@@ -257,6 +264,9 @@ class LowRank(Part):
         entry = layer["low_rank"]
         key_and_value = 2 * entry["head_dim"]
         made = [cost._replace(growing=entry["rank"] / (key_and_value * len(heads))) for cost in heads]
+        if entry.get("wide"):
+            beside = entry.get("angles", 0) * torch.float32.itemsize
+            return [made[0]._replace(beside=beside / made[0].growing), *made[1:]]
         return [*made, HeadCost(entry.get("angles", 0) / key_and_value, readers=0)]
 
     def describe(self, layer: dict) -> tuple[str, str] | None:

@@ -135,6 +135,8 @@ def uncached(visibility: Visibility, keys: torch.Tensor, values: torch.Tensor) -
 class FullStore:
     """All keys of some heads, in a buffer that grows by blocks."""
 
+    shared = ()  # names of tensors that other layers read, too
+
     def __init__(self, visibility: Visibility):
         self.visibility = visibility
         self.reset()
@@ -200,6 +202,8 @@ class VectorStore(FullStore):
         of_cache: the stores of this kind in the cache, in the order of its layers.
     """
 
+    shared = ("cos", "sin")
+
     def __init__(self, visibility: Visibility):
         super().__init__(visibility)
         self.of_cache = [self]
@@ -219,9 +223,8 @@ class VectorStore(FullStore):
         added = {"keys": vectors[:, None]}
         for name, each in zip(("cos", "sin"), angles or (), strict=False):
             added[name] = each.expand(len(vectors), -1, -1)[:, None]
-        if self.tensors:  # a cache that offloads has sent them away
-            home = self.tensors["keys"].device
-            added = {name: tensor.to(home) for name, tensor in added.items()}
+        if self.tensors:  # a cache that offloads has sent the vectors away
+            added = {name: tensor.to(self.tensors[name].device) for name, tensor in added.items()}
         self._store(added)
 
     def vectors(self, device) -> torch.Tensor:
@@ -266,6 +269,8 @@ def _tracked(*tensors: torch.Tensor) -> bool:
 
 class RingStore:
     """The sinks of some heads by position, then their last `window` slots; slot s is at index sinks + s % window."""
+
+    shared = ()
 
     def __init__(self, visibility: Visibility):
         self.visibility = visibility

@@ -133,7 +133,9 @@ class VectorLayer(FittedLayer):
         """E[q qᵀ] of the queries before RoPE, [H, d, d]."""
         if self.norm is None:
             return q @ second @ q.mT
-        queries = [self.key_rotation.adjoint(exact(call.query)) for call in self.inputs.base]
+        rotation = self.key_rotation
+        power = rotation.cos.square() + rotation.sin.square()  # not 1 where RoPE scales, as YaRN's does
+        queries = [rotation.adjoint(exact(call.query)) / power for call in self.inputs.base]
         return sum(each.mT @ each for each in queries).to(second) / sum(each.shape[1] for each in queries)
 
     def _norm_gains(self, k: torch.Tensor) -> torch.Tensor:
@@ -147,12 +149,14 @@ class VectorLayer(FittedLayer):
     def _turned(self, energy: torch.Tensor) -> torch.Tensor:
         """The mean of E[q qᵀ] [d, d] over the angles between a query and the keys before it, as RoPE turns them.
 
-        A query and a key that are t tokens apart meet as q turned by t and the key before RoPE.
+        A query and a key that are t tokens apart meet as q turned by t and the key before RoPE. Where RoPE scales, it
+        scales both.
         """
         values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
         factors = (vectors * values.clamp(min=0).sqrt()).T  # [d, d], rows f with energy = Σ f fᵀ
         rotation = self.key_rotation.to(energy)
-        turned = rotation(factors[:, None].expand(-1, len(rotation.cos), -1)).flatten(0, 1)
+        scale = (rotation.cos.square() + rotation.sin.square()).sqrt()
+        turned = (rotation(factors[:, None].expand(-1, len(rotation.cos), -1)) * scale).flatten(0, 1)
         return turned.T @ turned / len(rotation.cos)
 
     def queries_and_keys(self, fitted: LowRankLayer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.layer import BYTES
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
 from surgery.operations.base import (
@@ -125,7 +124,8 @@ class LowRankKV(Operation):
     def _entry(self, layer: LayerAnatomy, keeps_angles: bool) -> dict[str, Any]:
         entry: dict[str, Any] = {"rank": self._rank(layer), "head_dim": layer.head_dim, "rotary": layer.rotary}
         if keeps_angles:
-            entry["angles"] = _angles(layer)
+            entry["angles"] = layer.rotary if layer.layout.angles == "pairs" else 2 * layer.rotary
+            entry |= {"wide": True} if layer.layout.angles == "wide" else {}
         if layer.qk_norm:
             entry["norm"] = [layer.layout.k_norm, layer.qk_norm]
         return entry
@@ -192,12 +192,6 @@ class LowRankKV(Operation):
 def _full(layer: LayerAnatomy) -> int:
     """Numbers of keys and values that a layer's cache holds for a token."""
     return layer.kv_heads * layer.kv_width
-
-
-def _angles(layer: LayerAnatomy) -> int:
-    """Numbers, in the weights' dtype, of the cosines and sines with which a token comes."""
-    each = {"pairs": layer.rotary // 2, "wide": layer.rotary * BYTES["F32"] // BYTES.get(layer.dtype, 2)}
-    return 2 * each.get(layer.layout.angles, layer.rotary)
 
 
 def _problem(anatomy: Anatomy) -> str:

@@ -177,7 +177,7 @@ def test_the_calls_that_read_vectors(half, monkeypatch):
     """Few queries behind a past make no values of it; a hook on the values is not passed over."""
     _, model = copy.deepcopy(half)
     most = _most_read(32, torch.empty(1, 4, 1, 16), torch.empty(1, 2, 1, 16))
-    assert most == 16  # 2 * 32 * 16 products of a token's values, 4 * 16 more of a query
+    assert most == 16 < surgery_low_rank.FEW  # 2 * 32 * 16 products of a token's values, 4 * 16 more of a query
     read = []
     real = surgery_low_rank._read
     monkeypatch.setattr(
@@ -193,6 +193,63 @@ def test_the_calls_that_read_vectors(half, monkeypatch):
     got, _ = pieces(model, text, (40, most, 1, most + 1))
     assert read == []
     assert gap(got, want) <= EXACT
+
+
+def test_a_long_chunk_is_not_read_as_vectors(monkeypatch):
+    """A read holds the scores of all keys at once, also where it takes fewer products: rank up to the head's size."""
+    base = build("Llama", **(LLAMA | {"num_key_value_heads": 1}))
+    convert(base, refit=[])
+    model, read, real = base.double().eval(), [], surgery_low_rank._read
+    monkeypatch.setattr(
+        surgery_low_rank, "_read", lambda query, *rest: read.append(query.shape[2]) or real(query, *rest)
+    )
+    text = tokens(2, 120)
+    got, _ = pieces(model, text, (40, 1, surgery_low_rank.FEW, 47))
+    assert set(read) == {1, surgery_low_rank.FEW}
+    with torch.no_grad():
+        assert gap(got, model(text, use_cache=False).logits) <= EXACT
+
+
+def test_large_scores_in_float16_are_finite():
+    """A product of query and key may be beyond float16 before its scale, as with large biases of keys."""
+    model = build("Llama", **LLAMA)
+    convert(model, refit=[])
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 300
+        layer.self_attn.k_proj.up.weight.data *= 60
+    model, text = model.half().eval(), tokens(1, 40)
+    cached, cache = pieces(model, text, (39, 1))
+    assert cached.isfinite().all()
+    keys = model.model.layers[0].self_attn.k_proj.up(cache.layers[0].stores[0].vectors("cpu")[:, 0])
+    queries = model.model.layers[0].self_attn.q_proj(model.model.embed_tokens(text))
+    assert keys.float().abs().max() * queries.float().abs().max() > 65504, "the case is one"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "olmo2", "gpt_oss", "phi", "smollm3"])
+def test_the_planned_bytes_in_each_dtype(name, dtype):
+    """Also where cosines and sines stay in float32 (olmo2), and in another dtype than the model was converted in."""
+    model = TINY[name]()
+    convert(model, keep_kv=0.4, refit=[], calibration_length=24)
+    model = model.to(dtype).eval()
+    cached, cache = pieces(model, TOKENS, (5, TOKENS.shape[1] - 5))
+    assert cached.isfinite().all()
+    assert cache.nbytes == len(TOKENS) * (Anatomy.of(model).kv_bytes_at(TOKENS.shape[1]) + spare_bytes(cache))
+
+
+def test_angles_stay_where_all_layers_read_them(half):
+    """A cache that offloads sends a layer's vectors away, and not the angles, which other layers read."""
+    _, model = half
+    _, cache = pieces(model, tokens(1, 30), (29, 1))
+    first = cache.layers[0].stores[0]
+    before = dict(first.tensors)
+    moved = []
+    cache.layers[0].change(lambda tensor: moved.append(tensor) or tensor.clone(), moves=True)
+    assert [tensor is before["keys"] for tensor in moved] == [True]
+    assert all(first.tensors[name] is before[name] for name in ("cos", "sin"))
+    cache.layers[0].offload()
+    assert first.tensors["cos"] is before["cos"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
