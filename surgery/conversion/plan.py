@@ -311,7 +311,7 @@ def after_latent(operation: Operation, current: Anatomy) -> list[str]:
     if current.latent:
         what = "this model has latent attention (mla), whose heads it cannot change"
     elif any(layer.vector for layer in current.layers):
-        what = "keys and values of this model are made of vectors (low_rank_kv), which it cannot change"
+        what = "keys and values are made of vectors (low_rank_kv), which no operation after it can change"
     else:
         return []
     return [f"{operation.op}: {what}: start from its base"]

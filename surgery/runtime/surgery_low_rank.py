@@ -138,10 +138,12 @@ class LayerVectors:
             return attend(query, view, terms)
         vectors = store.vectors(device)
         angles = tuple(each[:, :, :past] for each in store.angles(device)) if self.rotary else None
-        keys = torch.cat([self._keys(module, vectors[:, :, :past], angles), view.keys], dim=2)
-        if query.shape[2] <= _most_read(vectors.shape[-1], query, view.values) and is_plain(module.v_proj.up):
+        call.hidden = call.vector = vectors[:, 0, :past]  # of which both projections make those of the past
+        keys = torch.cat([self._keys(module, call.vector, angles), view.keys], dim=2)
+        few = query.shape[2] <= _most_read(vectors.shape[-1], query, view.values)
+        if few and is_plain(module.v_proj.up) and not _is_hooked(module.v_proj):
             return _read(query, keys, vectors, module.v_proj.up, scoring, terms.sink)
-        values = self._heads(module.v_proj.up(vectors[:, 0, :past])).transpose(1, 2)
+        values = self._heads(module.v_proj(call.vector)).transpose(1, 2)
         return attend(query, replace(view, keys=keys, values=torch.cat([values, view.values], dim=2)), terms)
 
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
@@ -149,12 +151,12 @@ class LayerVectors:
         return rows.unflatten(-1, (-1, self.head_dim))
 
     def _keys(self, module, vectors: torch.Tensor, angles: tuple | None) -> torch.Tensor:
-        """The keys [batch, KV heads, n, head_dim] of vectors [batch, 1, n, rank].
+        """The keys [batch, KV heads, n, head_dim] of vectors [batch, n, rank], which the call has as its input, too.
 
         Args:
             angles: cosines and sines [batch, 1, n, width].
         """
-        rows, (name, kind) = module.k_proj.up(vectors[:, 0]), self.norm or ("", "")
+        rows, (name, kind) = module.k_proj(vectors), self.norm or ("", "")
         if kind == "whole":
             rows = getattr(module, name)(rows)
         keys = self._heads(rows)
@@ -169,6 +171,11 @@ class LayerVectors:
         turning, rest = keys[..., : self.rotary], keys[..., self.rotary :]
         _, turned = turn(turning[:, :0], turning, *(each[:, 0] for each in angles))
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def _is_hooked(module) -> bool:
+    """Whether a hook may change what a module makes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _most_read(rank: int, query: torch.Tensor, values: torch.Tensor) -> int:
@@ -240,7 +247,7 @@ class LowRank(Part):
         return ""
 
     def visibilities(self, layer: dict, heads: list[Visibility]) -> list[Visibility]:
-        return [replace(seen, keeper=VECTORS) for seen in heads]
+        return [replace(seen, keeper=VECTORS, rank=layer["low_rank"]["rank"]) for seen in heads]
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         if "low_rank" not in layer:  # the weights stay of low rank, and are cached as any others

@@ -31,6 +31,7 @@ class Visibility:
             from the cache (surgery_kv_policy.py), "read" leaves some unread (surgery_kv_read.py), "vectors" stores
             what they are made of (surgery_low_rank.py); "": nobody.
         most: the largest number of keys that the policy lets the cache hold for a KV head; None: it grows.
+        rank: numbers in a vector, where keys and values are made of vectors; else 0.
     """
 
     sinks: int = 0
@@ -39,6 +40,7 @@ class Visibility:
     of_base: bool = False
     keeper: str = ""
     most: int | None = None
+    rank: int = 0
 
     def simplified(self) -> Visibility:
         """The same keys in the form that stores least: a base's window that is no wider replaces sinks and window."""

@@ -106,6 +106,13 @@ class LowRankKV(Operation):
             problems += recall_problems("low_rank_kv", self.calibration_length)
         if len(set(self.refit)) < len(self.refit):
             problems.append(f"low_rank_kv: refit names a projection twice: {', '.join(self.refit)}")
+        if not problems and rank < _full(layer):
+            before, after = anatomy.kv_bytes_per_token, self.plan(anatomy).after.kv_bytes_per_token
+            if after >= before:
+                problems.append(
+                    f"low_rank_kv: with RoPE's cosines and sines, which one layer keeps for all, the cache takes "
+                    f"{after:,} bytes a token, and the base's {before:,}: take a lower rank"
+                )
         return problems
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
@@ -151,7 +158,7 @@ class LowRankKV(Operation):
         if kept := len(anatomy.layers) - len(layers):
             yield f"{kept} layers with the base's own sliding window stay as they are"
         if (rank := self._rank(layer)) == _full(layer):
-            yield "the cache keeps its size: a lower rank saves memory"
+            yield "the cache gets no smaller: a lower rank saves memory"
         elif rank == anatomy.config.get_text_config().hidden_size:
             yield "the vector has as many numbers as the layer's input: keys and values stay exact"
         angles = sum(each.entry["low_rank"].get("angles", 0) for each in after.layers if each.vector)

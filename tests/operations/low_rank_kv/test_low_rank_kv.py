@@ -193,6 +193,13 @@ def test_the_calls_that_read_vectors(half, monkeypatch):
     got, _ = pieces(model, text, (40, most, 1, most + 1))
     assert read == []
     assert gap(got, want) <= EXACT
+    for layer in model.model.layers:  # hooks on the projections by the base's names
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.register_forward_hook(lambda module, args, output: 1.5 * output)
+    got, _ = pieces(model, text, (40, most, 1, most + 1))
+    with torch.no_grad():
+        assert gap(got, model(text[:, : got.shape[1]], use_cache=False).logits) <= EXACT
+    assert read == []
 
 
 def test_a_long_chunk_is_not_read_as_vectors(monkeypatch):
@@ -445,6 +452,22 @@ def stop_rank(done: int, total: int = 0, label: str = ""):
 def test_settings_that_cannot_be(fields, says):
     with pytest.raises(SurgeryError, match=says):
         convert(build("Llama", **LLAMA), **fields)
+
+
+def test_a_cache_that_would_not_get_smaller_is_refused():
+    """One KV head in one layer: the angles take what the vector saves."""
+    base = build("Llama", **(LLAMA | {"num_key_value_heads": 1, "num_hidden_layers": 1}))
+    with pytest.raises(SurgeryError, match=r"the cache takes 192 bytes a token, and the base's 128"):
+        convert(base)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_rank_is_refused(half):
+    other = build("Llama", **LLAMA)
+    convert(other, keep_kv=0.3, refit=[])
+    _, cache = pieces(half[1], tokens(1, 20), (20,))
+    with pytest.raises(ValueError, match="begin a new one"):
+        other.double()(tokens(1, 1), **{CACHE: cache})
 
 
 def test_a_share_above_what_the_inputs_have_is_refused():
