@@ -31,7 +31,7 @@ DECIDED = {
     "architecture": "anatomy detect edit families latent layer sliding stock_class surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
     "calibration/closed_form": "conjugate_gradient cost fit_mlp fit_scores fit_values joint_rank layer layer_inputs "
-    "layerwise_fit low_rank",
+    "layerwise_fit low_rank vector_layer",
     "cli": "compare completion convert doctor evaluate export help inspect interrupt main measure options pages",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
@@ -55,15 +55,15 @@ DECIDED = {
     "model_in_memory output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device offload parallel placement progress speed transformers_logging",
-    "operations": "absorb base expand head_mask rewrite variants",
+    "operations": "absorb base expand head_mask rewrite variants vector",
     "operations/duo_attention": "operation",
     "operations/head_scorers": "choice scorers",
     "operations/kv_evict": "base methods operation",
     "operations/kv_read": "base key_directions methods operation",
     "operations/gqa": "base closed_form closed_form_method grouping heads_by_layer layer lost_alone merge "
     "merge_methods operation",
-    "operations/low_rank_kv": "closed_form layer operation weights",
-    "operations/mla": "closed_form layer operation weights",
+    "operations/low_rank_kv": "layer operation weights",
+    "operations/mla": "layer operation weights",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
@@ -75,8 +75,8 @@ DECIDED = {
     "search": "budget fit fitted sweep trials",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
-    "surgery_kept_store surgery_kernels surgery_latent surgery_low_rank surgery_query_blocks surgery_sparse_prefill "
-    "surgery_stores surgery_visibility",
+    "surgery_kept_store surgery_kernels surgery_latent surgery_low_rank surgery_projections surgery_query_blocks "
+    "surgery_sparse_prefill surgery_stores surgery_visibility",
 }
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.
 MANY = {
@@ -171,7 +171,7 @@ def test_no_class_name_means_two_things():
 
 def test_operations_that_must_not_know_each_other_are_all_of_them():
     contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "independence")
-    shared = {"__init__", "base", "head_scorers", "rewrite", "variants"}
+    shared = {"__init__", "base", "head_scorers", "rewrite", "variants", "vector"}
     paths = [
         path for path in (PACKAGE / "operations").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     ]

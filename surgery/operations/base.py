@@ -200,6 +200,11 @@ def recall_problems(op: str, length: int) -> list[str]:
     ]
 
 
+def recall_notes(share: float) -> list[str]:
+    """What `plan` says of a calibration text in which something said earlier comes back."""
+    return [f"in {100 * share:.3g}% of the text something said earlier comes back"] if share else []
+
+
 TERMS = {  # term of the equation -> what it decides, for errors
     "visibility": "which keys a head sees",
     "visibility in prefill": "which keys a prompt reads",

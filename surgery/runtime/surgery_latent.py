@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_config import Part
+from .surgery_projections import is_plain
 
 ABSORBED = "absorbed"
 LONG = 320  # tokens of a prompt that makes keys and values, unless the vector is short and the heads are wide
@@ -113,15 +114,6 @@ def _most_absorbed(module) -> int:
     rank, made = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
     more = 2 * rank - made  # products that a query spends on each key beyond those of an expanded one
     return rank * made // more if more > 0 else 1 << 30
-
-
-def is_plain(projection) -> bool:
-    """Whether a projection is its weight alone: no adapter, no quantisation, and no hook."""
-    hooks = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
-    weight = projection._parameters.get("weight")  # a weight that is computed is no parameter
-    return (
-        type(projection) is torch.nn.Linear and not hooks and type(weight) is torch.nn.Parameter and not weight.is_meta
-    )
 
 
 def _expanded(module, query, vectors, rotated):

@@ -34,7 +34,7 @@ from dataclasses import replace
 import torch
 
 from .surgery_config import HeadCost, Part, is_whole, used_parts
-from .surgery_latent import is_plain
+from .surgery_projections import is_hooked, is_plain
 from .surgery_stores import VECTORS, KeyValues, Scoring, VectorStore
 from .surgery_visibility import Visibility, seen_keys
 
@@ -141,7 +141,7 @@ class LayerVectors:
         call.hidden = call.vector = vectors[:, 0, :past]  # of which both projections make those of the past
         keys = torch.cat([self._keys(module, call.vector, angles), view.keys], dim=2)
         few = query.shape[2] <= _most_read(vectors.shape[-1], query, view.values)
-        if few and is_plain(module.v_proj.up) and not _is_hooked(module.v_proj):
+        if few and is_plain(module.v_proj.up) and not is_hooked(module.v_proj):
             return _read(query, keys, vectors, module.v_proj.up, scoring, terms.sink)
         values = self._heads(module.v_proj(call.vector)).transpose(1, 2)
         return attend(query, replace(view, keys=keys, values=torch.cat([values, view.values], dim=2)), terms)
@@ -171,11 +171,6 @@ class LayerVectors:
         turning, rest = keys[..., : self.rotary], keys[..., self.rotary :]
         _, turned = turn(turning[:, :0], turning, *(each[:, 0] for each in angles))
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
-def _is_hooked(module) -> bool:
-    """Whether a hook may change what a module makes."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _most_read(rank: int, query: torch.Tensor, values: torch.Tensor) -> int:

@@ -17,7 +17,14 @@ from surgery.calibration.closed_form.cost import TRIED, Calibration
 from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
 from surgery.errors import UnsupportedModelError, all_of
 from surgery.io.printing import count
-from surgery.operations.base import SURGICAL, ApplyContext, CalibrationRecall, Measurement, recall_problems
+from surgery.operations.base import (
+    SURGICAL,
+    ApplyContext,
+    CalibrationRecall,
+    Measurement,
+    recall_notes,
+    recall_problems,
+)
 from surgery.operations.gqa.base import GQA, MergeSeed
 from surgery.operations.gqa.heads_by_layer import choose_heads, largest_total, possible_numbers
 from surgery.operations.head_scorers.choice import HeadChoice
@@ -277,8 +284,7 @@ class ClosedForm(GQA):
             else:
                 which = f"which {self.kept_layers(anatomy)} of {len(anatomy.layers)} layers keep their KV heads"
                 yield f"{which} is measured: the layers where sharing costs most, each tried alone"
-        if self.calibration_recall:
-            yield f"in {100 * self.calibration_recall:.3g}% of the text something said earlier comes back"
+        yield from recall_notes(self.calibration_recall)
         if norm:
             yield (
                 "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "

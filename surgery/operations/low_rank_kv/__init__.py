@@ -1,7 +1,8 @@
 """Keys and values of low rank: one vector for each token in the cache, from which those of all heads are made.
 
-`operation.py` has the settings and the plan. `closed_form.py` converts a loaded model, layer by layer
-(calibration/closed_form/layerwise_fit.py). `layer.py` converts one layer: the vector of low rank comes from
+`operation.py` has the plan, and `operations/vector.py` the settings that any vector has. A loaded model is converted
+layer by layer (calibration/closed_form/layerwise_fit.py). `layer.py` converts one layer
+(calibration/closed_form/vector_layer.py): the vector of low rank comes from
 `calibration/closed_form/joint_rank.py`, and queries, keys and the output projection are refitted. `weights.py` has the
 new layer's weights. The model runs by `runtime/surgery_low_rank.py`.
 

@@ -7,33 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.calibration.closed_form.cost import Calibration
-from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
-from surgery.operations.base import (
-    SURGICAL,
-    CalibrationRecall,
-    InWords,
-    Operation,
-    PlannedChange,
-    recall_problems,
-)
+from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED
+from surgery.operations.base import SURGICAL, InWords, PlannedChange, give_entries
+from surgery.operations.vector import VectorOperation, full_width
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
 
-Projection = Literal["q", "k", "o", "mlp"]
 
-
-class LowRankKV(Operation):
+class LowRankKV(VectorOperation):
     """One vector for each token, from which the keys and values of all heads are made."""
 
     summary: ClassVar[str] = "Low-rank keys and values: the cache holds one vector a token, of which all are made."
-    purpose: ClassVar[str] = "cache"
+    STAGE: ClassVar[str] = "lowering the rank"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The weights are fitted to the calibration text (by default half Python's language reference, half what the "
         "model writes itself); text of another kind loses more.",
@@ -43,44 +35,18 @@ class LowRankKV(Operation):
     )
 
     op: Literal["low_rank_kv"] = "low_rank_kv"
-    keep_kv: float = Field(
-        0.5, gt=0, le=1, description="Share of a layer's keys and values that the vector takes, where rank is null."
-    )
-    rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
-        None, description="Numbers in the vector. null: as keep_kv says."
-    )
-    refit: list[Projection] = Field(
-        ["q", "k", "o", "mlp"],
-        description="Projections that are refitted: queries and keys to the base's scores, attention's output (o) to "
-        "that of the base's attention, the MLP's output (mlp) to the base's states behind each layer.",
-    )
-    calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
-    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(VARIED, description=CALIBRATION_TEXTS_ARE)
-    calibration_recall: CalibrationRecall = 0.0
 
     @property
     def usual_tier(self) -> str:
         return SURGICAL
-
-    @property
-    def rewritten_projections(self) -> tuple[str, ...]:
-        return ("q", "k", "v", "o")
-
-    def milder(self) -> str:
-        if self.rank is not None:
-            return f"rank={self.rank + max(1, self.rank // 2)}"
-        return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
-
-    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
-        return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
 
     def _changed(self, anatomy: Anatomy) -> list[LayerAnatomy]:
         """The layers that get a vector: those whose cache grows with the text."""
         return [layer for layer in anatomy.layers if layer.window is None]
 
     def _rank(self, layer: LayerAnatomy) -> int:
-        return self.rank or round(self.keep_kv * _full(layer))
+        return self.rank or round(self.keep_kv * full_width(layer))
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := _problem(anatomy):
@@ -89,24 +55,21 @@ class LowRankKV(Operation):
         if not layers:
             return ["low_rank_kv: every layer of this model has a sliding window: its cache does not grow"]
         layer, rank, hidden = layers[0], self._rank(layers[0]), anatomy.config.get_text_config().hidden_size
-        most = min(_full(layer), hidden)
+        most = min(full_width(layer), hidden)
         if rank < 1:
-            problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {_full(layer)} numbers a token is none")
+            problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {full_width(layer)} numbers a token is none")
         elif rank > most and self.rank is not None:
             problems.append(
-                f"low_rank_kv: rank: {rank} is more than keys and values of {_full(layer)} numbers have, made of "
+                f"low_rank_kv: rank: {rank} is more than keys and values of {full_width(layer)} numbers have, made of "
                 f"{hidden} channels: take at most {most}"
             )
         elif rank > most:
             problems.append(
-                f"low_rank_kv: keep_kv: {self.keep_kv:g} of {_full(layer)} numbers a token is {rank}, and a vector of "
-                f"{hidden} loses nothing here: take at most {most / _full(layer):g}"
+                f"low_rank_kv: keep_kv: {self.keep_kv:g} of {full_width(layer)} numbers a token is {rank}, and a "
+                f"vector of {hidden} loses nothing here: take at most {most / full_width(layer):g}"
             )
-        if self.calibration_recall:
-            problems += recall_problems("low_rank_kv", self.calibration_length)
-        if len(set(self.refit)) < len(self.refit):
-            problems.append(f"low_rank_kv: refit names a projection twice: {', '.join(self.refit)}")
-        if not problems and rank < _full(layer):
+        problems += self.problems_of_fit()
+        if not problems and rank < full_width(layer):
             before, after = anatomy.kv_bytes_per_token, self.plan(anatomy).after.kv_bytes_per_token
             if after >= before:
                 problems.append(
@@ -122,7 +85,7 @@ class LowRankKV(Operation):
             layer.with_vector(self._entry(layer, keeps_angles=layer.index == turning)) if layer in changed else layer
             for layer in anatomy.layers
         )
-        full, rank = _full(changed[0]), self._rank(changed[0])
+        full, rank = full_width(changed[0]), self._rank(changed[0])
         line = f"KV cache {full} → {rank} numbers a token in {len(changed)} layers (a vector of which all are made)"
         measurements = self._calibration(anatomy).measurements(anatomy, len(changed))
         after = replace(anatomy, layers=layers)
@@ -140,24 +103,15 @@ class LowRankKV(Operation):
     def _calibration(self, anatomy: Anatomy) -> Calibration:
         layer, hidden = self._changed(anatomy)[0], anatomy.config.get_text_config().hidden_size
         rank, before = self._rank(layer), hidden * layer.head_dim * 2 * (layer.heads + layer.kv_heads)
-        after = before + rank * (hidden + _full(layer)) - hidden * _full(layer)
-        fits = 2 * ("q" in self.refit) + ("k" in self.refit)
-        return Calibration(
-            self.calibration_samples,
-            self.calibration_length,
-            scores=0 if layer.qk_norm else fits,
-            values=False,
-            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
-            mlp="mlp" in self.refit,
-            stage="lowering the rank",
-            grown=max(1.0, after / before),
-        )
+        after = before + rank * (hidden + full_width(layer)) - hidden * full_width(layer)
+        fits = 0 if layer.qk_norm else 2 * ("q" in self.refit) + ("k" in self.refit)
+        return self.calibration(fits, grown=max(1.0, after / before))
 
     def _notes(self, anatomy: Anatomy, after: Anatomy) -> Iterator[str]:
         layers, layer = self._changed(anatomy), self._changed(anatomy)[0]
         if kept := len(anatomy.layers) - len(layers):
             yield f"{kept} layers with the base's own sliding window stay as they are"
-        if (rank := self._rank(layer)) == _full(layer):
+        if (rank := self._rank(layer)) == full_width(layer):
             yield "the cache gets no smaller: a lower rank saves memory"
         elif rank == anatomy.config.get_text_config().hidden_size:
             yield "the vector has as many numbers as the layer's input: keys and values stay exact"
@@ -165,10 +119,7 @@ class LowRankKV(Operation):
         if angles:
             yield f"one layer keeps, for all, the {angles} cosines and sines by which RoPE turns a token"
         fitted = [name for name in self.refit if not (layer.qk_norm and name in "qk")]
-        tokens = self._calibration(anatomy).tokens
-        yield f"fitted on {tokens:,} tokens of text; refitted: {', '.join(fitted) or 'nothing'}"
-        if self.calibration_recall:
-            yield f"in {100 * self.calibration_recall:.3g}% of the text something said earlier comes back"
+        yield from self.notes_of_fit(fitted)
         if layer.qk_norm:
             yield "a norm stands between keys and RoPE, so queries and keys are not fitted to the base's scores"
 
@@ -176,7 +127,7 @@ class LowRankKV(Operation):
         changed = [layer for layer in after.layers if layer.vector]
         if not changed:
             return None
-        rank, full = changed[0].vector, _full(changed[0])
+        rank, full = changed[0].vector, full_width(changed[0])
         return InWords(
             f"keys and values of low rank ({rank} numbers a token, was {full})",
             f"The keys and values of all heads are made of one vector of {rank} numbers for each token, in closed "
@@ -187,18 +138,17 @@ class LowRankKV(Operation):
         )
 
     def apply(self, model: Any, context) -> dict[str, Any]:
-        from surgery.calibration.closed_form.layer_inputs import FitSettings
-        from surgery.operations.low_rank_kv.closed_form import lower_rank
+        from surgery.calibration.closed_form.layerwise_fit import write_mlps
+        from surgery.operations.low_rank_kv.layer import REVISION, LowRankConversion
 
-        text = CalibrationText(
-            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
-        )
-        return lower_rank(model, context, text, FitSettings(refit=tuple(self.refit)))
-
-
-def _full(layer: LayerAnatomy) -> int:
-    """Numbers of keys and values that a layer's cache holds for a token."""
-    return layer.kv_heads * layer.kv_width
+        fitted, after = self.fit(model, context, LowRankConversion, REVISION), context.change.after
+        give_entries(model, [layer.entry for layer in after.layers], self.op)
+        for tensors, layer in zip(fitted.tensors, after.layers, strict=True):
+            module = model.get_submodule(layer.path)
+            for name, tensor in tensors.items() if layer.vector else ():
+                module.get_parameter(name).data.copy_(tensor)
+        write_mlps(model, fitted.mlps)
+        return fitted.record
 
 
 def _problem(anatomy: Anatomy) -> str:

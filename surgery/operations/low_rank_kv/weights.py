@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
 
-    from surgery.architecture.layer import LayerAnatomy
+from surgery.calibration.closed_form.vector_layer import VectorWeights
 
 
 @dataclass(frozen=True)
-class LowRankLayer:
+class LowRankLayer(VectorWeights):
     """The attention weights of one layer whose keys and values are made of a vector, before they are stored.
 
     H query heads, G KV heads of d channels; D channels of the layer's input and output; r numbers in the vector. Where
@@ -20,44 +18,13 @@ class LowRankLayer:
     and s = r + 1. Otherwise n = D and s = r.
 
     Attributes:
-        anatomy: of the layer.
         q: [H, d, n], queries.
         vector: [s, n], rows that make the vector.
         key_maps, value_maps: [G, d, s], from the vector to keys before norm and RoPE, and to values.
         o: [D, H, d], output projection.
     """
 
-    anatomy: LayerAnatomy
-    q: Tensor
-    vector: Tensor
-    key_maps: Tensor
-    value_maps: Tensor
-    o: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Field name -> tensor."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "anatomy"}
-
-    def replace(self, **tensors: Any) -> LowRankLayer:
-        """This layer with other tensors."""
-        return replace(self, **tensors)
-
-    def to(self, dtype) -> LowRankLayer:
-        """This layer in another dtype."""
-        return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
-
-    def rows(self, projection: str, like: Tensor) -> Tensor:
-        """Queries [H, d, n], keys or values [G, d, n], in the dtype and on the device of a tensor.
-
-        Args:
-            projection: "q", "k" or "v".
-        """
-        if projection == "q":
-            return self.q.to(like)
-        maps = self.key_maps if projection == "k" else self.value_maps
-        return maps.to(like) @ self.vector.to(like)
-
-    def stored(self, dtype) -> dict[str, Tensor]:
+    def stored(self, dtype) -> dict[str, torch.Tensor]:
         """The tensors of the attention module that the layer replaces, by name.
 
         Args:

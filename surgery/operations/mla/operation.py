@@ -14,15 +14,9 @@ from pydantic import Field
 from surgery.architecture.latent import NARROW, STOCK, latent_fields, latent_problem, queries_of
 from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
-from surgery.data.text import CALIBRATION_TEXTS_ARE, CONVERSATIONS, CalibrationText, written_samples
-from surgery.operations.base import (
-    NATIVE,
-    CalibrationRecall,
-    InWords,
-    Operation,
-    PlannedChange,
-    recall_problems,
-)
+from surgery.data.text import CALIBRATION_TEXTS_ARE, CONVERSATIONS
+from surgery.operations.base import NATIVE, InWords, PlannedChange
+from surgery.operations.vector import VectorOperation, full_width
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -31,14 +25,13 @@ if TYPE_CHECKING:
 # radian at most. One whose wave is shorter than NEAR tokens has no place in the latent vector: without its angle it
 # says nothing.
 FAR, NEAR = 12, 16
-Projection = Literal["q", "k", "o", "mlp"]
 
 
-class MLA(Operation):
+class MLA(VectorOperation):
     """One latent vector and one rotated key for each token, from which all heads' keys and values are made."""
 
     summary: ClassVar[str] = "Latent attention (MLA): one vector a token in place of keys and values."
-    purpose: ClassVar[str] = "cache"
+    STAGE: ClassVar[str] = "compressing layers"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The weights are fitted to the calibration text (by default half Python's language reference, half what the "
         "model writes itself); text of another kind loses more.",
@@ -53,45 +46,19 @@ class MLA(Operation):
     LATER: ClassVar[tuple[str, ...]] = ("calibration_recall",)
 
     op: Literal["mla"] = "mla"
-    keep_kv: float = Field(
-        0.5, gt=0, le=1, description="Share of the base's KV cache that a token takes, where rank is null."
-    )
-    rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
-        None, description="Numbers in the latent vector. null: what keep_kv leaves beside the rotated key."
-    )
     rope: Annotated[int, Field(ge=2, strict=True)] | None = Field(
         None,
         description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: all "
         f"but those whose wave, before any scaling, is {FAR} times longer than the longest text.",
     )
-    refit: list[Projection] = Field(
-        ["q", "k", "o", "mlp"],
-        description="Projections that are refitted: queries and keys to the base's scores, attention's output (o) to "
-        "that of the base's attention, the MLP's output (mlp) to the base's states behind each layer.",
-    )
-    calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
-    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(CONVERSATIONS, description=CALIBRATION_TEXTS_ARE)
-    calibration_recall: CalibrationRecall = 0.0
-
-    @property
-    def rewritten_projections(self) -> tuple[str, ...]:
-        return ("q", "k", "v", "o")
-
-    def milder(self) -> str:
-        if self.rank is not None:
-            return f"rank={self.rank + max(1, self.rank // 2)}"
-        return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
-
-    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
-        return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
 
     def latent(self, anatomy: Anatomy) -> Latent:
         """The latent attention that such a model gets."""
         layer, waves = anatomy.layers[0], _waves(anatomy)
         longest = FAR * anatomy.positions if anatomy.positions else inf
         rope = self.rope or 2 * max(1, sum(wave <= longest for wave in waves))
-        rank = self.rank or round(self.keep_kv * layer.kv_heads * layer.kv_width) - rope
+        rank = self.rank or round(self.keep_kv * full_width(layer)) - rope
         return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim, queries_of(anatomy))
 
     def problems(self, anatomy: Anatomy) -> list[str]:
@@ -102,7 +69,7 @@ class MLA(Operation):
             problems.append(
                 f"mla: rope: {self.rope} is not an even number up to {layer.rotary}, which RoPE rotates here"
             )
-        latent, full = self.latent(anatomy), layer.kv_heads * layer.kv_width
+        latent, full = self.latent(anatomy), full_width(layer)
         if latent.rank < 1:
             least = (latent.rope + 1) / full
             problems.append(
@@ -119,10 +86,7 @@ class MLA(Operation):
             problems.append(f"mla: rank: {latent.rank} is more than its keys and values have: at most {most}")
         if latent.rope < (fast := 2 * _fast(_waves(anatomy))):
             problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {fast}")
-        if self.calibration_recall:
-            problems += recall_problems("mla", self.calibration_length)
-        if len(set(self.refit)) < len(self.refit):
-            problems.append(f"mla: refit names a projection twice: {', '.join(self.refit)}")
+        problems += self.problems_of_fit()
         if anatomy.dtype in NARROW:
             problems.append(
                 "mla: float16 cannot hold the rows that make the vector, which are scaled below the stock norm's "
@@ -132,7 +96,7 @@ class MLA(Operation):
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, latent, layers = anatomy.layers[0], self.latent(anatomy), len(anatomy.layers)
-        full = layer.kv_heads * layer.kv_width
+        full = full_width(layer)
         line = (
             f"KV cache {full} → {latent.width} numbers a token in {layers} layers (a latent vector of {latent.rank}, "
             f"a shared key of {latent.rope} rotated channels)"
@@ -148,17 +112,8 @@ class MLA(Operation):
         maps = layer.heads * (latent.nope + latent.value) * latent.rank
         made = latent.queries * (hidden + queries) if latent.queries else hidden * queries
         after = hidden * (latent.width + layer.heads * latent.value) + made + maps
-        return Calibration(
-            self.calibration_samples,
-            self.calibration_length,
-            scores=2 * ("q" in self.refit) + 2 * ("k" in self.refit),
-            values=False,
-            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
-            mlp="mlp" in self.refit,
-            stage="compressing layers",
-            wider=(latent.nope + latent.rope) / layer.head_dim,
-            grown=after / before,
-        )
+        fits = 2 * ("q" in self.refit) + 2 * ("k" in self.refit)
+        return self.calibration(fits, grown=after / before, wider=(latent.nope + latent.rope) / layer.head_dim)
 
     def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
         yield f"the layers are those of a stock {STOCK}"
@@ -168,19 +123,16 @@ class MLA(Operation):
         dropped = of - latent.rope // 2
         if dropped:
             yield f"of {of} frequencies the slowest {dropped} {'keeps' if dropped == 1 else 'keep'} no RoPE"
-        full = anatomy.layers[0].kv_heads * anatomy.layers[0].kv_width
+        full = full_width(anatomy.layers[0])
         if latent.width == full:
             yield "the cache keeps its size: a lower rank saves memory"
-        fitted = ", ".join(self.refit) or "nothing"
-        yield f"fitted on {self._calibration(anatomy).tokens:,} tokens of text; refitted: {fitted}"
-        if self.calibration_recall:
-            yield f"in {100 * self.calibration_recall:.3g}% of the text something said earlier comes back"
+        yield from self.notes_of_fit(self.refit)
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         latent = after.latent
         if latent is None:
             return None
-        full = before.layers[0].kv_heads * before.layers[0].kv_width
+        full = full_width(before.layers[0])
         return InWords(
             f"latent attention (MLA, {latent.width} numbers a token, was {full})",
             f"The keys and values of all heads are made of one vector of {latent.rank} numbers for each token and one "
@@ -191,13 +143,16 @@ class MLA(Operation):
         )
 
     def apply(self, model: Any, context) -> dict[str, Any]:
-        from surgery.calibration.closed_form.layer_inputs import FitSettings
-        from surgery.operations.mla.closed_form import compress
+        from surgery.architecture.latent import write_latent
+        from surgery.architecture.stock_class import refuse_other_class
+        from surgery.calibration.closed_form.layerwise_fit import write_mlps
+        from surgery.operations.mla.layer import REVISION, Compression
 
-        text = CalibrationText(
-            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
-        )
-        return compress(model, context, text, FitSettings(refit=tuple(self.refit)))
+        refuse_other_class(model, self.op)
+        fitted = self.fit(model, context, Compression, REVISION)
+        write_latent(model, context.change.after, fitted.tensors)
+        write_mlps(model, fitted.mlps)  # last: an error before leaves the model as it was
+        return fitted.record
 
 
 def _fast(waves: list[float]) -> int:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+
+import torch
 
 from surgery.architecture.latent import NORM_EPSILON, interleaved, scaled_norm
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from surgery.architecture.layer import LayerAnatomy
+from surgery.calibration.closed_form.vector_layer import VectorWeights
 
 
 @dataclass(frozen=True)
-class LatentLayer:
+class LatentLayer(VectorWeights):
     """The attention weights of one layer with latent attention, before they are stored.
 
     H query heads in G groups with the same keys and values; p channels of a key without RoPE and e with it; r numbers
@@ -23,52 +20,20 @@ class LatentLayer:
     projections have biases a last one that is always 1.
 
     Attributes:
-        anatomy: of the layer.
         q: [H, p + e, n], queries; their first p channels are not rotated.
-        shared: [1, e, n], the rotated key of all heads.
-        vector: [r, n], rows that make the latent vector.
         key_maps: [G, p, r], from the vector to the keys without RoPE.
         value_maps: [G, d, r], from the vector to the values.
         o: [D, H, d], output projection.
+        shared: [1, e, n], the rotated key of all heads.
     """
 
-    anatomy: LayerAnatomy
-    q: Tensor
-    shared: Tensor
-    vector: Tensor
-    key_maps: Tensor
-    value_maps: Tensor
-    o: Tensor
+    shared: torch.Tensor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Field name -> tensor."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "anatomy"}
+    def rows(self, projection: str, like: torch.Tensor) -> torch.Tensor:
+        rows = super().rows(projection, like)
+        return torch.cat([rows, self.shared.to(like).expand(len(rows), -1, -1)], 1) if projection == "k" else rows
 
-    def replace(self, **tensors: Any) -> LatentLayer:
-        """This layer with other tensors."""
-        return replace(self, **tensors)
-
-    def to(self, dtype) -> LatentLayer:
-        """This layer in another dtype."""
-        return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
-
-    def rows(self, projection: str, like: Tensor) -> Tensor:
-        """Queries [H, p + e, n], keys [G, p + e, n] or values [G, d, n], in the dtype and on the device of a tensor.
-
-        Args:
-            projection: "q", "k" or "v".
-        """
-        import torch
-
-        if projection == "q":
-            return self.q.to(like)
-        vector = self.vector.to(like)
-        if projection == "v":
-            return self.value_maps.to(like) @ vector
-        keys = self.key_maps.to(like) @ vector
-        return torch.cat([keys, self.shared.to(like).expand(len(keys), -1, -1)], 1)
-
-    def stored(self, scale: float, largest: tuple[float, float], dtype) -> dict[str, Tensor]:
+    def stored(self, scale: float, largest: tuple[float, float], dtype) -> dict[str, torch.Tensor]:
         """The tensors of the stock module (architecture/latent.py), by name, without the bias of the output.
 
         Args:
@@ -76,8 +41,6 @@ class LatentLayer:
             largest: the largest mean square over a text of a latent vector, and of the layer's input.
             dtype: of the tensors.
         """
-        import torch
-
         layout, heads, free = self.anatomy.layout, len(self.q), self.key_maps.shape[1]
         factor, weight = scaled_norm(largest[0])
         queries = torch.cat([self.q[:, :free].double(), interleaved(self.q[:, free:].double())], 1)
@@ -96,7 +59,7 @@ class LatentLayer:
             tensors[f"{layout.k}.bias"] = made[:, -1]
         return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
-    def _with_query_vector(self, queries: Tensor, size: int, largest: float) -> dict[str, Tensor]:
+    def _with_query_vector(self, queries: torch.Tensor, size: int, largest: float) -> dict[str, torch.Tensor]:
         """The tensors of queries [H (p + e), D + 1], whose last column is their bias, by way of a vector.
 
         The vector is the layer's input and a 1, scaled by a power of two, so that making it rounds nothing. Its norm
@@ -106,8 +69,6 @@ class LatentLayer:
             size: numbers in this vector; those behind the 1 are zero.
             largest: the largest mean square of the layer's input over a text.
         """
-        import torch
-
         layout, width = self.anatomy.layout, queries.shape[1]
         inputs = width - 1
         factor, weight = scaled_norm(largest)

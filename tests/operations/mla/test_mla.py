@@ -454,7 +454,7 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(monkeypatch):
     def fails(*_):
         raise MemoryError
 
-    monkeypatch.setattr("surgery.operations.mla.closed_form.write_latent", fails)
+    monkeypatch.setattr("surgery.architecture.latent.write_latent", fails)
     with pytest.raises((MemoryError, SurgeryError)):
         convert(model, rank=8, rope=4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,12 +1,13 @@
-"""Time and memory of the closed form: the estimate of `plan` and the measured cost, for a model of any shape.
+"""Time and memory of a closed form: the estimate of `plan` and the measured cost, for a model of any shape.
 
-    python examples/benchmarks/gqa_cost.py [--layers 1] [--whole 32] [--samples 28] [--tokenizer MODEL]
-        [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
+    python examples/benchmarks/conversion_cost.py [RECIPE] [KEY=VALUE ...] [--layers 1] [--whole 32]
+        [--hidden 4096] [--heads 32] [--kv-heads 32] [--mlp 11008] [--tokenizer MODEL]
 
-The model is a Llama with random bfloat16 weights. It is made in memory with a few layers of the shape (by default that
-of Llama 2 7B) and with the vocabulary of --tokenizer. The script prints the estimate for these layers, the measured
-cost of their conversion, and the estimate for --whole layers; layers of this width are converted one at a time. Memory
-is the peak of the resident set beyond the model, which is read from /proc, so that this runs on Linux only.
+RECIPE is `gqa`, `mla`, `low-rank-kv` or a file. The model is a Llama with random bfloat16 weights. It is made in
+memory with a few layers of the shape (by default that of Llama 2 7B) and with the vocabulary of --tokenizer. The
+script prints the estimate for these layers, the measured cost of their conversion, and the estimate for --whole
+layers; layers of this width are converted one at a time. Memory is the peak of the resident set beyond the model,
+which is read from /proc, so that this runs on Linux only.
 """
 
 import argparse
@@ -38,9 +39,9 @@ def model_of(args, layers: int, words: int, device: str):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def planned(model, fields: dict) -> tuple[float, float]:
+def planned(model, args) -> tuple[float, float]:
     """The estimate of `plan`: seconds, and GB in addition to the model."""
-    plan = surgery.plan("gqa", model, **fields)
+    plan = surgery.plan(args.recipe, model, overrides=args.settings)
     memory = max(stage.memory for stage in plan.steps[0].change.measurements)
     return plan.estimate.to_dict()["parts"]["measure"]["seconds"], memory / 1e9
 
@@ -57,28 +58,28 @@ def forget() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 1, "whole": 32, "hidden": 4096, "heads": 32, "kv-heads": 32, "to": 8}.items():
+    parser.add_argument("recipe", nargs="?", default="gqa")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    for name, default in {"layers": 1, "whole": 32, "hidden": 4096, "heads": 32, "kv-heads": 32}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mlp", type=int, default=11008)
-    parser.add_argument("--samples", type=int, default=28, help="calibration pieces")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="a model whose words are taken")
     args = parser.parse_args()
     tokenizer = read_tokenizer(str(resolve(args.tokenizer).path))
-    fields = {"kv_heads": args.to, "calibration_samples": args.samples}
 
     torch.manual_seed(0)
     model = model_of(args, args.layers, len(tokenizer), "cpu")
-    seconds, beside = planned(model, fields)
+    seconds, beside = planned(model, args)
     print(f"| layers of {args.hidden} | | minutes | GB in addition to the model |\n| --- | --- | --- | --- |")
     print(f"| {args.layers} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
     forget()
     before, began = resident("VmRSS"), time.perf_counter()
-    surgery.apply("gqa", model, tokenizer=tokenizer, **fields)
+    surgery.apply(args.recipe, model, overrides=args.settings, tokenizer=tokenizer)
     took, peak = time.perf_counter() - began, resident("VmHWM") - before
     print(
         f"| {args.layers} | measured, {torch.get_num_threads()} threads | {took / 60:.1f} | {peak:.1f} |", flush=True
     )
-    seconds, beside = planned(model_of(args, args.whole, len(tokenizer), "meta"), fields)
+    seconds, beside = planned(model_of(args, args.whole, len(tokenizer), "meta"), args)
     print(f"| {args.whole} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
 
 

@@ -1,0 +1,133 @@
+"""What the operations share that make the keys and values of all heads of one vector for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.calibration.closed_form.cost import Calibration
+from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
+from surgery.operations.base import ApplyContext, CalibrationRecall, Operation, recall_notes, recall_problems
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
+    from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
+
+Projection = Literal["q", "k", "o", "mlp"]
+
+
+class VectorOperation(Operation):
+    """One vector for each token, from which keys and values are made, fitted on a calibration text."""
+
+    purpose: ClassVar[str] = "cache"
+    STAGE: ClassVar[str]  # name of the fits, for progress and plan
+
+    keep_kv: float = Field(0.5, gt=0, le=1, description="Share of the base's keys and values that a token takes.")
+    rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        None, description="Numbers in the vector. null: as keep_kv says."
+    )
+    refit: list[Projection] = Field(
+        ["q", "k", "o", "mlp"],
+        description="Projections that are refitted: queries and keys to the base's scores, attention's output (o) to "
+        "that of the base's attention, the MLP's output (mlp) to the base's states behind each layer.",
+    )
+    calibration_samples: int = Field(28, ge=2, strict=True, description="Pieces of text; a sixth is held back.")
+    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
+    calibration_text: str = Field(VARIED, description=CALIBRATION_TEXTS_ARE)
+    calibration_recall: CalibrationRecall = 0.0
+
+    @property
+    def rewritten_projections(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")
+
+    def milder(self) -> str:
+        if self.rank is not None:
+            return f"rank={self.rank + max(1, self.rank // 2)}"
+        return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
+
+    def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
+        return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
+
+    def problems_of_fit(self) -> list[str]:
+        """Why the calibration text or the refits cannot be as they are set."""
+        problems = recall_problems(self.op, self.calibration_length) if self.calibration_recall else []
+        if len(set(self.refit)) < len(self.refit):
+            problems.append(f"{self.op}: refit names a projection twice: {', '.join(self.refit)}")
+        return problems
+
+    def calibration(self, scores: int, grown: float, wider: float = 1.0) -> Calibration:
+        """What the conversion measures and fits; arguments as for `Calibration`."""
+        return Calibration(
+            self.calibration_samples,
+            self.calibration_length,
+            scores=scores,
+            values=False,
+            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
+            mlp="mlp" in self.refit,
+            stage=self.STAGE,
+            wider=wider,
+            grown=grown,
+        )
+
+    def notes_of_fit(self, fitted: list[str]) -> Iterator[str]:
+        """Notes for the plan: the text, and the projections that are refitted to it."""
+        tokens = self.calibration_samples * self.calibration_length
+        yield f"fitted on {tokens:,} tokens of text; refitted: {', '.join(fitted) or 'nothing'}"
+        yield from recall_notes(self.calibration_recall)
+
+    def fit(self, model: Any, context: ApplyContext, conversion: type[LayerwiseFit], revision: int) -> FittedLayers:
+        """Convert the layers of a loaded model, which stays as it is, to those that `context.change` plans.
+
+        Args:
+            revision: of the fit. State files of another revision are not resumed.
+
+        Raises:
+            SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
+        """
+        from surgery.architecture.edit import refuse_non_finite
+        from surgery.calibration.closed_form.layer_inputs import FitSettings
+        from surgery.io.resume import LayerFiles
+
+        after, settings = context.change.after, FitSettings(refit=tuple(self.refit))
+        text = CalibrationText(
+            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
+        )
+        what = f"{self.op} needs the tokenizer, for its calibration text"
+        sequences, source = context.calibration(model, text, self.op, what)
+        made = after.latent or [layer.vector for layer in after.layers]
+        identity = [revision, settings, made, sequences.tolist()]
+        files = LayerFiles(context.folder, context.state_name(self.op), identity)
+        run = conversion(model, after.layers, sequences, settings, files.load, files.save)
+        tensors_of_layers, records = run.layers(context.progress)
+        for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
+            refuse_non_finite(tensors, layer.path)
+        refuse_non_finite(run.mlps, "model")
+        record = {layer.path: fitted for layer, fitted in zip(after.layers, records, strict=True) if fitted}
+        text_record = {"calibration": source | {"tokens": sequences.numel()}}
+        return FittedLayers(tensors_of_layers, run.mlps, record | text_record)
+
+
+@dataclass(frozen=True)
+class FittedLayers:
+    """What a conversion made.
+
+    Attributes:
+        tensors: of each layer's attention module, by name.
+        mlps: refitted weights of MLPs, by parameter name.
+        record: of each changed layer, by its path, and of the text.
+    """
+
+    tensors: list[dict[str, Tensor]]
+    mlps: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def full_width(layer: LayerAnatomy) -> int:
+    """Numbers of keys and values that a layer's cache holds for a token."""
+    return layer.kv_heads * layer.kv_width
