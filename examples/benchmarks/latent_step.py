@@ -1,9 +1,10 @@
-"""One decoding step of latent attention behind a long past: stock Transformers, `absorb`, and the base.
+"""One decoding step behind a long past, of models whose cache holds vectors, and of their base.
 
-    python examples/benchmarks/latent_step.py OUT BASE [--lengths 1024 8192] [--table FILE --machine TEXT]
+    python examples/benchmarks/latent_step.py BASE OUT [OUT ...] [--lengths 1024 8192] [--table FILE --machine TEXT]
 
-OUT is a folder that `surgery apply mla BASE` wrote. The caches are filled with random numbers, which cost what others
-do. The models take turns, and the median step of each is printed in milliseconds.
+An OUT is a folder that `surgery apply mla BASE`, `mla-absorbed` or `low-rank-kv` wrote. The caches are filled with
+random numbers, which cost what others do. The models take turns, and the median step of each is printed in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from pathlib import Path
 import results
 import torch
 
-import surgery
 from surgery.io.hub import resolve
 from surgery.io.loading import load_model
 from surgery.runtime.modeling_surgery import CACHE
 
-ABSORB = {"version": 1, "name": "absorbed", "operations": [{"op": "absorb"}], "evaluate": None}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("out")
 parser.add_argument("base")
+parser.add_argument("out", nargs="+", type=Path)
 parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192], help="tokens of the past")
 parser.add_argument("--steps", type=int, default=5, help="timed steps of each model at each length")
 parser.add_argument("--table", type=Path, metavar="FILE", help="write a table for the pages (results/NAME.json)")
@@ -63,10 +62,8 @@ def step(model, cache, token: int = 1) -> float:
 @torch.inference_mode()
 def main() -> None:
     options = parser.parse_args()
-    stock, absorbed = (load_model(resolve(options.out).path, dtype=torch.float32).eval() for _ in range(2))
-    surgery.apply(ABSORB, absorbed)
-    base = load_model(resolve(options.base).path, dtype=torch.float32).eval()
-    models = {"the base": base, "`mla`": stock, "`mla-absorbed`": absorbed}
+    folders = {"the base": options.base} | {f"`{folder.name}`": str(folder) for folder in options.out}
+    models = {name: load_model(resolve(folder).path, dtype=torch.float32).eval() for name, folder in folders.items()}
     rows = [[name] for name in models]
     for length in options.lengths:
         caches = {name: filled(model, length) for name, model in models.items()}
@@ -80,7 +77,9 @@ def main() -> None:
     if options.table:
         columns = ["milliseconds a step", *({"name": f"{n:,} tokens", "format": "{:,.0f}"} for n in options.lengths)]
         lengths = " ".join(map(str, options.lengths))
-        command = f"python examples/benchmarks/latent_step.py mla smollm2-135m --lengths {lengths}"
+        made = [f"surgery apply {folder.name} smollm2-135m -o {folder.name}" for folder in options.out]
+        step_of = f"python examples/benchmarks/latent_step.py smollm2-135m {' '.join(map(str, options.out))}"
+        command = [*made, f"{step_of} --lengths {lengths}"]
         results.write(options.table, command, options.machine, columns, rows)
 
 

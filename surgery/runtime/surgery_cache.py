@@ -68,7 +68,8 @@ class SurgeryLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, **kwargs) -> None:
+        """Keep what `crop` may have to bring back. Newer Transformers name the states of recurrent layers to keep."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
