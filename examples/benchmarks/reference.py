@@ -30,8 +30,10 @@ def families() -> str:
         fit = "yes; with the norm keys and queries are not refitted" if family.qk_norm else "yes"
         if family.qk_norm == "whole":
             fit = "no: the norm spans all heads"
-        elif merge == NO_NUMBER or not family.interface:
+        elif merge == NO_NUMBER or split == "no":
             fit = "no"
+        elif family.since:
+            fit = split
         positions = {"half": "RoPE", "interleaved": "RoPE, interleaved", "alibi": "ALiBi"}
         rows.append(
             [

@@ -163,6 +163,10 @@ class Anatomy:
         if not (layout := self.layers[0].layout).interface:
             since = layout.since and f" (from version {layout.since} on it does)"
             return f"{self.model_type} does not use the attention interface of the installed Transformers{since}"
+        if self.layers[0].positions == "alibi":
+            return (
+                f"this {self.model_type} has ALiBi, which is a part of the mask; the surgical tier makes its own masks"
+            )
         if getattr(self.config, "output_attentions", False):
             return "output_attentions: true, as its config says, asks for weights that the surgical tier never holds"
         return "composites (vision + text) are not supported by the surgical tier" if self.composite else ""

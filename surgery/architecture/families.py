@@ -89,7 +89,7 @@ class Family:
 
 TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
 GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None, "head_dim": False}
-BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "head_dim": False, "interface": False}
+BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "head_dim": False}
 
 FAMILIES: dict[str, Family] = {
     # separate projections, RoPE, num_key_value_heads honoured
@@ -117,7 +117,14 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense"),
     # fused projections that honour a number of KV heads
     "phi3": Family(qkv="qkv_proj", layout="rows"),
-    "falcon": Family(layers="transformer.h", layout="falcon", kv_field="falcon", **BLOOM),
+    "falcon": Family(
+        layers="transformer.h",
+        layout="falcon",
+        kv_field="falcon",
+        interface=TRANSFORMERS >= (5, 25),
+        since="5.25",
+        **BLOOM,
+    ),
     # no number of KV heads: these cannot be expanded further, and fewer KV heads need the surgical tier
     "gpt_neox": Family(
         "gpt_neox.layers",
@@ -138,7 +145,9 @@ FAMILIES: dict[str, Family] = {
         since="5.24",
     ),
     "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None, head_dim=False),
-    "bloom": Family(layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, **BLOOM),
+    "bloom": Family(
+        layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, interface=False, **BLOOM
+    ),
     "mpt": Family(
         "transformer.blocks",
         "attn",

@@ -39,7 +39,7 @@ from typing import NamedTuple
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 13), (6, 0))  # (from, before); the caches of 5.12 lack a method that ours builds on
 # The base's model_type -> the first version in which its attention can be replaced.
-SINCE = {"gptj": (5, 24), "deepseek_v3": (5, 24)}
+SINCE = {"gptj": (5, 24), "deepseek_v3": (5, 24), "falcon": (5, 25)}
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
 PER_LAYER = "per_layer_config"  # the key of config.json by which Transformers 5 names what differs between layers
 QUERY_HEADS, KV_HEADS = "query heads", "KV heads"

@@ -39,6 +39,8 @@ def converted(tmp_path_factory):
         if not base.exists():
             TINY[family]().save_pretrained(base)
             byte_tokenizer().save_pretrained(base)
+        if engine == "streaming" and Anatomy.of(TINY[family]()).layers[0].kv_heads == 1:
+            continue  # nothing becomes fewer
         try:
             surgery.plan(steps(base, engine), str(base))
         except surgery.SurgeryError:

@@ -90,13 +90,14 @@ def test_as_many_keys_as_tokens_are_the_base(base):
     """Every rule: cached and not, in chunks of one interval, odd and whole, alone and left-padded."""
     ids, mask = batch(base)
     want = base(**given(base, ids, mask), use_cache=False).logits
-    for rule in RULES:
+    alone = Anatomy.of(base).layers[0].kv_heads == 1
+    for rule in (name for name in RULES if not (alone and name.startswith("task_kv"))):  # needs a second head
         model = under(base, rule, keys=LENGTH)
         assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
         for chunks in ([20, 1, 24], [8] * 5 + [5]):
             assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-5
-        alone = slice(0, 1), slice(0, None)
-        assert difference(chunked(model, ids[alone], mask[alone], [LENGTH]), want[:1], mask[:1]) <= 1e-5
+        first = slice(0, 1), slice(0, None)
+        assert difference(chunked(model, ids[first], mask[first], [LENGTH]), want[:1], mask[:1]) <= 1e-5
 
 
 @some

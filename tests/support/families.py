@@ -7,6 +7,7 @@ Every parameter is random, norm weights, biases and sinks too, so that no mistak
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -130,10 +131,14 @@ WITHOUT_KV_FIELD: dict[str, Callable[..., PreTrainedModel]] = {
     "mpt": maker("Mpt", IDS, vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=QUERIES, max_seq_len=64),
 }
 TINY = CONVERTIBLE | WITHOUT_KV_FIELD
-# Not on Transformers' attention interface: these never, gptj since 5.24 only.
-OFF_THE_INTERFACE = {name for name in TINY if name.startswith(("falcon", "bloom", "mpt"))}
-if not hasattr(transformers.models.gptj.modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
-    OFF_THE_INTERFACE.add("gptj")
+# Not on Transformers' attention interface: these never, gptj since 5.24 only, falcon since 5.25.
+OFF_THE_INTERFACE = {name for name in TINY if name.startswith(("falcon_alibi", "bloom", "mpt"))}
+for _family in ("falcon", "gptj"):
+    if not hasattr(
+        importlib.import_module(f"transformers.models.{_family}.modeling_{_family}"), "ALL_ATTENTION_FUNCTIONS"
+    ):
+        OFF_THE_INTERFACE |= {name for name in TINY if name.startswith(_family)}
+ONE_KV_HEAD = "falcon_multi_query"  # the family of which all query heads share one KV head
 BASES: dict[str, PreTrainedModel] = {}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import OFF_THE_INTERFACE, TINY
 
+from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 
 SINKS, WINDOW = 3, 5
@@ -30,8 +31,7 @@ def base(request, bases):
 
 
 def kv_heads(model) -> int:
-    text = model.config.get_text_config()
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Anatomy.of(model).layers[0].kv_heads
 
 
 def random_split(model, seed: int) -> list[list[int]]:

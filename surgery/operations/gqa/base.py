@@ -209,8 +209,8 @@ class GQA(Variants, WeightRewrite):
 
     def _notes(self, anatomy: Anatomy, targets: list[int]) -> Iterator[str]:
         layer = anatomy.layers[0]
-        if getattr(anatomy.config, "new_decoder_architecture", False):
-            yield "Transformers' Falcon repeats KV heads before its cache: only engines that do not cache fewer bytes"
+        if getattr(anatomy.config, "new_decoder_architecture", False) and not layer.layout.interface:
+            yield "Falcon repeats KV heads before its cache here; from 5.25 on, Transformers does not, nor do engines"
         for target in sorted({*targets, *self.candidates(anatomy)}):
             if layer.kv_heads % target:
                 yield f"{target} does not divide {layer.kv_heads}: some KV heads enter two groups"
