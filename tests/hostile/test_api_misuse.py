@@ -121,7 +121,7 @@ def test_a_surgical_model_on_the_meta_device(base, training):
     """Its shapes can be worked out without weights, as those of a stock model."""
     model = loaded(base)
     surgery.apply(STREAM, model)
-    out = model.to("meta").train(training)(input_ids=torch.zeros(1, 20, dtype=torch.long, device="meta"))
+    out = model.train(training).to("meta")(input_ids=torch.zeros(1, 20, dtype=torch.long, device="meta"))
     assert out.logits.shape == (1, 20, 300)
 
 

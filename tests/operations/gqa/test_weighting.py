@@ -80,7 +80,9 @@ def stock(model, monkeypatch, sequences=SEQUENCES) -> list[SimpleNamespace]:
     library = sys.modules[type(module).__module__]
     rope = library.apply_rotary_pos_emb
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(library, rope.__name__, lambda *args, **more: rotated.append(rope(*args, **more)) or rotated[-1])
+        patch.setattr(
+            library, "apply_rotary_pos_emb", lambda *args, **more: rotated.append(rope(*args, **more)) or rotated[-1]
+        )
         out = model(input_ids=sequences, use_cache=False, output_attentions=True, output_hidden_states=True)
     for index, layer in enumerate(layers):
         layer.p, layer.rms = out.attentions[index], 1 / out.hidden_states[index].square().mean(-1)
