@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "recipes", ".github", "kernels", "surgery", "surgery/*", "examples/*")
 PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
 SETTINGS = {  # numbers in sentences that were chosen or worked out, not measured
-    "README.md": {"3.11", "5.24", "0.001", "0.002"},
+    "README.md": {"3.11", "5.24", "5.25", "0.001", "0.002"},
     "duo-attention.md": {"10%", "40%", "95%", "1.5", "2.0"},
     "gqa.md": {"70%", "0.8"},
     "moh.md": {"75%", "2.632"},
