@@ -2,9 +2,9 @@
 
     python examples/benchmarks/latent_step.py BASE OUT [OUT ...] [--lengths 1024 8192] [--table FILE --machine TEXT]
 
-An OUT is a folder that `surgery apply mla BASE`, `mla-absorbed` or `low-rank-kv` wrote. The caches are filled with
-random numbers, which cost what others do. The models take turns, and the median step of each is printed in
-milliseconds.
+An OUT is a folder that `surgery apply mla BASE`, `mla-absorbed` or `low-rank-kv` wrote; it names its row. The caches
+are filled with random numbers, which cost what others do. The models take turns, and the median step of each is
+printed in milliseconds.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ def main() -> None:
     if options.table:
         columns = ["milliseconds a step", *({"name": f"{n:,} tokens", "format": "{:,.0f}"} for n in options.lengths)]
         lengths = " ".join(map(str, options.lengths))
-        made = [f"surgery apply {folder.name} smollm2-135m -o {folder.name}" for folder in options.out]
-        step_of = f"python examples/benchmarks/latent_step.py smollm2-135m {' '.join(map(str, options.out))}"
-        command = [*made, f"{step_of} --lengths {lengths}"]
+        given = " ".join([options.base, *(folder.name for folder in options.out)])
+        command = f"python examples/benchmarks/latent_step.py {given} --lengths {lengths}"
         results.write(options.table, command, options.machine, columns, rows)
 
 
