@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ class Family:
 
 
 TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
+
+
+def interface_from(release: str) -> dict[str, Any]:
+    """The fields of a family that uses Transformers' attention interface from this release on."""
+    return {"interface": tuple(map(int, release.split("."))) <= TRANSFORMERS, "since": release}
+
+
 GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None, "head_dim": False}
 BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "head_dim": False}
 
@@ -121,9 +129,8 @@ FAMILIES: dict[str, Family] = {
         layers="transformer.h",
         layout="falcon",
         kv_field="falcon",
-        interface=TRANSFORMERS >= (5, 25),
-        since="5.25",
         **BLOOM,
+        **interface_from("5.25"),
     ),
     # no number of KV heads: these cannot be expanded further, and fewer KV heads need the surgical tier
     "gpt_neox": Family(
@@ -141,8 +148,7 @@ FAMILIES: dict[str, Family] = {
         o="out_proj",
         positions="interleaved",
         angles="nothing",
-        interface=TRANSFORMERS >= (5, 24),
-        since="5.24",
+        **interface_from("5.24"),
     ),
     "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None, head_dim=False),
     "bloom": Family(

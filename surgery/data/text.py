@@ -183,6 +183,11 @@ class CalibrationText(NamedTuple):
     samples: int
     recall: float = 0.0
 
+    @property
+    def written_tokens(self) -> int:
+        """How many tokens of it the model writes itself."""
+        return sum(written_samples(self.source, self.samples)) * self.length
+
 
 def written_samples(text: str, samples: int) -> tuple[int, int]:
     """How many samples of a calibration text the model writes itself: running text, and conversations."""

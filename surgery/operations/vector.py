@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.calibration.closed_form.cost import Calibration
-from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
+from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText
 from surgery.operations.base import ApplyContext, CalibrationRecall, Operation, recall_notes, recall_problems
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ class VectorOperation(Operation):
     purpose: ClassVar[str] = "cache"
     STAGE: ClassVar[str]  # name of the fits, for progress and plan
 
-    keep_kv: float = Field(0.5, gt=0, le=1, description="Share of the base's keys and values that a token takes.")
+    keep_kv: float = Field(
+        0.5, gt=0, le=1, description="Share of the base's keys and values that a token takes, where rank is null."
+    )
     rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
-        None, description="Numbers in the vector. null: as keep_kv says."
+        None, description="Numbers in the vector. null: what keep_kv leaves for it."
     )
     refit: list[Projection] = Field(
         ["q", "k", "o", "mlp"],
@@ -41,6 +43,12 @@ class VectorOperation(Operation):
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(VARIED, description=CALIBRATION_TEXTS_ARE)
     calibration_recall: CalibrationRecall = 0.0
+
+    @property
+    def _text(self) -> CalibrationText:
+        return CalibrationText(
+            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
+        )
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
@@ -68,7 +76,7 @@ class VectorOperation(Operation):
             self.calibration_length,
             scores=scores,
             values=False,
-            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
+            written=self._text.written_tokens,
             mlp="mlp" in self.refit,
             stage=self.STAGE,
             wider=wider,
@@ -95,15 +103,13 @@ class VectorOperation(Operation):
         from surgery.io.resume import LayerFiles
 
         after, settings = context.change.after, FitSettings(refit=tuple(self.refit))
-        text = CalibrationText(
-            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
-        )
         what = f"{self.op} needs the tokenizer, for its calibration text"
-        sequences, source = context.calibration(model, text, self.op, what)
+        sequences, source = context.calibration(model, self._text, self.op, what)
         made = after.latent or [layer.vector for layer in after.layers]
         identity = [revision, settings, made, sequences.tolist()]
         files = LayerFiles(context.folder, context.state_name(self.op), identity)
         run = conversion(model, after.layers, sequences, settings, files.load, files.save)
+        run.label = self.STAGE
         tensors_of_layers, records = run.layers(context.progress)
         for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.calibration.closed_form.cost import TRIED, Calibration
-from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText, written_samples
+from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText
 from surgery.errors import UnsupportedModelError, all_of
 from surgery.io.printing import count
 from surgery.operations.base import (
@@ -239,6 +239,12 @@ class ClosedForm(GQA):
         scores = self._scores.measurements(anatomy) if self.candidates(anatomy) and self.by_copying(anatomy) else ()
         return (*scores, *self._calibration(anatomy).measurements(anatomy, fitted))
 
+    @property
+    def _text(self) -> CalibrationText:
+        return CalibrationText(
+            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
+        )
+
     def _calibration(self, anatomy: Anatomy) -> Calibration:
         of_scores = len({"q", "k"} & set(self.refit)) if not anatomy.layers[0].qk_norm else 0
         return Calibration(
@@ -246,7 +252,7 @@ class ClosedForm(GQA):
             self.calibration_length,
             max(0, 2 * of_scores - 1),  # queries are fitted twice where keys are fitted, too
             "v" in self.refit,
-            written=sum(written_samples(self.calibration_text, self.calibration_samples)) * self.calibration_length,
+            written=self._text.written_tokens,
             tried=TRIED if self.candidates(anatomy) else 0,
             trials=max(1, len(self.candidates(anatomy))),
             mlp="mlp" in self.refit,
@@ -306,11 +312,8 @@ class ClosedForm(GQA):
             orders = [partial(self.order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
         settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
-        text = CalibrationText(
-            self.calibration_text, self.calibration_length, self.calibration_samples, self.calibration_recall
-        )
         copying = partial(self._copying, model, context) if self.by_copying(before) else None
-        return share_kv_heads(model, context, text, settings, orders, candidates, copying)
+        return share_kv_heads(model, context, self._text, settings, orders, candidates, copying)
 
     def _copying(self, model: Any, context: ApplyContext) -> tuple[str, list[float]]:
         """The name of the scores, and each layer's strength: the sum of the scores of its heads that copy."""

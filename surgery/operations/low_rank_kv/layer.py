@@ -148,8 +148,6 @@ class LowRankFit(VectorFit):
 class LowRankConversion(LayerwiseFit):
     """The conversion of a model's layers to keys and values of low rank."""
 
-    label = "lowering the rank"
-
     def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
         return bool(new.vector)
 

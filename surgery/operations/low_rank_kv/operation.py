@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from surgery.calibration.closed_form.cost import Calibration
-from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED
 from surgery.operations.base import SURGICAL, InWords, PlannedChange, give_entries
 from surgery.operations.vector import VectorOperation, full_width
 
@@ -35,7 +32,6 @@ class LowRankKV(VectorOperation):
     )
 
     op: Literal["low_rank_kv"] = "low_rank_kv"
-    calibration_text: str = Field(VARIED, description=CALIBRATION_TEXTS_ARE)
 
     @property
     def usual_tier(self) -> str:

@@ -136,8 +136,6 @@ def channels_of(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[i
 class Compression(LayerwiseFit):
     """The conversion of a model's layers to latent attention."""
 
-    label = "compressing layers"
-
     def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
         return True
 

@@ -12,6 +12,7 @@ import torch
 from closed_form import SEQUENCES, Stopped, Tokens, closed, numbers, recipe, same, stop, weights  # noqa: F401
 from families import (
     CONVERTIBLE,
+    OFF_THE_INTERFACE,
     TINY,
     attention_modules,
     base,
@@ -397,9 +398,10 @@ def test_conversations_without_a_template_that_serves_is_refused(model):
 
 
 def test_refusals(numbers):
+    interface = "falcon_old" not in OFF_THE_INTERFACE  # since Transformers 5.25
     cases = [
         ("olmo2", {}, "the QK-norm of olmo2 spans all heads: use method: mean"),
-        ("falcon_alibi", {"kv_heads": 1}, "does not use the attention interface|has ALiBi"),
+        ("falcon_alibi", {"kv_heads": 1}, "has ALiBi" if interface else "does not use the attention interface"),
         ("llama", {"align": "procrustes"}, "drop align"),
         ("llama", {"refit": ["o", "o"]}, "refit names a projection twice: o, o"),
     ]
