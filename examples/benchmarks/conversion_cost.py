@@ -1,17 +1,21 @@
-"""Time and memory of a closed form: the estimate of `plan` and the measured cost, for a model of any shape.
+"""Time and memory of a conversion in closed form: the estimate of `plan` beside the measured cost, for any shape.
 
-    python examples/benchmarks/conversion_cost.py [RECIPE] [KEY=VALUE ...] [--layers 1] [--whole 32]
+    python examples/benchmarks/conversion_cost.py RECIPE [KEY=VALUE ...] [--layers 1] [--whole 32]
         [--hidden 4096] [--heads 32] [--kv-heads 32] [--mlp 11008] [--tokenizer MODEL]
 
-RECIPE is `gqa`, `mla`, `low-rank-kv` or a file. The model is a Llama with random bfloat16 weights. It is made in
-memory with a few layers of the shape (by default that of Llama 2 7B) and with the vocabulary of --tokenizer. The
-script prints the estimate for these layers, the measured cost of their conversion, and the estimate for --whole
-layers; layers of this width are converted one at a time. Memory is the peak of the resident set beyond the model,
-which is read from /proc, so that this runs on Linux only.
+The model is a Llama with random bfloat16 weights. It is made in memory with a few layers of the shape (by default
+that of Llama 2 7B) and with the vocabulary of --tokenizer. The script prints the estimate for these layers, the
+measured cost of their conversion, and the estimate for --whole layers. Memory is the peak of the resident set beyond
+the model. It is read from /proc, so that this runs on Linux only.
+
+Choose settings that do the same in each layer, such as `gqa kv_heads=8`: by default `gqa` chooses among layers. For
+`low-rank-kv` choose keep_kv below 0.5. At 0.5 of this shape the vector is as wide as the layer's input, nothing is
+lost, and the longest step of the fit is left out.
 """
 
 import argparse
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -39,11 +43,17 @@ def model_of(args, layers: int, words: int, device: str):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def planned(model, args) -> tuple[float, float]:
-    """The estimate of `plan`: seconds, and GB in addition to the model."""
+def planned(model, args) -> tuple[float, float, list[str]]:
+    """The estimate of `plan`: minutes, and GB in addition to the model. And what the plan says of the change."""
     plan = surgery.plan(args.recipe, model, overrides=args.settings)
-    memory = max(stage.memory for stage in plan.steps[0].change.measurements)
-    return plan.estimate.to_dict()["parts"]["measure"]["seconds"], memory / 1e9
+    if plan.recipe.heal:
+        sys.exit(f"{args.recipe} trains, and this measures the conversion alone: add heal=null")
+    measured = [stage for step in plan.steps for stage in step.change.measurements]
+    if not measured:
+        sys.exit(f"{args.recipe} measures nothing, so that its conversion is a matter of reading and writing")
+    seconds = plan.estimate.to_dict()["parts"]["measure"]["seconds"]
+    said = [line for step in plan.steps for line in (*step.change.lines, *step.change.notes)]
+    return seconds / 60, max(stage.memory for stage in measured) / GB, said
 
 
 def resident(name: str) -> float:
@@ -58,29 +68,31 @@ def forget() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="gqa")
+    parser.add_argument("recipe")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     for name, default in {"layers": 1, "whole": 32, "hidden": 4096, "heads": 32, "kv-heads": 32}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mlp", type=int, default=11008)
     parser.add_argument("--tokenizer", default="smollm2-135m", help="a model whose words are taken")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     tokenizer = read_tokenizer(str(resolve(args.tokenizer).path))
 
     torch.manual_seed(0)
     model = model_of(args, args.layers, len(tokenizer), "cpu")
-    seconds, beside = planned(model, args)
-    print(f"| layers of {args.hidden} | | minutes | GB in addition to the model |\n| --- | --- | --- | --- |")
-    print(f"| {args.layers} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
+    minutes, beside, said = planned(model, args)
+    whole, _, _ = planned(model_of(args, args.whole, len(tokenizer), "meta"), args)
+    print(*said, sep="\n", flush=True)
     forget()
     before, began = resident("VmRSS"), time.perf_counter()
     surgery.apply(args.recipe, model, overrides=args.settings, tokenizer=tokenizer)
-    took, peak = time.perf_counter() - began, resident("VmHWM") - before
+    took, peak = (time.perf_counter() - began) / 60, resident("VmHWM") - before
     print(
-        f"| {args.layers} | measured, {torch.get_num_threads()} threads | {took / 60:.1f} | {peak:.1f} |", flush=True
+        f"\n| {args.layers} of {args.hidden} channels, {torch.get_num_threads()} threads | minutes planned | measured "
+        f"| GB in addition to the model, planned | measured | {args.whole} such, minutes planned |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        f"| `{' '.join([args.recipe, *args.settings])}` | {minutes:.1f} | {took:.1f} | {beside:.1f} | {peak:.1f} "
+        f"| {whole:.0f} |"
     )
-    seconds, beside = planned(model_of(args, args.whole, len(tokenizer), "meta"), args)
-    print(f"| {args.whole} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

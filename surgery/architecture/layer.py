@@ -164,6 +164,11 @@ class LayerAnatomy:
         return self.latent.width if self.latent else 2 * self.head_dim
 
     @property
+    def token_width(self) -> int:
+        """Numbers of keys and values that the cache holds for each token."""
+        return self.kv_heads * self.kv_width
+
+    @property
     def norm_per_head(self) -> bool:
         """Whether the QK-norm has weights for each head, which follow the heads."""
         return self.qk_norm in ("per head", "modules", "whole")

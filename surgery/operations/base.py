@@ -174,9 +174,10 @@ class ApplyContext:
         tokenizer = self.tokenizer_for(what, where, otherwise)
         source, length, samples, recall = text
         sequences = calibration_sequences(model, tokenizer, source, length, samples, self.folder, self.progress)
+        record = calibration_source(source, samples) | {"tokens": sequences.numel()}
         if not recall:
-            return sequences, calibration_source(source, samples)
-        return with_repeats(sequences, tokenizer, text), calibration_source(source, samples) | {"recall": recall}
+            return sequences, record
+        return with_repeats(sequences, tokenizer, text), record | {"recall": recall}
 
 
 CalibrationRecall = Annotated[

@@ -1,4 +1,4 @@
-"""What the operations share that make the keys and values of all heads of one vector for each token."""
+"""Operations that make the keys and values of all heads from one vector for each token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery.architecture.anatomy import Anatomy
-    from surgery.architecture.layer import LayerAnatomy
-    from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
+    from surgery.calibration.closed_form.vector_layer import VectorConversion
 
 Projection = Literal["q", "k", "o", "mlp"]
 
@@ -69,13 +68,31 @@ class VectorOperation(Operation):
             problems.append(f"{self.op}: refit names a projection twice: {', '.join(self.refit)}")
         return problems
 
-    def calibration(self, scores: int, grown: float, wider: float = 1.0) -> Calibration:
-        """What the conversion measures and fits; arguments as for `Calibration`."""
+    @property
+    def conversion(self) -> type[VectorConversion]:
+        """The class that converts the layers."""
+        raise NotImplementedError
+
+    def calibration(self, anatomy: Anatomy) -> Calibration:
+        """What the conversion of such a model measures and fits."""
+        raise NotImplementedError
+
+    def cost_of_fit(
+        self, *, grown: float, decomposed: int, wider: float = 1.0, fits_scores: bool = True
+    ) -> Calibration:
+        """The same, from what differs between methods.
+
+        Args:
+            grown, decomposed, wider: as for `Calibration`.
+            fits_scores: whether queries and keys can be fitted to the base's scores.
+        """
+        fits = self.conversion.LAYER.SCORE_FITS if fits_scores else ()
         return Calibration(
             self.calibration_samples,
             self.calibration_length,
-            scores=scores,
+            scores=tuple(fit.effort for fit in fits if fit.projection in self.refit),
             values=False,
+            decomposed=decomposed,
             written=self._text.written_tokens,
             mlp="mlp" in self.refit,
             stage=self.STAGE,
@@ -89,38 +106,30 @@ class VectorOperation(Operation):
         yield f"fitted on {tokens:,} tokens of text; refitted: {', '.join(fitted) or 'nothing'}"
         yield from recall_notes(self.calibration_recall)
 
-    def fit(self, model: Any, context: ApplyContext, conversion: type[LayerwiseFit], revision: int) -> FittedLayers:
+    def fit(self, model: Any, context: ApplyContext) -> ConvertedLayers:
         """Convert the layers of a loaded model, which stays as it is, to those that `context.change` plans.
-
-        Args:
-            revision: of the fit. State files of another revision are not resumed.
 
         Raises:
             SurgeryError: there is no tokenizer, the text is too short, or weights are not finite.
         """
-        from surgery.architecture.edit import refuse_non_finite
         from surgery.calibration.closed_form.layer_inputs import FitSettings
         from surgery.io.resume import LayerFiles
 
         after, settings = context.change.after, FitSettings(refit=tuple(self.refit))
         what = f"{self.op} needs the tokenizer, for its calibration text"
         sequences, source = context.calibration(model, self._text, self.op, what)
-        made = after.latent or [layer.vector for layer in after.layers]
-        identity = [revision, settings, made, sequences.tolist()]
+        made = [(layer.latent, layer.vector) for layer in after.layers]
+        identity = [self.conversion.REVISION, settings, made, sequences.tolist()]
         files = LayerFiles(context.folder, context.state_name(self.op), identity)
-        run = conversion(model, after.layers, sequences, settings, files.load, files.save)
+        run = self.conversion(model, after.layers, sequences, settings, files.load, files.save)
         run.label = self.STAGE
         tensors_of_layers, records = run.layers(context.progress)
-        for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
-            refuse_non_finite(tensors, layer.path)
-        refuse_non_finite(run.mlps, "model")
         record = {layer.path: fitted for layer, fitted in zip(after.layers, records, strict=True) if fitted}
-        text_record = {"calibration": source | {"tokens": sequences.numel()}}
-        return FittedLayers(tensors_of_layers, run.mlps, record | text_record)
+        return ConvertedLayers(tensors_of_layers, run.mlps, record | {"calibration": source})
 
 
 @dataclass(frozen=True)
-class FittedLayers:
+class ConvertedLayers:
     """What a conversion made.
 
     Attributes:
@@ -132,8 +141,3 @@ class FittedLayers:
     tensors: list[dict[str, Tensor]]
     mlps: dict[str, Tensor]
     record: dict[str, Any]
-
-
-def full_width(layer: LayerAnatomy) -> int:
-    """Numbers of keys and values that a layer's cache holds for a token."""
-    return layer.kv_heads * layer.kv_width

@@ -39,9 +39,9 @@ def layers_at_a_time(anatomy: Anatomy) -> int:
     return LAYERS if widths(anatomy)[0] < NARROW else 1
 
 
-def efforts(fits: int) -> list[float]:
+def efforts(fits: int) -> tuple[float, ...]:
     """The share of STEPS that each fit of scores takes. The shares grow, since each fit undoes a part of the last."""
-    return [EARLY + index / (fits - 1) for index in range(fits)] if fits > 1 else [1.0] * fits
+    return tuple(EARLY + index / (fits - 1) for index in range(fits)) if fits > 1 else (1.0,) * fits
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Calibration:
 
     Attributes:
         samples, length: number of calibration texts, and tokens in each.
-        scores: number of fits of queries and keys, one after the other.
+        scores: the fits of queries and keys, one after the other: the share of STEPS that each takes.
         values: whether values are fitted.
         written: tokens of calibration text that the model writes first.
         tried: number of texts on which each layer is first tried alone.
@@ -60,13 +60,15 @@ class Calibration:
         ahead: whether layers are fitted to the base's inputs, so that they may run in parallel (`layers_at_a_time`).
         stride: every `stride`-th query is fitted.
         stage: name of the fits, for progress and plan.
-        wider: how much more channels the new queries and keys have than the base's, as a factor.
+        decomposed: rows of the largest symmetric matrix of which the start of each layer takes all eigenvectors; 0:
+            it is too small to count.
+        wider: how many more channels the new queries and keys have than the base's, as a factor.
         grown: how many more weights the new attention has, as a factor.
     """
 
     samples: int
     length: int
-    scores: int
+    scores: tuple[float, ...] = ()
     values: bool = True
     written: int = 0
     tried: int = 0
@@ -76,6 +78,7 @@ class Calibration:
     ahead: bool = True
     stride: int = STRIDE
     stage: str = "merging layers"
+    decomposed: int = 0
     wider: float = 1.0
     grown: float = 1.0
 
@@ -128,7 +131,7 @@ class Calibration:
     def _fit_flops(self, anatomy: Anatomy) -> float:
         """The fit of one layer's attention."""
         layer, (hidden, _) = anatomy.layers[0], widths(anatomy)
-        products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
+        products = sum(round(effort * STEPS) + 2 for effort in self.scores) + (STEPS + 2) * self.values
         product = self.wider * layer.heads * layer.head_dim * (4 * hidden + 2.5 * self.length) / self.stride
         return products * product * self.tokens
 

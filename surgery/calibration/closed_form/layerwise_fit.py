@@ -125,10 +125,17 @@ class LayerwiseFit:
         raise NotImplementedError
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
-        """Packed tensors and a record of each layer, in order. Afterwards `mlps` holds the new weights of MLPs."""
+        """Packed tensors and a record of each layer, in order. Afterwards `mlps` holds the new weights of MLPs.
+
+        Raises:
+            SurgeryError: an old or a new weight is not finite.
+        """
         with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
             results = self._map_layers(self._layer, self.label, progress)
+        for (tensors, _), target in zip(results, self.targets, strict=True):
+            refuse_non_finite(tensors, target.path)
+        refuse_non_finite(self.mlps, "model")
         return [tensors for tensors, _ in results], [record for _, record in results]
 
     def _begin(self, hook: AttentionHook) -> None:

@@ -1,19 +1,21 @@
-"""What the conversions share that make the keys and values of a layer of one vector for each token."""
+"""The conversion of layers to keys and values that are made of one vector for each token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of
+from surgery.architecture.weights import AttentionLayer
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import ScoreObjective, ScoreSample
 from surgery.calibration.closed_form.layer import FittedLayer
-from surgery.calibration.closed_form.layer_inputs import scale_of, train_and_validation
+from surgery.calibration.closed_form.layer_inputs import LayerInputs, scale_of, train_and_validation
+from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class VectorWeights:
     """The attention weights of one layer whose keys and values are made of a vector, before they are stored.
 
     H query heads in G groups with the same keys and values; r numbers in the vector; D channels of the layer's input
-    and output; n = D of them, and where projections have biases a last one that is always 1. A subclass says how many
-    channels queries, keys and values have.
+    and output. The projections read n of them: D, and where they have biases a last one that is always 1. A subclass
+    says how many channels queries, keys and values have, and whether the vector has such a last number, too.
 
     Attributes:
         anatomy: of the layer.
@@ -63,6 +65,25 @@ class VectorWeights:
         return maps.to(like) @ self.vector.to(like)
 
 
+class ScoreFit(NamedTuple):
+    """One of the fits of queries and keys to the base's scores.
+
+    Attributes:
+        part: "q" for queries, or a part of the keys.
+        effort: its share of the solver's steps.
+        reweights: whether samples weigh keys by the attention so far, too.
+    """
+
+    part: str
+    effort: float
+    reweights: bool = True
+
+    @property
+    def projection(self) -> str:
+        """The entry of `refit` that asks for it."""
+        return "q" if self.part == "q" else "k"
+
+
 class VectorFit(FittedLayer):
     """The conversion of one layer to keys and values that are made of a vector.
 
@@ -70,12 +91,11 @@ class VectorFit(FittedLayer):
 
     Attributes:
         WEIGHTS: the class of the new layer.
-        SCORE_FITS: the fits to the base's scores, in order. Each has the part that it fits ("q" for queries, or a part
-            of the keys), its share of the solver's steps, and whether samples weigh keys by the attention so far, too.
+        SCORE_FITS: the fits to the base's scores, in order.
     """
 
     WEIGHTS: ClassVar[type[VectorWeights]]
-    SCORE_FITS: ClassVar[tuple[tuple[str, float, bool], ...]]
+    SCORE_FITS: ClassVar[tuple[ScoreFit, ...]]
 
     def prepare(self) -> None:
         self._rows: tuple[VectorWeights | None, dict[str, torch.Tensor]] = None, {}
@@ -98,9 +118,9 @@ class VectorFit(FittedLayer):
         new = self.start(record).to(self.layer.q.device)
         if self.fits_scores:
             fits = (
-                (partial(self._fit_part, part, round(effort * self.settings.steps)), reweights)
-                for part, effort, reweights in self.SCORE_FITS
-                if ("q" if part == "q" else "k") in self.settings.refit
+                (partial(self._fit_part, fit.part, round(fit.effort * self.settings.steps)), fit.reweights)
+                for fit in self.SCORE_FITS
+                if fit.projection in self.settings.refit
             )
             new = self.fit_in_turn(new, fits, record)
         new = new.to(torch.promote_types(self.layer.o.dtype, torch.float32))  # rounded once, where it is stored
@@ -158,3 +178,18 @@ class VectorFit(FittedLayer):
         )
         solution = solve(train, validation, new.q, steps=steps, damping=self.settings.damping)
         return new.replace(q=solution.weight), solution
+
+
+class VectorConversion(LayerwiseFit):
+    """The conversion of a model's layers to keys and values that are made of a vector.
+
+    Attributes:
+        LAYER: the conversion of one layer.
+        REVISION: raised when a change of the fit gives other weights: a resumed run then mixes no two versions.
+    """
+
+    LAYER: ClassVar[type[VectorFit]]
+    REVISION: ClassVar[int]
+
+    def conversion(self, layer: AttentionLayer, target: LayerAnatomy, inputs: LayerInputs) -> VectorFit:
+        return self.LAYER(self.settings, layer, target, inputs, self.hook)

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.architecture.edit import refuse_non_finite, write_layers
+from surgery.architecture.edit import write_layers
 from surgery.architecture.weights import pack
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.calibration.closed_form.layerwise_fit import layer_of, write_mlps
@@ -72,9 +72,6 @@ def share_kv_heads(
         layer_files = files("gqa", after)
         run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, fits.get)
         tensors_of_layers, records = run.layers(context.progress)
-        for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
-            refuse_non_finite(tensors, layer.path)
-        refuse_non_finite(run.mlps, "model")
     except BaseException:
         heads.restore()
         raise
@@ -82,7 +79,7 @@ def share_kv_heads(
     write_mlps(model, run.mlps)
     each = zip(before.layers, heads.records, losses, records, strict=True)
     record = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
-    return record | {"calibration": source | {"tokens": sequences.numel()}}
+    return record | {"calibration": source}
 
 
 def _choose(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.calibration.closed_form.cost import TRIED, Calibration
+from surgery.calibration.closed_form.cost import TRIED, Calibration, efforts
 from surgery.data.text import CALIBRATION_TEXTS_ARE, VARIED, CalibrationText
 from surgery.errors import UnsupportedModelError, all_of
 from surgery.io.printing import count
@@ -250,7 +250,7 @@ class ClosedForm(GQA):
         return Calibration(
             self.calibration_samples,
             self.calibration_length,
-            max(0, 2 * of_scores - 1),  # queries are fitted twice where keys are fitted, too
+            efforts(max(0, 2 * of_scores - 1)),  # queries are fitted twice where keys are fitted, too
             "v" in self.refit,
             written=self._text.written_tokens,
             tried=TRIED if self.candidates(anatomy) else 0,

@@ -8,17 +8,14 @@ from dataclasses import replace
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of
-from surgery.architecture.weights import AttentionLayer, with_bias
+from surgery.architecture.weights import with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.joint_rank import JointRank, joint_rank
-from surgery.calibration.closed_form.layer_inputs import LayerInputs, scale_of, share, train_and_validation
-from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
-from surgery.calibration.closed_form.vector_layer import VectorFit
+from surgery.calibration.closed_form.layer_inputs import scale_of, share, train_and_validation
+from surgery.calibration.closed_form.vector_layer import ScoreFit, VectorConversion, VectorFit
 from surgery.machine.placement import exact
 from surgery.operations.low_rank_kv.weights import LowRankLayer
-
-REVISION = 1  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
 class LowRankFit(VectorFit):
@@ -29,7 +26,7 @@ class LowRankFit(VectorFit):
     """
 
     WEIGHTS = LowRankLayer
-    SCORE_FITS = (("q", 0.25, True), ("maps", 0.75, True), ("q", 1.25, True))
+    SCORE_FITS = (ScoreFit("q", 0.25), ScoreFit("maps", 0.75), ScoreFit("q", 1.25))
     norm: torch.nn.Module | None = None
 
     def prepare(self) -> None:
@@ -145,11 +142,11 @@ class LowRankFit(VectorFit):
         return new.replace(key_maps=solution.weight), solution
 
 
-class LowRankConversion(LayerwiseFit):
+class LowRankConversion(VectorConversion):
     """The conversion of a model's layers to keys and values of low rank."""
+
+    LAYER = LowRankFit
+    REVISION = 1
 
     def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
         return bool(new.vector)
-
-    def conversion(self, layer: AttentionLayer, target: LayerAnatomy, inputs: LayerInputs) -> LowRankFit:
-        return LowRankFit(self.settings, layer, target, inputs, self.hook)

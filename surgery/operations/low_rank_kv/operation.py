@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.operations.base import SURGICAL, InWords, PlannedChange, give_entries
-from surgery.operations.vector import VectorOperation, full_width
+from surgery.operations.vector import VectorOperation
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
+    from surgery.calibration.closed_form.vector_layer import VectorConversion
 
 
 class LowRankKV(VectorOperation):
@@ -42,7 +43,7 @@ class LowRankKV(VectorOperation):
         return [layer for layer in anatomy.layers if layer.window is None]
 
     def _rank(self, layer: LayerAnatomy) -> int:
-        return self.rank or round(self.keep_kv * full_width(layer))
+        return self.rank or round(self.keep_kv * layer.token_width)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := _problem(anatomy):
@@ -51,21 +52,21 @@ class LowRankKV(VectorOperation):
         if not layers:
             return ["low_rank_kv: every layer of this model has a sliding window: its cache does not grow"]
         layer, rank, hidden = layers[0], self._rank(layers[0]), anatomy.config.get_text_config().hidden_size
-        most = min(full_width(layer), hidden)
+        most = min(layer.token_width, hidden)
         if rank < 1:
-            problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {full_width(layer)} numbers a token is none")
+            problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is none")
         elif rank > most and self.rank is not None:
             problems.append(
-                f"low_rank_kv: rank: {rank} is more than keys and values of {full_width(layer)} numbers have, made of "
+                f"low_rank_kv: rank: {rank} is more than keys and values of {layer.token_width} numbers have, made of "
                 f"{hidden} channels: take at most {most}"
             )
         elif rank > most:
             problems.append(
-                f"low_rank_kv: keep_kv: {self.keep_kv:g} of {full_width(layer)} numbers a token is {rank}, and a "
-                f"vector of {hidden} loses nothing here: take at most {most / full_width(layer):g}"
+                f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is {rank}, and a "
+                f"vector of {hidden} loses nothing here: take at most {most / layer.token_width:g}"
             )
         problems += self.problems_of_fit()
-        if not problems and rank < full_width(layer):
+        if not problems and rank < layer.token_width:
             before, after = anatomy.kv_bytes_per_token, self.plan(anatomy).after.kv_bytes_per_token
             if after >= before:
                 problems.append(
@@ -81,9 +82,9 @@ class LowRankKV(VectorOperation):
             layer.with_vector(self._entry(layer, keeps_angles=layer.index == turning)) if layer in changed else layer
             for layer in anatomy.layers
         )
-        full, rank = full_width(changed[0]), self._rank(changed[0])
+        full, rank = changed[0].token_width, self._rank(changed[0])
         line = f"KV cache {full} → {rank} numbers a token in {len(changed)} layers (a vector of which all are made)"
-        measurements = self._calibration(anatomy).measurements(anatomy, len(changed))
+        measurements = self.calibration(anatomy).measurements(anatomy, len(changed))
         after = replace(anatomy, layers=layers)
         return PlannedChange(after, (line,), SURGICAL, tuple(self._notes(anatomy, after)), measurements=measurements)
 
@@ -96,18 +97,28 @@ class LowRankKV(VectorOperation):
             entry["norm"] = [layer.layout.k_norm, layer.qk_norm]
         return entry
 
-    def _calibration(self, anatomy: Anatomy) -> Calibration:
+    @property
+    def conversion(self) -> type[VectorConversion]:
+        from surgery.operations.low_rank_kv.layer import LowRankConversion
+
+        return LowRankConversion
+
+    def calibration(self, anatomy: Anatomy) -> Calibration:
         layer, hidden = self._changed(anatomy)[0], anatomy.config.get_text_config().hidden_size
         rank, before = self._rank(layer), hidden * layer.head_dim * 2 * (layer.heads + layer.kv_heads)
-        after = before + rank * (hidden + full_width(layer)) - hidden * full_width(layer)
-        fits = 0 if layer.qk_norm else 2 * ("q" in self.refit) + ("k" in self.refit)
-        return self.calibration(fits, grown=max(1.0, after / before))
+        after = before + rank * (hidden + layer.token_width) - hidden * layer.token_width
+        exact = rank == hidden  # the vector is then the layer's input
+        return self.cost_of_fit(
+            grown=max(1.0, after / before),
+            decomposed=0 if exact else layer.token_width,
+            fits_scores=not layer.qk_norm,
+        )
 
     def _notes(self, anatomy: Anatomy, after: Anatomy) -> Iterator[str]:
         layers, layer = self._changed(anatomy), self._changed(anatomy)[0]
         if kept := len(anatomy.layers) - len(layers):
             yield f"{kept} layers with the base's own sliding window stay as they are"
-        if (rank := self._rank(layer)) == full_width(layer):
+        if (rank := self._rank(layer)) == layer.token_width:
             yield "the cache gets no smaller: a lower rank saves memory"
         elif rank == anatomy.config.get_text_config().hidden_size:
             yield "the vector has as many numbers as the layer's input: keys and values stay exact"
@@ -123,7 +134,7 @@ class LowRankKV(VectorOperation):
         changed = [layer for layer in after.layers if layer.vector]
         if not changed:
             return None
-        rank, full = changed[0].vector, full_width(changed[0])
+        rank, full = changed[0].vector, changed[0].token_width
         return InWords(
             f"keys and values of low rank ({rank} numbers a token, was {full})",
             f"The keys and values of all heads are made of one vector of {rank} numbers for each token, in closed "
@@ -135,9 +146,8 @@ class LowRankKV(VectorOperation):
 
     def apply(self, model: Any, context) -> dict[str, Any]:
         from surgery.calibration.closed_form.layerwise_fit import write_mlps
-        from surgery.operations.low_rank_kv.layer import REVISION, LowRankConversion
 
-        fitted, after = self.fit(model, context, LowRankConversion, REVISION), context.change.after
+        fitted, after = self.fit(model, context), context.change.after
         give_entries(model, [layer.entry for layer in after.layers], self.op)
         for tensors, layer in zip(fitted.tensors, after.layers, strict=True):
             module = model.get_submodule(layer.path)

@@ -7,25 +7,17 @@ from dataclasses import replace
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of, pair_channels
-from surgery.architecture.weights import AttentionLayer, with_bias
+from surgery.architecture.weights import with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.joint_rank import joint_rank
-from surgery.calibration.closed_form.layer_inputs import (
-    LayerInputs,
-    scale_of,
-    share,
-    train_and_validation,
-)
-from surgery.calibration.closed_form.layerwise_fit import LayerwiseFit
+from surgery.calibration.closed_form.layer_inputs import scale_of, share, train_and_validation
 from surgery.calibration.closed_form.low_rank import merge_keys
-from surgery.calibration.closed_form.vector_layer import VectorFit
+from surgery.calibration.closed_form.vector_layer import ScoreFit, VectorConversion, VectorFit
 from surgery.operations.mla.weights import LatentLayer
 
-REVISION = 2  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
-
-class CompressedLayer(VectorFit):
+class LatentFit(VectorFit):
     """The conversion of one layer.
 
     The channels of a head are counted in the new order: p that RoPE does not rotate, then e that it rotates.
@@ -37,7 +29,12 @@ class CompressedLayer(VectorFit):
     WEIGHTS = LatentLayer
     # "shared" is the rotated key, "maps" makes keys of the latent vector. The last fit is the longest, since it sees
     # all others.
-    SCORE_FITS = (("q", 0.25, True), ("shared", 0.6, True), ("maps", 0.6, False), ("q", 1.25, True))
+    SCORE_FITS = (
+        ScoreFit("q", 0.25),
+        ScoreFit("shared", 0.6),
+        ScoreFit("maps", 0.6, reweights=False),
+        ScoreFit("q", 1.25),
+    )
 
     def prepare(self) -> None:
         super().prepare()
@@ -133,11 +130,11 @@ def channels_of(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[i
     return [*real[dropped:], *imag[dropped:]], [*real[:kept], *imag[:kept]]
 
 
-class Compression(LayerwiseFit):
+class LatentConversion(VectorConversion):
     """The conversion of a model's layers to latent attention."""
+
+    LAYER = LatentFit
+    REVISION = 2
 
     def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
         return True
-
-    def conversion(self, layer: AttentionLayer, target: LayerAnatomy, inputs: LayerInputs) -> CompressedLayer:
-        return CompressedLayer(self.settings, layer, target, inputs, self.hook)

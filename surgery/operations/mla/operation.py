@@ -16,10 +16,11 @@ from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.text import CALIBRATION_TEXTS_ARE, CONVERSATIONS
 from surgery.operations.base import NATIVE, InWords, PlannedChange
-from surgery.operations.vector import VectorOperation, full_width
+from surgery.operations.vector import VectorOperation
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
+    from surgery.calibration.closed_form.vector_layer import VectorConversion
 
 # A frequency keeps no RoPE if its wave is more than FAR times as long as the longest text, so that it turns by half a
 # radian at most. One whose wave is shorter than NEAR tokens has no place in the latent vector: without its angle it
@@ -58,7 +59,7 @@ class MLA(VectorOperation):
         layer, waves = anatomy.layers[0], _waves(anatomy)
         longest = FAR * anatomy.positions if anatomy.positions else inf
         rope = self.rope or 2 * max(1, sum(wave <= longest for wave in waves))
-        rank = self.rank or round(self.keep_kv * full_width(layer)) - rope
+        rank = self.rank or round(self.keep_kv * layer.token_width) - rope
         return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim, queries_of(anatomy))
 
     def problems(self, anatomy: Anatomy) -> list[str]:
@@ -69,7 +70,7 @@ class MLA(VectorOperation):
             problems.append(
                 f"mla: rope: {self.rope} is not an even number up to {layer.rotary}, which RoPE rotates here"
             )
-        latent, full = self.latent(anatomy), full_width(layer)
+        latent, full = self.latent(anatomy), layer.token_width
         if latent.rank < 1:
             least = (latent.rope + 1) / full
             problems.append(
@@ -96,24 +97,33 @@ class MLA(VectorOperation):
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, latent, layers = anatomy.layers[0], self.latent(anatomy), len(anatomy.layers)
-        full = full_width(layer)
+        full = layer.token_width
         line = (
             f"KV cache {full} → {latent.width} numbers a token in {layers} layers (a latent vector of {latent.rank}, "
             f"a shared key of {latent.rope} rotated channels)"
         )
         after = anatomy.with_latent(latent, latent_fields(anatomy, latent))
-        measurements = self._calibration(anatomy).measurements(anatomy, layers)
+        measurements = self.calibration(anatomy).measurements(anatomy, layers)
         return PlannedChange(after, (line,), NATIVE, tuple(self._notes(anatomy, latent)), measurements=measurements)
 
-    def _calibration(self, anatomy: Anatomy) -> Calibration:
+    @property
+    def conversion(self) -> type[VectorConversion]:
+        from surgery.operations.mla.layer import LatentConversion
+
+        return LatentConversion
+
+    def calibration(self, anatomy: Anatomy) -> Calibration:
         layer, latent, hidden = anatomy.layers[0], self.latent(anatomy), anatomy.config.hidden_size
         queries = layer.heads * (latent.nope + latent.rope)
         before = hidden * layer.head_dim * 2 * (layer.heads + layer.kv_heads)
         maps = layer.heads * (latent.nope + latent.value) * latent.rank
         made = latent.queries * (hidden + queries) if latent.queries else hidden * queries
         after = hidden * (latent.width + layer.heads * latent.value) + made + maps
-        fits = 2 * ("q" in self.refit) + 2 * ("k" in self.refit)
-        return self.calibration(fits, grown=after / before, wider=(latent.nope + latent.rope) / layer.head_dim)
+        return self.cost_of_fit(
+            grown=after / before,
+            decomposed=layer.kv_heads * (latent.nope + latent.value),
+            wider=(latent.nope + latent.rope) / layer.head_dim,
+        )
 
     def _notes(self, anatomy: Anatomy, latent: Latent) -> Iterator[str]:
         yield f"the layers are those of a stock {STOCK}"
@@ -123,7 +133,7 @@ class MLA(VectorOperation):
         dropped = of - latent.rope // 2
         if dropped:
             yield f"of {of} frequencies the slowest {dropped} {'keeps' if dropped == 1 else 'keep'} no RoPE"
-        full = full_width(anatomy.layers[0])
+        full = anatomy.layers[0].token_width
         if latent.width == full:
             yield "the cache keeps its size: a lower rank saves memory"
         yield from self.notes_of_fit(self.refit)
@@ -132,7 +142,7 @@ class MLA(VectorOperation):
         latent = after.latent
         if latent is None:
             return None
-        full = full_width(before.layers[0])
+        full = before.layers[0].token_width
         return InWords(
             f"latent attention (MLA, {latent.width} numbers a token, was {full})",
             f"The keys and values of all heads are made of one vector of {latent.rank} numbers for each token and one "
@@ -146,10 +156,9 @@ class MLA(VectorOperation):
         from surgery.architecture.latent import write_latent
         from surgery.architecture.stock_class import refuse_other_class
         from surgery.calibration.closed_form.layerwise_fit import write_mlps
-        from surgery.operations.mla.layer import REVISION, Compression
 
         refuse_other_class(model, self.op)
-        fitted = self.fit(model, context, Compression, REVISION)
+        fitted = self.fit(model, context)
         write_latent(model, context.change.after, fitted.tensors)
         write_mlps(model, fitted.mlps)  # last: an error before leaves the model as it was
         return fitted.record

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.calibration.closed_form.cost import Calibration
+from surgery.calibration.closed_form.cost import Calibration, efforts
 from surgery.calibration.cost import layer_parameters
 from surgery.data.calibration_text import calibration_sequences
 from surgery.operations.gqa.operation import GQA
@@ -124,13 +124,13 @@ def test_memory_of_a_plan_holds_weights_and_sums(monkeypatch):
     short = GQA(op="gqa", **SMALL)._calibration(anatomy).memory(anatomy, 24)
     weights = 24 * (4 * 512 * 512 + 512 * 1376) * 2
     assert short > weights + 5 * 8 * 1376**2
-    less, more = (Calibration(samples, 24, 3, mlp=False) for samples in (12, 24))
-    fewer = Calibration(24, 24, 3, mlp=False, stride=8)
+    less, more = (Calibration(samples, 24, efforts(3), mlp=False) for samples in (12, 24))
+    fewer = Calibration(24, 24, efforts(3), mlp=False, stride=8)
     assert fewer.flops(anatomy, 24) < more.flops(anatomy, 24)
     assert fewer.memory(anatomy, 24) < more.memory(anatomy, 24)
     assert more.flops(anatomy, 24) == pytest.approx(2 * less.flops(anatomy, 24))
     assert less.memory(anatomy, 24) < more.memory(anatomy, 24) < 1.2 * less.memory(anatomy, 24)
-    with_mlp = Calibration(24, 24, 3)
+    with_mlp = Calibration(24, 24, efforts(3))
     # Five ridges in float64: Cholesky, solution, loss. They reach the speed of which a model reaches 0.7.
     solved = 0.7 * 24 * 5 * 2 * (1376**3 / 3 + 4 * 1376**2 * 512)
     moments = 24 * 24 * 24 * 2 * 1376 * (1376 + 512)

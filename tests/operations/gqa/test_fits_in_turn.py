@@ -20,7 +20,7 @@ from surgery.calibration.closed_form.layer import FURTHER
 from surgery.calibration.closed_form.layer_inputs import FitSettings
 from surgery.data.text import is_validation
 from surgery.operations.gqa.layer import SharedLayer, Sharing
-from surgery.operations.mla.layer import CompressedLayer
+from surgery.operations.mla.layer import LatentFit
 
 ONE_TEXT = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1)).repeat(12, 1)  # held back as well
 
@@ -113,17 +113,17 @@ def test_a_fit_that_moves_the_output_away_is_dropped(monkeypatch):
 
 def test_latent_attention_drops_such_fits_too(monkeypatch, tmp_path):
     """Here without its last fit, of queries, which comes nearest in any case."""
-    monkeypatch.setattr(CompressedLayer, "SCORE_FITS", CompressedLayer.SCORE_FITS[:3])
+    monkeypatch.setattr(LatentFit, "SCORE_FITS", LatentFit.SCORE_FITS[:3])
     letters = torch.randint(97, 123, (64,), generator=torch.Generator().manual_seed(4)).tolist()
     (tmp_path / "text.txt").write_text("".join(map(chr, letters)) * 6, "utf-8")
-    reached, convert = [], CompressedLayer.convert
+    reached, convert = [], LatentFit.convert
 
     def measured(work):
         new, record = convert(work)  # later its inputs are those of the converted model
         reached.append((work.output_moved(*work.queries_and_keys(new)), record["output_moved"][1:]))
         return new, record
 
-    monkeypatch.setattr(CompressedLayer, "convert", measured)
+    monkeypatch.setattr(LatentFit, "convert", measured)
     fields = {"calibration_text": str(tmp_path / "text.txt"), "calibration_samples": 6, "calibration_length": 64}
     package.apply(recipe({"op": "mla"} | fields), with_idle_heads(30), tokenizer=Letters())
     assert any(max(moved) > moved[0] + FURTHER for _, moved in reached), "no fit was dropped"

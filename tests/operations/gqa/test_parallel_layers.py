@@ -143,14 +143,14 @@ def test_what_a_plan_says_of_them(monkeypatch):
             return Anatomy.of(LlamaForCausalLM(LlamaConfig(hidden_size=hidden, **size)))
 
     anatomy, wide = anatomy_of(512), anatomy_of(2048)
-    parallel, needed = Calibration(64, 512, 3), {}
+    parallel, needed = Calibration(64, 512), {}
     for count in (1, 2, 16):
         monkeypatch.setattr("os.cpu_count", lambda count=count: count)
         needed[count] = parallel.memory(anatomy, 24)
-        sequential = Calibration(64, 512, 3, ahead=False).memory(anatomy, 24)
+        sequential = Calibration(64, 512, ahead=False).memory(anatomy, 24)
         assert parallel.memory(anatomy, 1) < needed[count], "a second layer that is not there"
         assert (sequential == needed[count]) == (count == 1)
-    assert parallel.memory(wide, 24) == Calibration(64, 512, 3, ahead=False).memory(wide, 24), "one at a time"
+    assert parallel.memory(wide, 24) == Calibration(64, 512, ahead=False).memory(wide, 24), "one at a time"
     a_second = 4 * 64 * 512 * (3 * 512 + 2 * 512 + 512 + 3 * 8 * 512 / 4 + 512)  # of its tokens, by the docstring
     assert needed[2] - needed[1] > a_second
     assert needed[16] - needed[2] < 14 * 5 * 4 * 8 * 512**2, "only the texts that are worked on at a time"
@@ -162,11 +162,11 @@ def test_a_text_takes_a_cache_of_one_batch(monkeypatch):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=1000)).to(torch.bfloat16)
     anatomy = Anatomy.of(model)
-    written = [Calibration(2, 512, 3, mlp=False, written=count * 512).memory(anatomy, 1) for count in (20, 46, 1000)]
+    written = [Calibration(2, 512, mlp=False, written=count * 512).memory(anatomy, 1) for count in (20, 46, 1000)]
     assert written[1] == written[2] == pytest.approx(64 * (512 * 2**19 + 3 * 8 * 1000))
     assert written[0] == pytest.approx(28 * (512 * 2**19 + 3 * 8 * 1000))
 
 
-@pytest.mark.parametrize(("fits", "wanted"), [(0, []), (1, [1.0]), (3, [0.25, 0.75, 1.25]), (2, [0.25, 1.25])])
+@pytest.mark.parametrize(("fits", "wanted"), [(0, ()), (1, (1.0,)), (3, (0.25, 0.75, 1.25)), (2, (0.25, 1.25))])
 def test_fits_of_scores_take_more_and_more_steps(fits, wanted):
     assert efforts(fits) == wanted
