@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,8 +138,9 @@ def test_a_small_disk_and_a_small_memory(refused, engine, monkeypatch):
     anatomy = package.Anatomy.of("out")
     needed = 4 * anatomy.parameters + anatomy.kv_bytes_at(64 + 64)
     refused(*export(), says=["the comparison in float32 needs", f"{needed} bytes", "more memory"], code=5)
-    monkeypatch.setattr("surgery.io.output_folder.SPARE_BYTES", 1 << 60)
-    refused(*export(), says=["the disk is too small"], code=5)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    refused(*export(), says=["the disk is too small", "0.00 GB are free"], code=5)
 
 
 @pytest.mark.parametrize("positions", [2, 3, 100, 128, 300])
