@@ -1,7 +1,7 @@
 """Time and memory of a conversion in closed form: the estimate of `plan` beside the measured cost, for any shape.
 
     python examples/benchmarks/conversion_cost.py RECIPE [KEY=VALUE ...] [--layers 1] [--whole 32]
-        [--hidden 4096] [--heads 32] [--kv-heads 32] [--mlp 11008] [--tokenizer MODEL]
+        [--hidden 4096] [--heads 32] [--kv-heads 32] [--mlp 11008] [--tokenizer MODEL] [--table FILE --machine TEXT]
 
 The model is a Llama with random bfloat16 weights. It is made in memory with a few layers of the shape (by default
 that of Llama 2 7B) and with the vocabulary of --tokenizer. The script prints the estimate for these layers, the
@@ -14,11 +14,13 @@ lost, and the longest step of the fit is left out.
 """
 
 import argparse
+import json
 import re
 import sys
 import time
 from pathlib import Path
 
+import results
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -74,6 +76,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mlp", type=int, default=11008)
     parser.add_argument("--tokenizer", default="smollm2-135m", help="a model whose words are taken")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="add the row to a table for the pages")
+    parser.add_argument("--machine", default="", help="with --table: the machine")
     args = parser.parse_intermixed_args()
     tokenizer = read_tokenizer(str(resolve(args.tokenizer).path))
 
@@ -86,13 +90,20 @@ def main() -> None:
     before, began = resident("VmRSS"), time.perf_counter()
     surgery.apply(args.recipe, model, overrides=args.settings, tokenizer=tokenizer)
     took, peak = (time.perf_counter() - began) / 60, resident("VmHWM") - before
-    print(
-        f"\n| {args.layers} of {args.hidden} channels, {torch.get_num_threads()} threads | minutes planned | measured "
-        f"| GB in addition to the model, planned | measured | {args.whole} such, minutes planned |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        f"| `{' '.join([args.recipe, *args.settings])}` | {minutes:.1f} | {took:.1f} | {beside:.1f} | {peak:.1f} "
-        f"| {whole:.0f} |"
-    )
+    row = {"minutes": took, "minutes, planned": minutes, "GB beside the model": peak, "GB, planned": beside}
+    row[f"minutes for {args.whole} layers, planned"] = whole
+    print("", *(f"{name}: {number:.1f}" for name, number in row.items()), sep="\n")
+    if args.table:
+        add_row(args.table, args.machine, " ".join([args.recipe, *args.settings]), row)
+
+
+def add_row(path: Path, machine: str, settings: str, row: dict[str, float]) -> None:
+    """Add a row to a table, or put it in the place of an older one of the same conversion."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = [other for other in rows if other[0] != f"`{settings}`"] + [[f"`{settings}`", *row.values()]]
+    columns = ["conversion", *({"name": name, "format": "{:,.1f}"} for name in row)]
+    commands = [f"python examples/benchmarks/conversion_cost.py {other[0].strip('`')}" for other in rows]
+    results.write(path, commands, machine, columns, rows)
 
 
 if __name__ == "__main__":

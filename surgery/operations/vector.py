@@ -94,6 +94,7 @@ class VectorOperation(Operation):
             values=False,
             decomposed=decomposed,
             written=self._text.written_tokens,
+            outputs=int("o" in self.refit),
             mlp="mlp" in self.refit,
             stage=self.STAGE,
             wider=wider,

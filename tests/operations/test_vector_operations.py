@@ -73,5 +73,6 @@ def test_the_plan_counts_the_solvers_that_run(operation, base, refit, monkeypatc
             module, "solve", lambda *args, **options: (steps.append(options["steps"]), solve(*args, **options))[1]
         )
     fit(operation(refit=refit), base)
-    planned = [round(effort * STEPS) for effort in operation(refit=refit).calibration(Anatomy.of(base)).scores]
-    assert sorted(steps) == sorted(2 * planned)
+    calibration = operation(refit=refit).calibration(Anatomy.of(base))
+    assert sorted(steps) == sorted(2 * [round(effort * STEPS) for effort in calibration.scores])
+    assert calibration.outputs == ("o" in refit)

@@ -23,6 +23,9 @@ EARLY = 0.25  # share of STEPS that the first fit of scores takes if other fits 
 LAYERS, NARROW = 2, 2048  # layers fitted in parallel on a CPU if they have fewer channels and the base's inputs
 RIDGES = 5  # solutions for one output projection, including the last fit; in practice a few more or fewer
 SOLVED = EFFICIENCY  # products of large matrices reach the machine's whole speed, a model reaches this share of it
+# All eigenvectors of n rows in float64 take the time of EIGENVECTORS * n^3 operations in products in float32. On two
+# cores it was 20 * n^3 at 2,048 rows, 23 at 4,096 and 29 at 8,192.
+EIGENVECTORS = 25
 WRITING = "calibration text"  # a stage
 KERNELS = 0.6e9  # bytes: in bfloat16, attention of one query on a CPU keeps compiled products for all lengths
 UNUSED = 1.15  # memory that the allocator holds, as a multiple of the memory in use
@@ -55,6 +58,7 @@ class Calibration:
         written: tokens of calibration text that the model writes first.
         tried: number of texts on which each layer is first tried alone.
         trials: how many fits of each layer are tried.
+        outputs: how often attention's output projection is refitted.
         mlp: whether the output projections of MLPs are refitted.
         copied: whether heads are reordered first, which keeps a copy of the old weights.
         ahead: whether layers are fitted to the base's inputs, so that they may run in parallel (`layers_at_a_time`).
@@ -73,6 +77,7 @@ class Calibration:
     written: int = 0
     tried: int = 0
     trials: int = 1
+    outputs: int = 0
     mlp: bool = True
     copied: bool = False
     ahead: bool = True
@@ -114,26 +119,38 @@ class Calibration:
     def flops(self, anatomy: Anatomy, merged: int) -> float:
         """Floating-point operations to convert `merged` layers, in float32; one in float64 counts as two.
 
-        The text goes through the layers of the base and of the converted model, and not through the output layer. A
-        fit computes one product with its Hessian for each step, one for its start and one for its target. The refit of
-        an MLP's output projection needs the moments of its input and, for each ridge, a factorisation, a solution and
-        its loss.
+        The text goes through the layers of the base and of the converted model, and not through the output layer.
         """
         layer, (hidden, inner) = anatomy.layers[0], widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         per_token = 4 * layer_parameters(anatomy) + layers * 12 * width * self.length
-        refitted_mlps = merged * self.mlp
-        per_token += refitted_mlps * 2 * inner * (inner + hidden)
-        solves = refitted_mlps * RIDGES * SOLVED * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
+        mlps = merged * self.mlp * self._refit_flops(inner, hidden)
         fits = 0 if self.tried and self.ahead else merged  # else the trial's fits serve
-        return per_token * self.tokens + solves + fits * self._fit_flops(anatomy)
+        return per_token * self.tokens + mlps + fits * self._fit_flops(anatomy)
 
     def _fit_flops(self, anatomy: Anatomy) -> float:
-        """The fit of one layer's attention."""
+        """The fit of one layer's attention.
+
+        A solver computes one product with the Hessian for each step, one for its start and one for its target. In each
+        step it also multiplies the gradient by the preconditioner, in float64. The start takes eigenvectors, of a
+        matrix that it makes of the second moments of the layer's input.
+        """
         layer, (hidden, _) = anatomy.layers[0], widths(anatomy)
+        width = layer.heads * layer.head_dim
         products = sum(round(effort * STEPS) + 2 for effort in self.scores) + (STEPS + 2) * self.values
-        product = self.wider * layer.heads * layer.head_dim * (4 * hidden + 2.5 * self.length) / self.stride
-        return products * product * self.tokens
+        product = self.wider * width * (4 * hidden + 2.5 * self.length) / self.stride * self.tokens
+        preconditioned = SOLVED * 2 * 2 * self.wider * width * hidden**2
+        rows = self.decomposed
+        made = 2 * 2 * rows * hidden * (hidden + rows)
+        start = SOLVED * (EIGENVECTORS * rows**3 + made)
+        return products * (product + preconditioned) + start + self.outputs * self._refit_flops(width, hidden)
+
+    def _refit_flops(self, inputs: int, outputs: int) -> float:
+        """A refit of an output projection: the moments of its input and, for each ridge, a factorisation, a solution
+        and its loss.
+        """
+        solves = RIDGES * SOLVED * 2 * (inputs**3 / 3 + 4 * inputs**2 * outputs)
+        return 2 * inputs * (inputs + outputs) * self.tokens + solves
 
     def memory(self, anatomy: Anatomy, merged: int, gpu: bool = False) -> float:
         """Bytes in addition to the model to convert `merged` layers, on a CPU or on a GPU.

@@ -255,6 +255,7 @@ class ClosedForm(GQA):
             written=self._text.written_tokens,
             tried=TRIED if self.candidates(anatomy) else 0,
             trials=max(1, len(self.candidates(anatomy))),
+            outputs=("o" in self.refit) * (1 + ("v" in self.refit)),  # before and after the fit of values
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",
             ahead=not self.sequential,
