@@ -63,12 +63,13 @@ def latent_problem(anatomy: Anatomy) -> str:
 def latent_fields(anatomy: Anatomy, latent: Latent) -> dict[str, Any]:
     """The fields of the stock config that differ from the base's.
 
-    RoPE of `latent.rope` channels has the base's first frequencies: theta is raised to the share of channels.
+    RoPE of `latent.rope` channels has the base's first frequencies, or each `latent.fold`-th of them: theta is raised
+    to the share of channels that they stand for.
     """
     layer, config = anatomy.layers[0], anatomy.config
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if latent.rope != layer.rotary:
-        rope["rope_theta"] = float(rope["rope_theta"]) ** (latent.rope / layer.rotary)
+    if (rotary := latent.rope * latent.fold) != layer.rotary:
+        rope["rope_theta"] = float(rope["rope_theta"]) ** (rotary / layer.rotary)
     return {
         "model_type": STOCK,
         "architectures": ["DeepseekV3ForCausalLM"],

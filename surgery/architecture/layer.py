@@ -25,6 +25,7 @@ class Latent:
         nope: channels of a head's query and key that RoPE does not rotate.
         value: channels of a head's value.
         queries: numbers in the vector that queries are made of; 0: they are made of the layer's input.
+        fold: neighbouring frequencies of the base that each of its frequencies stands for, while it is being made.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Latent:
     nope: int
     value: int
     queries: int = 0
+    fold: int = field(default=1, compare=False)
 
     @property
     def width(self) -> int:

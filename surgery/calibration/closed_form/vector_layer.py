@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of
-from surgery.architecture.weights import AttentionLayer
+from surgery.architecture.weights import AttentionLayer, with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import ScoreObjective, ScoreSample
 from surgery.calibration.closed_form.layer import FittedLayer
@@ -141,6 +141,13 @@ class VectorFit(FittedLayer):
 
     def restored(self, tensors: dict[str, torch.Tensor], record: dict) -> VectorWeights:
         return self.WEIGHTS(self.target, **tensors)
+
+    def old_weights(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The base's queries, keys and values [., d, n], and its output projection [D, H, d].
+
+        They are in the dtype and on the device of a tensor.
+        """
+        return *(with_bias(self.layer, letter).to(like) for letter in "qkv"), self.layer.o.to(like)
 
     def value_costs(
         self, v: torch.Tensor, o: torch.Tensor, covariance: torch.Tensor

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of
-from surgery.architecture.weights import with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.joint_rank import JointRank, joint_rank
@@ -68,7 +67,7 @@ class LowRankFit(VectorFit):
         layer, anatomy, rank = self.layer, self.layer.anatomy, self.target.vector
         moments = self._input_moments()
         second, mean = moments.second, moments.mean
-        q, k, v, o = (tensor.to(second) for tensor in (*(with_bias(layer, letter) for letter in "qkv"), layer.o))
+        q, k, v, o = self.old_weights(second)
         scale, energies, gains = scale_of(self.inputs.base[0]), self._query_energies(q, second), self._norm_gains(k)
         key_weights, value_weights = [], []
         costs = self.value_costs(v, o, second - torch.outer(mean, mean))

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from surgery.architecture.layer import LayerAnatomy, groups_of, pair_channels
-from surgery.architecture.weights import with_bias
 from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.joint_rank import joint_rank
@@ -23,7 +22,8 @@ class LatentFit(VectorFit):
     The channels of a head are counted in the new order: p that RoPE does not rotate, then e that it rotates.
 
     Attributes:
-        free, turned: for each of the p and of the e channels, the channel of the base's heads that it was.
+        free: for each of the p channels, the channel of the base's heads that it was.
+        folded: the channels that share the e channels: one list of e for each frequency that is folded into one.
     """
 
     WEIGHTS = LatentLayer
@@ -38,9 +38,10 @@ class LatentFit(VectorFit):
 
     def prepare(self) -> None:
         super().prepare()
-        self.free, self.turned = channels_of(self.layer.anatomy, self.target)
+        self.free, self.folded = channels_of(self.layer.anatomy, self.target)
         self.query_rotation, self.key_rotation = (
-            rotation.part(self.turned).behind(len(self.free)) for rotation in (self.query_rotation, self.key_rotation)
+            rotation.part(self.folded[0]).behind(len(self.free))
+            for rotation in (self.query_rotation, self.key_rotation)
         )
 
     def packed(self, new: LatentLayer) -> dict[str, torch.Tensor]:
@@ -56,13 +57,20 @@ class LatentFit(VectorFit):
         layer, anatomy, latent = self.layer, self.layer.anatomy, self.target.latent
         moments = self._input_moments()
         second, mean = moments.second, moments.mean
-        q, k, v, o = (tensor.to(second) for tensor in (*(with_bias(layer, letter) for letter in "qkv"), layer.o))
+        q, k, v, o = self.old_weights(second)
         readers, scale = groups_of(anatomy), scale_of(self.inputs.base[0])
         energy = torch.stack([head @ second @ head.T for head in q])  # E[q qᵀ]
         power = torch.stack([energy[heads].sum(0) for heads in readers])
-        merged = merge_keys(k, second, power, rotary=anatomy.rotary, positions=anatomy.positions)
-        rest = k.clone()
-        rest[:, self.turned] -= (merged.maps @ merged.head)[:, self.turned]
+        merged = merge_keys(
+            torch.cat([k[:, channels] for channels in self.folded]),
+            second,
+            torch.cat([power[:, channels][..., channels] for channels in self.folded]),
+            rotary=latent.rope,
+            positions="half",
+        )
+        maps, rest = merged.maps.unflatten(0, (len(self.folded), len(k))), k.clone()  # [fold, G, e, e]
+        for channels, of_keys in zip(self.folded, maps, strict=True):
+            rest[:, channels] -= of_keys @ merged.head
         key_rows, key_weights, value_weights = [], [], []
         costs = self.value_costs(v, o, second - torch.outer(mean, mean))
         for (group, heads), (of_value, spread) in zip(enumerate(readers), costs, strict=True):
@@ -76,11 +84,13 @@ class LatentFit(VectorFit):
         joint = joint_rank([*key_rows, *v], [*key_weights, *value_weights], second, latent.rank)
         record["keys_lost"] = share(merged.lost, merged.energy)
         record["latent_lost"] = share(joint.lost, joint.energy)
-        turned = torch.stack([merged.maps[group].T @ q[head] for group, heads in enumerate(readers) for head in heads])
-        queries = torch.cat([q[:, self.free], turned[:, self.turned]], 1)
+        turned = torch.zeros_like(q[:, self.folded[0]])
+        for channels, of_keys in zip(self.folded, maps, strict=True):
+            for group, heads in enumerate(readers):
+                turned[heads] += of_keys[group].T @ q[heads][:, channels]
+        queries = torch.cat([q[:, self.free], turned], 1)
         key_maps, value_maps = torch.stack(joint.maps[: len(k)]), torch.stack(joint.maps[len(k) :])
-        shared = merged.head[None, self.turned]
-        return LatentLayer(self.target, queries, joint.vector, key_maps, value_maps, o, shared)
+        return LatentLayer(self.target, queries, joint.vector, key_maps, value_maps, o, merged.head[None])
 
     def fit_keys(
         self, part: str, steps: int, new: LatentLayer, samples: list[ScoreSample]
@@ -118,23 +128,27 @@ class LatentFit(VectorFit):
         return replace(sample, x=inputs, scores=scores, query_inputs=x)
 
 
-def channels_of(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:
+def channels_of(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[list[int]]]:
     """The channels of the base's heads that RoPE does not rotate in the new layer, and those that it does.
 
     The first frequencies keep RoPE. What the shared key misses of the fastest ones cannot be said without RoPE, so
     their channels are not among those without.
+
+    Of each `latent.fold` neighbouring frequencies, the first list of rotated channels has the fastest, the second the
+    next, and so on.
     """
     latent = new.latent
     real, imag = pair_channels(old.rotary, old.positions)
-    kept, dropped = latent.rope // 2, (old.head_dim - latent.nope) // 2
-    return [*real[dropped:], *imag[dropped:]], [*real[:kept], *imag[:kept]]
+    dropped, kept = (old.head_dim - latent.nope) // 2, latent.rope // 2 * latent.fold
+    folded = (slice(start, kept, latent.fold) for start in range(latent.fold))
+    return [*real[dropped:], *imag[dropped:]], [[*real[part], *imag[part]] for part in folded]
 
 
 class LatentConversion(VectorConversion):
     """The conversion of a model's layers to latent attention."""
 
     LAYER = LatentFit
-    REVISION = 2
+    REVISION = 3
 
     def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
         return True

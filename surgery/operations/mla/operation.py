@@ -6,7 +6,7 @@ Source: DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434. The conversion is our
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf, tau
+from math import ceil, inf, tau
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -44,7 +44,7 @@ class MLA(VectorOperation):
         "Run it in bfloat16 or float32: float16 has no numbers so small, and the output would be noise.",
     )
 
-    LATER: ClassVar[tuple[str, ...]] = ("calibration_recall",)
+    LATER: ClassVar[tuple[str, ...]] = ("calibration_recall", "fold")
 
     op: Literal["mla"] = "mla"
     rope: Annotated[int, Field(ge=2, strict=True)] | None = Field(
@@ -52,24 +52,35 @@ class MLA(VectorOperation):
         description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: all "
         f"but those whose wave, before any scaling, is {FAR} times longer than the longest text.",
     )
+    fold: int = Field(
+        1,
+        ge=1,
+        strict=True,
+        description="Neighbouring frequencies that RoPE turns as the fastest of them, and that share channels of the "
+        "rotated key (FreqFold of TransMLA). 1: each has channels of its own.",
+    )
     calibration_text: str = Field(CONVERSATIONS, description=CALIBRATION_TEXTS_ARE)
 
     def latent(self, anatomy: Anatomy) -> Latent:
         """The latent attention that such a model gets."""
         layer, waves = anatomy.layers[0], _waves(anatomy)
         longest = FAR * anatomy.positions if anatomy.positions else inf
-        rope = self.rope or 2 * max(1, sum(wave <= longest for wave in waves))
+        kept = sum(wave <= longest for wave in waves)
+        rope = self.rope or 2 * ceil(max(1, kept) / self.fold)
         rank = self.rank or round(self.keep_kv * layer.token_width) - rope
-        return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim, queries_of(anatomy))
+        return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim, queries_of(anatomy), self.fold)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := latent_problem(anatomy) or anatomy.runtime_problem():
             return [f"mla: {reason}"]
         layer, problems = anatomy.layers[0], []
-        if self.rope and (self.rope % 2 or self.rope > layer.rotary):
-            problems.append(
-                f"mla: rope: {self.rope} is not an even number up to {layer.rotary}, which RoPE rotates here"
-            )
+        frequencies = layer.rotary // 2
+        if frequencies % self.fold:
+            return [f"mla: fold: {self.fold} does not divide the {frequencies} frequencies of this model"]
+        rotated = 2 * frequencies // self.fold
+        if self.rope and (self.rope % 2 or self.rope > rotated):
+            of = f"{layer.rotary}, which RoPE rotates here" if self.fold == 1 else f"{rotated}, with fold: {self.fold}"
+            problems.append(f"mla: rope: {self.rope} is not an even number up to {of}")
         latent, full = self.latent(anatomy), layer.token_width
         if latent.rank < 1:
             least = (latent.rope + 1) / full
@@ -85,8 +96,9 @@ class MLA(VectorOperation):
         most = min(layer.kv_heads * (latent.nope + latent.value), anatomy.config.hidden_size)
         if latent.rank > most:
             problems.append(f"mla: rank: {latent.rank} is more than its keys and values have: at most {most}")
-        if latent.rope < (fast := 2 * _fast(_waves(anatomy))):
-            problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {fast}")
+        if latent.rope * self.fold < 2 * (fast := _fast(_waves(anatomy))):
+            least = 2 * ceil(fast / self.fold)
+            problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {least}")
         problems += self.problems_of_fit()
         if anatomy.dtype in NARROW:
             problems.append(
@@ -130,7 +142,9 @@ class MLA(VectorOperation):
         if latent.queries:
             yield f"queries, which have a bias, are made of a vector of {latent.queries}: the layer's input and a 1"
         of = anatomy.layers[0].rotary // 2
-        dropped = of - latent.rope // 2
+        dropped = of - latent.rope // 2 * latent.fold
+        if latent.fold > 1:
+            yield f"each {latent.fold} neighbouring frequencies turn as the fastest of them"
         if dropped:
             yield f"of {of} frequencies the slowest {dropped} {'keeps' if dropped == 1 else 'keep'} no RoPE"
         full = anatomy.layers[0].token_width

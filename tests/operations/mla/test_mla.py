@@ -207,6 +207,30 @@ def test_fewer_frequencies_are_the_bases_first():
     assert difference(logits_of(model), logits_of(base)) <= 1e-5
 
 
+def test_folded_frequencies_share_channels():
+    """Nothing is lost where the frequencies are one, and the keys of two are a turn and a scale apart."""
+    base = llama(1, rope_parameters={"rope_type": "default", "rope_theta": 1.0})
+    convert(other := copy.deepcopy(base), rank=16, rope=8, fold=2, refit=[])
+    assert difference(logits_of(other), logits_of(base)) > 1e-3, "keys of two frequencies have nothing in common"
+    for layer in base.model.layers:
+        rows = layer.self_attn.k_proj.weight.data
+        keys = torch.complex(rows[:8], rows[8:])  # frequency f is a pair of channels (f, f + 8)
+        keys[1::2] = keys[::2] * torch.complex(torch.rand(4, 1), torch.randn(4, 1))
+        rows.copy_(torch.cat([keys.real, keys.imag]))
+    convert(folded := copy.deepcopy(base), rank=16, rope=8, fold=2, refit=[])
+    assert difference(logits_of(folded), logits_of(base)) <= 1e-5
+
+
+@pytest.mark.parametrize(("fold", "rope"), [(2, 6), (4, 4)])
+def test_a_fold_keeps_the_fastest_of_its_frequencies(fold, rope):
+    base = llama(2)
+    convert(model := copy.deepcopy(base), rank=12, fold=fold)
+    assert model.config.qk_rope_head_dim == rope
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq[::fold][: rope // 2])
+    plan = surgery.plan(recipe({"op": "mla", "rank": 12, "fold": fold} | TEXT), base)
+    assert f"each {fold} neighbouring frequencies turn as the fastest of them" in plan.steps[0].change.notes
+
+
 def attention_by_hand(module, config, x):
     """Causal latent attention of one row [T, D] in float64, from its stored tensors."""
     weights = {name: tensor.detach().double() for name, tensor in module.state_dict().items()}
@@ -331,6 +355,10 @@ def test_the_scale_of_the_vectors_can_be_changed_and_back(biases):
         ({"rope": 2, "theta": 50.0}, "rope: 2 drops fast frequencies, which need RoPE: take at least 4"),
         ({"rope": 18}, "rope: 18 is not an even number up to 16"),
         ({"rope": 7}, "rope: 7 is not an even number"),
+        ({"rope": 10, "fold": 2}, "rope: 10 is not an even number up to 8, with fold: 2"),
+        ({"rope": 2, "fold": 2, "theta": 10.0}, "rope: 2 drops fast frequencies, which need RoPE: take at least 4"),
+        ({"fold": 3}, "fold: 3 does not divide the 8 frequencies of this model"),
+        ({"fold": 0}, "fold should be at least 1"),
         ({"rank": 0}, "rank should be at least 1"),
         ({"keep_kv": 0.2, "rope": 16}, "keep_kv: 0.2 of 64 numbers a token leaves none beside 16 rotated channels"),
         ({"keep_kv": 0.0}, "keep_kv should be greater than 0"),
