@@ -207,7 +207,7 @@ def _inspect_model(model: str, as_json: bool) -> None:
     from surgery.cli.render import anatomy as render
 
     render.model(source.name, anatomy)
-    if anatomy.surgical:
+    if anatomy.surgical or (made_by and all(fit.problems for fit in fitting)):
         render.followers(fitting, made_by, model)
     else:
         render.effects(fitting, model)

@@ -314,6 +314,23 @@ def test_inspect_of_a_head_split(surgery, model):
     assert re.search(r"0-1 +9 +3 +3 +8 ", shown), shown
 
 
+def test_inspect_of_what_nothing_follows(surgery, model):
+    """A native result that no recipe can be applied to is said to be one, with the reason."""
+    args = (
+        "rank=20",
+        "refit=[]",
+        "calibration_text=mixed",
+        "calibration_samples=2",
+        "calibration_length=16",
+        "--no-check",
+        "--no-eval",
+    )
+    assert surgery("apply", "mla", model, "-o", "out", *args).code == 0
+    shown = surgery("inspect", "out").out
+    assert "Made by surgery: mla. No recipe can be applied to this result." in shown
+    assert "gqa" in shown.partition("These cannot be applied as they are:")[2].partition("start from its base")[0]
+
+
 def test_inspect_of_gates_and_terms(surgery, model):
     """A gate leaves the table of heads as the base's is: what a surgery set is said."""
     args = ("router=zero", "keep_first_layers=1", "--no-check", "--no-eval")

@@ -175,6 +175,6 @@ def _reasons(out: Console, fits: list[Fit]) -> None:
         groups.setdefault(fit.problems, []).append(fit.entry.name)
     if not groups:
         return
-    out.print(Text("\nThese need other settings:", style="yellow"))
+    out.print(Text("\nThese cannot be applied as they are:", style="yellow"))
     for problems, names in groups.items():
         hanging(out, "  ", f"{', '.join(names)}: {'; '.join(problems)}", 4)
