@@ -30,7 +30,7 @@ from surgery.healing.validate import watched_limits
 from surgery.io.files import write_text
 from surgery.io.loading import read_config
 from surgery.io.output_folder import weight_files
-from surgery.machine.progress import begin
+from surgery.machine.progress import PERCENT, begin
 from surgery.report.gate import gate
 from surgery.report.report import Report
 
@@ -78,7 +78,7 @@ class HealCallback(TrainerCallback):
         if self.held_out and not state.global_step:
             self.figures_before = self.held_out.measure(model).figures
         self.trainer.clock.start(self.earlier)
-        begin(self.progress, "training", self.steps or int(self.trainer.clock.limit))
+        begin(self.progress, "training", self.steps or PERCENT)
         self.step_started = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -155,8 +155,7 @@ class HealCallback(TrainerCallback):
         if self.steps is not None:
             self.progress(line["step"], self.steps, label)
         else:
-            limit = self.trainer.clock.limit
-            self.progress(min(int(line["seconds"]), int(limit)), int(limit), label)
+            self.progress(int(PERCENT * min(1.0, line["seconds"] / self.trainer.clock.limit)), PERCENT, label)
 
 
 def read(file: Path, last: int | None = None) -> list[dict]:

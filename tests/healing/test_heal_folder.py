@@ -409,6 +409,17 @@ def test_the_clock_ends_it(converted, heal):
     assert rates[-1] < 0.01
 
 
+def test_progress_by_the_clock_is_a_share_of_the_time(converted, tiny_llama, text, tmp_path):
+    seen = []
+    settings = ("method=parts", "steps=null", "minutes=0.02", f"data={text}", *SMALL[:2], SMALL[3])
+    report = {"evaluate": False, "check": False, "progress": lambda *facts: seen.append(facts)}
+    package.heal(converted(), tiny_llama, output=tmp_path / "healed", overrides=settings, **report)
+    shares = [done for done, total, label in seen if label.startswith("training") and total == 100]
+    assert shares[0] == 0
+    assert shares[-1] == 100
+    assert shares == sorted(shares)
+
+
 def test_what_is_made_before_the_training_is_not_in_its_time(converted, heal, monkeypatch):
     """The first rate is that of the training's begin, whatever asking a stored teacher took."""
     from surgery.healing import run as running
