@@ -68,7 +68,7 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
@@ -78,7 +78,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="smollm2-135m", help="a model whose words are taken")
     parser.add_argument("--table", type=Path, metavar="FILE", help="add the row to a table for the pages")
     parser.add_argument("--machine", default="", help="with --table: the machine")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_intermixed_args()
+    columns = table_columns(args)
+    if args.table:
+        refuse_another_table(args.table, args.machine, columns)
     tokenizer = read_tokenizer(str(resolve(args.tokenizer).path))
 
     torch.manual_seed(0)
@@ -90,11 +97,37 @@ def main() -> None:
     before, began = resident("VmRSS"), time.perf_counter()
     surgery.apply(args.recipe, model, overrides=args.settings, tokenizer=tokenizer)
     took, peak = (time.perf_counter() - began) / 60, resident("VmHWM") - before
-    row = {"minutes": took, "minutes, planned": minutes, "GB beside the model": peak, "GB, planned": beside}
-    row[f"minutes for {args.whole} layers, planned"] = whole
-    print("", *(f"{name}: {number:.1f}" for name, number in row.items()), sep="\n")
+    row = (took, minutes, peak, beside, whole)
+    print("", *(f"{name}: {number:.1f}" for name, number in zip(columns, row, strict=True)), sep="\n")
     if args.table:
-        add_row(args.table, args.machine, " ".join([args.recipe, *args.settings]), row)
+        add_row(args.table, args.machine, asked(args), dict(zip(columns, row, strict=True)))
+
+
+def table_columns(args) -> list[str]:
+    shown = ["minutes", "minutes, planned", "GB beside the model", "GB, planned"]
+    return [*shown, f"minutes for {args.whole} layers, planned"]
+
+
+def asked(args) -> str:
+    """The recipe, its settings and the shape, as they are typed; what is as by default is left out."""
+    usual = parser()
+    shape = ("layers", "hidden", "heads", "kv_heads", "mlp", "tokenizer", "whole")
+    options = [
+        f"--{name.replace('_', '-')} {value}"
+        for name in shape
+        if (value := vars(args)[name]) != usual.get_default(name)
+    ]
+    return " ".join([args.recipe, *args.settings, *options])
+
+
+def refuse_another_table(path: Path, machine: str, columns: list[str]) -> None:
+    """A table has the rows of one machine, with the same columns: else its caption would be untrue."""
+    if not path.exists():
+        return
+    table = json.loads(path.read_text(encoding="utf-8"))
+    names = [column["name"] for column in table["columns"][1:]]
+    if table["machine"] != machine or names != columns:
+        sys.exit(f"{path} has figures of {table['machine']} with {names[-1]}: name another file, or delete it first")
 
 
 def add_row(path: Path, machine: str, settings: str, row: dict[str, float]) -> None:

@@ -261,7 +261,7 @@ def _rotary(text, family: Family, head_dim: int, index: int, guess: bool) -> int
     rope = getattr(text, "rope_parameters", None) or {}
     if rope and all(isinstance(v, dict) for v in rope.values()):  # one set for each layer type (Gemma 3)
         rope = rope.get((getattr(text, "layer_types", None) or [""])[index], {})
-    share = rope.get("partial_rotary_factor", 1.0)
+    share = rope.get("partial_rotary_factor", 1.0) if family.partial else 1.0
     return getattr(text, "rotary_dim", None) or int(head_dim * share)
 
 

@@ -31,6 +31,8 @@ class Family:
             "falcon" (either, as its config says); "separate" if nothing is fused.
         conv1d: whether weights are stored transposed, [in, out].
         positions: "half" (RoPE pairs (i, i + r/2)), "interleaved" (pairs (2i, 2i+1)), "learned" or "alibi".
+        partial: whether RoPE rotates the share of a head's channels that the config's `partial_rotary_factor` says.
+            Stock code of other families does not read it, and rotates all.
         kv_field: the config field for the number of KV heads, if the forward honours it; None if there is no such
             field or the forward ignores it; "falcon" for Falcon's two switches.
         qk_norm: None, "shared" (weight [head_dim]), "per head" ([heads, head_dim]), "modules" (one module
@@ -60,6 +62,7 @@ class Family:
     layout: str = "separate"
     conv1d: bool = False
     positions: str = "half"
+    partial: bool = False
     kv_field: str | None = "num_key_value_heads"
     qk_norm: str | None = None
     q_norm: str = "q_norm"
@@ -111,7 +114,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(),
     "smollm3": Family(),
     "starcoder2": Family(),
-    "glm4": Family(positions="interleaved"),
+    "glm4": Family(positions="interleaved", partial=True),
     "gpt_oss": Family(sinks="sinks", angles="pairs"),
     # latent attention; where a config has q_lora_rank, see `with_query_vector`
     "deepseek_v3": Family(k="kv_a_proj_with_mqa", v="kv_b_proj", latent_norm="kv_a_layernorm", kv_field=None),
@@ -121,10 +124,10 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(qk_norm="shared"),
     "olmo2": Family(qk_norm="whole", angles="wide"),
     "cohere": Family(qk_norm="per head", positions="interleaved"),
-    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm", head_dim=False),
-    "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense"),
+    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm", head_dim=False, partial=True),
+    "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense", partial=True),
     # fused projections that honour a number of KV heads
-    "phi3": Family(qkv="qkv_proj", layout="rows"),
+    "phi3": Family(qkv="qkv_proj", layout="rows", partial=True),
     "falcon": Family(
         layers="transformer.h",
         layout="falcon",
@@ -139,6 +142,7 @@ FAMILIES: dict[str, Family] = {
         o="dense",
         qkv="query_key_value",
         layout="grouped",
+        partial=True,
         kv_field=None,
         head_dim=False,
     ),

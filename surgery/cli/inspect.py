@@ -205,10 +205,12 @@ def _inspect_model(model: str, as_json: bool) -> None:
         effects = {fit.entry.name: fit.to_dict() for fit in fitting}
         return emit(known | anatomy.to_dict() | {"terms": terms, "recipes": problems, "effects": effects})
     from surgery.cli.render import anatomy as render
+    from surgery.operations.absorb import Absorb
 
     render.model(source.name, anatomy)
     if anatomy.surgical or (made_by and all(fit.problems for fit in fitting)):
-        render.followers(fitting, made_by, model)
+        absorbs = not anatomy.surgical and not Absorb().problems(anatomy)
+        render.followers(fitting, made_by, model, absorbs)
     else:
         render.effects(fitting, model)
 

@@ -61,6 +61,17 @@ class VectorOperation(Operation):
     def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
         return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
 
+    def largest(self, rank: int, full: int, beside: int = 0) -> str:
+        """What to do about a vector that is too long, in terms of the field that the user set.
+
+        Args:
+            rank: numbers that it may have.
+            full: numbers a token in the base's cache.
+            beside: numbers a token beside the vector in the new one.
+        """
+        share = 100 * (rank + beside) // full / 100  # rounded down, so that it fits
+        return f"take at most {rank}" if self.rank is not None else f"take at most {share:g}"
+
     def problems_of_fit(self) -> list[str]:
         """Why the calibration text or the refits cannot be as they are set."""
         problems = recall_problems(self.op, self.calibration_length) if self.calibration_recall else []

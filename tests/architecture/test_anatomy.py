@@ -130,6 +130,20 @@ def test_facts_are_those_of_the_modules(name):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_a_share_of_rotated_channels_counts_where_the_code_reads_it(name):
+    """A Llama with `partial_rotary_factor` rotates all channels."""
+    config = copy.deepcopy(base(name).config)
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default" or name == "falcon_alibi":
+        pytest.skip("it has no RoPE, or one for each kind of layer, or a scaled one")
+    rope["partial_rotary_factor"] = 0.25
+    with torch.device("meta"):
+        model = type(base(name))(config)
+    frequencies = next(buffer for key, buffer in model.named_buffers() if key.endswith("rotary_emb.inv_freq"))
+    assert Anatomy.of(model).layers[0].rotary == 2 * len(frequencies)
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_cache_bytes_are_those_of_a_cache(name):
     """At 9 and at 12 tokens: both are beyond a window of 6 tokens, so that its layers store the same."""
     model, stored = base(name), {}

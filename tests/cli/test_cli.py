@@ -327,7 +327,9 @@ def test_inspect_of_what_nothing_follows(surgery, model):
     )
     assert surgery("apply", "mla", model, "-o", "out", *args).code == 0
     shown = surgery("inspect", "out").out
-    assert "Made by surgery: mla. No recipe can be applied to this result." in shown
+    said = " ".join(shown.split())
+    assert "Made by surgery: mla. None of the recipes that come with surgery can be applied to this result." in said
+    assert "A recipe of the operation absorb can: with it the result decodes faster." in said
     assert "gqa" in shown.partition("These cannot be applied as they are:")[2].partition("start from its base")[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from families import COMMON, build
 
 from surgery.cli.render.next_command import Typed, next_command
 from surgery.cli.render.tables import bench_verdict, check_verdict, doctor_verdict
@@ -134,3 +135,24 @@ def test_a_score_on_noise_says_nothing():
     known = data | {"evaluation": {"status": "done", **known}}
     assert next_command(known, "out", asked) == "surgery push out OWNER/NAME"
     assert verdict(known).startswith("usable, if the cost is right for you")
+
+
+@pytest.mark.parametrize(
+    ("operation", "asked", "said"),
+    [
+        ("mla", "keep_kv=0.3", "keep_kv=0.45"),
+        ("mla", "keep_kv=0.45", "keep_kv=0.55"),
+        ("low-rank-kv", "keep_kv=0.4", "keep_kv=0.5"),
+        ("low-rank-kv", "keep_kv=0.5", ""),
+    ],
+)
+def test_a_milder_share_than_the_model_has_is_the_largest_that_it_has(operation, asked, said, tmp_path):
+    """With a KV head for each query head, no vector needs more than the layer's input."""
+    build("Llama", **(COMMON | {"num_key_value_heads": COMMON["num_attention_heads"]})).save_pretrained(tmp_path)
+    lost = {"base": {"perplexity": 20.0}, "out": {"perplexity": 90.0}, "kl": {"mean": 2.0, "p99": 3.0}}
+    data = {
+        "check": {"passed": True, "items": []}, "evaluation": {"status": "done", **lost}, "files": {},
+        "gate": {"status": "failed", "limits": {"max_kl": 1.0}}, "recipe": {"operations": []},
+    }  # fmt: skip
+    command = next_command(data, "out", Typed("apply", operation, str(tmp_path), (asked,)))
+    assert command.startswith(f"surgery apply {operation} {tmp_path} {said} -o out-2" if said else "surgery heal out")

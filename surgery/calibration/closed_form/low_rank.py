@@ -50,8 +50,10 @@ class SharedHead(NamedTuple):
     energy: float
 
 
-def shared_channels(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The e channels from which m heads of e channels each are predicted with the least weighted error.
+def shared_channels(
+    moments: Tensor, weights: Tensor, count: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The c channels from which m heads of e channels each are predicted with the least weighted error.
 
         minimise  E Σ_h (y_h − A_h y*)ᴴ W_h (y_h − A_h y*)    over y* = Σ_h T_h y_h and A
 
@@ -61,29 +63,31 @@ def shared_channels(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, T
     Args:
         moments: E[y_h conj(y_g)], [..., m, e, m, e], Hermitian; float64 or complex128.
         weights: W [..., m, e, e], Hermitian and positive semidefinite.
+        count: c; None: e.
 
     Returns:
-        T [..., e, m, e], A [..., m, e, e], the lost weighted energy [...], and the total weighted energy [...]. y* has
+        T [..., c, m, e], A [..., m, e, c], the lost weighted energy [...], and the total weighted energy [...]. y* has
         the mean square of the heads. Signs and phases are fixed, so that the same moments give the same bits.
     """
     import torch
 
     *batch, m, e = moments.shape[:-2]
+    kept = e if count is None else count
     flat = moments.reshape(*batch, m * e, m * e)
     root, inverse = weight_roots(weights)
     weighted = _sides(root, flat.reshape(moments.shape)).reshape(flat.shape)
     energies, eigenvectors = torch.linalg.eigh((weighted + weighted.mH) / 2)
-    directions = strongest_first(eigenvectors, e).reshape(*batch, m, e, e)
-    gather = (root @ directions).mH  # T_h = U_hᴴ F_hᴴ, [..., m, e(kept), e]
+    directions = strongest_first(eigenvectors, kept).reshape(*batch, m, e, kept)
+    gather = (root @ directions).mH  # T_h = U_hᴴ F_hᴴ, [..., m, c, e]
     spread = inverse @ directions
-    gather = gather.transpose(-3, -2)  # [..., e(kept), m, e]
-    row = gather.reshape(*batch, e, m * e)
+    gather = gather.transpose(-3, -2)  # [..., c, m, e]
+    row = gather.reshape(*batch, kept, m * e)
     own = (row @ flat * row.conj()).sum(dim=(-1, -2)).real
     energy = flat.diagonal(dim1=-2, dim2=-1).real.sum(-1) / m
     scale = torch.where((own > 0) & (energy > 0), (energy / own).clamp(min=0).sqrt(), 1.0)
     energies = energies.clamp(min=0)
     gather, spread = gather * scale[..., None, None, None], spread / scale[..., None, None, None]
-    return gather, spread, energies[..., :-e].sum(-1), energies.sum(-1)
+    return gather, spread, energies[..., :-kept].sum(-1), energies.sum(-1)
 
 
 def weight_roots(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,25 +136,51 @@ def merge_keys(
     head, maps = torch.empty_like(keys[0]), keys.new_zeros(m, d, d)
     lost = energy = 0.0
     if rotary:
-        real, imag = pair_channels(rotary, positions)
-        rows = torch.complex(keys[:, real], keys[:, imag]).transpose(0, 1)  # [F, m, n]
-        pairs = rows @ moments.to(rows.dtype) @ rows.mH
-        power = (queries[:, real, real] + queries[:, imag, imag]).T  # [F, m]
-        gather, spread, missing, total = shared_channels(
-            pairs[:, :, None, :, None], power[..., None, None].to(rows.dtype)
-        )
-        shared = (gather[:, :, :, 0] @ rows)[:, 0]
-        head[real], head[imag] = shared.real, shared.imag
-        factor = spread[..., 0, 0].T  # [m, F]
-        maps[:, real, real] = maps[:, imag, imag] = factor.real
-        maps[:, real, imag], maps[:, imag, real] = -factor.imag, factor.imag
-        lost, energy = float(missing.sum()), float(total.sum())
+        turned = merge_rotated_keys(keys[:, :rotary], moments, queries[:, :rotary, :rotary], positions=positions)
+        head[:rotary], maps[:, :rotary, :rotary], lost, energy = turned
     if rotary < d:
         centred = moments if mean is None else moments - torch.outer(mean, mean)
         free = merge_values(keys[:, rotary:], centred, queries[:, rotary:, rotary:])
         head[rotary:], maps[:, rotary:, rotary:] = free.head, free.maps
         lost, energy = lost + free.lost, energy + free.energy
     return SharedHead(head, maps, lost, energy)
+
+
+def merge_rotated_keys(keys: Tensor, moments: Tensor, queries: Tensor, *, positions: str, fold: int = 1) -> SharedHead:
+    """One key head under RoPE of r channels that replaces m key heads of `fold` r channels.
+
+    With a `fold`, RoPE turns that many channel pairs of a head by the same angle. One pair of the shared head stands
+    for all of them, in every head.
+
+    Args:
+        keys: [m, fold r, n], before RoPE: for each member of a fold in turn, its r channels, paired by `positions`.
+        moments, queries: as for `merge_keys`; queries [m, fold r, fold r].
+
+    Returns:
+        A head [r, n] with maps [m, fold r, r].
+    """
+    import torch
+
+    m, d, _ = keys.shape
+    size = d // fold
+    real, imag = pair_channels(size, positions)
+    members = keys.unflatten(1, (fold, size))
+    rows = torch.complex(members[:, :, real], members[:, :, imag]).permute(2, 0, 1, 3)  # [F, m, fold, n]
+    flat = rows.flatten(1, 2)
+    pairs = (flat @ moments.to(rows.dtype) @ flat.mH).unflatten(2, (m, fold)).unflatten(1, (m, fold))
+    energy = queries.unflatten(2, (fold, size)).unflatten(1, (fold, size))  # E[q qᵀ], [m, fold, r, fold, r]
+
+    def moment(one: list[int], other: list[int]) -> Tensor:
+        return energy[:, :, one, :, other]  # [F, m, fold, fold]
+
+    weights = torch.complex(moment(real, real) + moment(imag, imag), moment(imag, real) - moment(real, imag))
+    gather, spread, lost, total = shared_channels(pairs, weights, count=1)
+    shared, factor = (gather.flatten(2) @ flat)[:, 0], spread[..., 0].permute(1, 2, 0)  # [F, n], [m, fold, F]
+    head, maps = keys.new_empty(size, keys.shape[-1]), keys.new_zeros(m, fold, size, size)
+    head[real], head[imag] = shared.real, shared.imag
+    maps[:, :, real, real] = maps[:, :, imag, imag] = factor.real
+    maps[:, :, real, imag], maps[:, :, imag, real] = -factor.imag, factor.imag
+    return SharedHead(head, maps.flatten(1, 2), float(lost.sum()), float(total.sum()))
 
 
 def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> SharedHead:

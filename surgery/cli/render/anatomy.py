@@ -132,11 +132,12 @@ def effects(fits: list[Fit], typed: str) -> None:
         out.print(f"\nnext: surgery plan {chosen} {shlex.quote(typed)}", soft_wrap=True)
 
 
-def followers(fits: list[Fit], made_by: str, typed: str) -> None:
+def followers(fits: list[Fit], made_by: str, typed: str, absorbs: bool) -> None:
     """Print which recipes can be applied to a checkpoint that surgery has already changed.
 
     Args:
         made_by: the recipe that made it; "" where that is not recorded.
+        absorbs: whether the operation `absorb`, which no recipe has alone, can be applied to it.
     """
     out = console()
     able = [fit.entry.name for fit in fits if not fit.problems]
@@ -145,7 +146,8 @@ def followers(fits: list[Fit], made_by: str, typed: str) -> None:
         f"Made by surgery{f': {made_by}' if made_by else ''}.",
         f"{count(len(able), 'recipe')} can be applied to this result: {', '.join(able)}."
         if able
-        else "No recipe can be applied to this result.",
+        else "None of the recipes that come with surgery can be applied to this result.",
+        "A recipe of the operation absorb can: with it the result decodes faster." if absorbs else "",
         f"{len(base)} can only be applied to its base: {', '.join(base)}. To have one of these together with "
         f"{made_by or 'what was done'}, write one recipe with both operations and apply it to the base. `surgery cp "
         "duo-after-gqa` copies an example."

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.report.gate import damage
 from surgery.report.verdict import nothing_came_back, says_nothing
 
+if TYPE_CHECKING:
+    from surgery.conversion.plan import Step
+
 BUDGETS = ("tokens", "steps", "minutes")
 LONGER = 4  # factor on the training's budget
+CLEARLY = 1.1  # factor on the KV cache, below which a milder setting brings too little for a new conversion
 
 
 @dataclass(frozen=True)
@@ -64,27 +69,37 @@ def _mend(data: dict[str, Any], folder: str, command: Typed) -> str:
         budget = next((name for name in BUDGETS if settings.get(name)), None)
         if budget:
             return command.again(f"{prefix}{budget}={LONGER * settings[budget]:g}", folder)
-    if command.verb == "apply" and (setting := _milder(data, command)):
+    if command.verb == "apply" and (setting := _milder(command)):
         return command.again(setting, folder)
     return shlex.join(["surgery", "heal", folder, "tokens=1e6", "-o", "HEALED", "--base", command.base])
 
 
-def _milder(data: dict[str, Any], command: Typed) -> str:
+def _milder(command: Typed) -> str:
     """A milder setting of one operation, with which the recipe still fits this model; "" where there is none."""
-    from surgery import operations
     from surgery.api import plan
 
-    for fields in data["recipe"]["operations"]:
-        try:
-            setting = operations.find(str(fields["op"])).model_validate(fields).milder()
-            if not setting:
-                continue
+    try:
+        steps = plan(command.subject, command.base, overrides=list(command.overrides)).steps
+    except SurgeryError:  # an operation is not installed or of another version, or the base is gone
+        return ""
+    for step in steps:
+        for setting in filter(None, (step.operation.milder(), _mildest(step))):
             key = setting.partition("=")[0]
             kept = [each for each in command.overrides if each.partition("=")[0].rpartition(".")[2] != key]
-            plan(command.subject, command.base, overrides=[*kept, setting])
-        except (SurgeryError, ValueError):  # not installed, of another version, or unfit for this model
-            continue
-        return setting
+            with suppress(SurgeryError):
+                plan(command.subject, command.base, overrides=[*kept, setting])
+                return setting
+    return ""
+
+
+def _mildest(step: Step) -> str:
+    """For an operation whose own milder setting goes too far for this model: the one that goes as far as it can."""
+    wanted, left = step.operation.milder().partition("=")[0], step.change.after.kv_bytes_per_token
+    for rung in (rung for ladder in step.operation.ladders(step.before) for rung in ladder if list(rung) == [wanted]):
+        milder = step.operation.model_copy(update=rung)
+        if not milder.problems(step.before):
+            clearly = milder.plan(step.before).after.kv_bytes_per_token >= CLEARLY * left
+            return f"{wanted}={rung[wanted]:g}" if clearly else ""
     return ""
 
 

@@ -55,41 +55,56 @@ class LowRankKV(VectorOperation):
         most = min(layer.token_width, hidden)
         if rank < 1:
             problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is none")
-        elif rank > most and self.rank is not None:
+        elif rank > most:
+            take = self.largest(most, layer.token_width)
             problems.append(
                 f"low_rank_kv: rank: {rank} is more than keys and values of {layer.token_width} numbers have, made of "
-                f"{hidden} channels: take at most {most}"
-            )
-        elif rank > most:
-            problems.append(
-                f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is {rank}, and a "
-                f"vector of {hidden} loses nothing here: take at most {most / layer.token_width:g}"
+                f"{hidden} channels: {take}"
+                if self.rank is not None
+                else f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is {rank}, and a "
+                f"vector of {hidden} loses nothing here: {take}"
             )
         problems += self.problems_of_fit()
         if not problems and rank < layer.token_width:
-            before, after = anatomy.kv_bytes_per_token, self.plan(anatomy).after.kv_bytes_per_token
-            if after >= before:
-                problems.append(
-                    f"low_rank_kv: with RoPE's cosines and sines, which one layer keeps for all, the cache takes "
-                    f"{after:,} bytes a token, and the base's {before:,}: take a lower rank"
-                )
+            problems += self._problems_of_angles(anatomy)
         return problems
+
+    def _problems_of_angles(self, anatomy: Anatomy) -> list[str]:
+        """Why the cache would get no smaller, where a vector is shorter than the base's keys and values."""
+        layer, before = self._changed(anatomy)[0], anatomy.kv_bytes_per_token
+
+        def after(rank: int) -> int:
+            return self._after(anatomy, rank).kv_bytes_per_token
+
+        rank = self._rank(layer)
+        if after(rank) < before:
+            return []
+        smaller = next((fewer for fewer in range(rank - 1, 0, -1) if after(fewer) < before), 0)
+        return [
+            f"low_rank_kv: with RoPE's cosines and sines, which one layer keeps for all, the cache takes "
+            f"{after(rank):,} bytes a token, and the base's {before:,}: "
+            + (self.largest(smaller, layer.token_width) if smaller else "no vector is short enough")
+        ]
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         changed = self._changed(anatomy)
-        turning = next((layer.index for layer in changed if layer.rotary), None)
-        layers = tuple(
-            layer.with_vector(self._entry(layer, keeps_angles=layer.index == turning)) if layer in changed else layer
-            for layer in anatomy.layers
-        )
         full, rank = changed[0].token_width, self._rank(changed[0])
         line = f"KV cache {full} → {rank} numbers a token in {len(changed)} layers (a vector of which all are made)"
         measurements = self.calibration(anatomy).measurements(anatomy, len(changed))
-        after = replace(anatomy, layers=layers)
+        after = self._after(anatomy, rank)
         return PlannedChange(after, (line,), SURGICAL, tuple(self._notes(anatomy, after)), measurements=measurements)
 
-    def _entry(self, layer: LayerAnatomy, keeps_angles: bool) -> dict[str, Any]:
-        entry: dict[str, Any] = {"rank": self._rank(layer), "head_dim": layer.head_dim, "rotary": layer.rotary}
+    def _after(self, anatomy: Anatomy, rank: int) -> Anatomy:
+        changed = self._changed(anatomy)
+        turning = next((layer.index for layer in changed if layer.rotary), None)
+        layers = tuple(
+            layer.with_vector(self._entry(layer, rank, layer.index == turning)) if layer in changed else layer
+            for layer in anatomy.layers
+        )
+        return replace(anatomy, layers=layers)
+
+    def _entry(self, layer: LayerAnatomy, rank: int, keeps_angles: bool) -> dict[str, Any]:
+        entry: dict[str, Any] = {"rank": rank, "head_dim": layer.head_dim, "rotary": layer.rotary}
         if keeps_angles:
             entry["angles"] = layer.rotary if layer.layout.angles == "pairs" else 2 * layer.rotary
             entry |= {"wide": True} if layer.layout.angles == "wide" else {}

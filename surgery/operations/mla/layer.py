@@ -11,7 +11,7 @@ from surgery.calibration.closed_form.conjugate_gradient import Solution, solve
 from surgery.calibration.closed_form.fit_scores import Rotation, ScoreObjective, ScoreSample, project
 from surgery.calibration.closed_form.joint_rank import joint_rank
 from surgery.calibration.closed_form.layer_inputs import scale_of, share, train_and_validation
-from surgery.calibration.closed_form.low_rank import merge_keys
+from surgery.calibration.closed_form.low_rank import merge_rotated_keys
 from surgery.calibration.closed_form.vector_layer import ScoreFit, VectorConversion, VectorFit
 from surgery.operations.mla.weights import LatentLayer
 
@@ -61,16 +61,12 @@ class LatentFit(VectorFit):
         readers, scale = groups_of(anatomy), scale_of(self.inputs.base[0])
         energy = torch.stack([head @ second @ head.T for head in q])  # E[q qᵀ]
         power = torch.stack([energy[heads].sum(0) for heads in readers])
-        merged = merge_keys(
-            torch.cat([k[:, channels] for channels in self.folded]),
-            second,
-            torch.cat([power[:, channels][..., channels] for channels in self.folded]),
-            rotary=latent.rope,
-            positions="half",
+        rotated = [channel for channels in self.folded for channel in channels]
+        merged = merge_rotated_keys(
+            k[:, rotated], second, power[:, rotated][..., rotated], positions="half", fold=len(self.folded)
         )
-        maps, rest = merged.maps.unflatten(0, (len(self.folded), len(k))), k.clone()  # [fold, G, e, e]
-        for channels, of_keys in zip(self.folded, maps, strict=True):
-            rest[:, channels] -= of_keys @ merged.head
+        rest = k.clone()
+        rest[:, rotated] -= merged.maps @ merged.head
         key_rows, key_weights, value_weights = [], [], []
         costs = self.value_costs(v, o, second - torch.outer(mean, mean))
         for (group, heads), (of_value, spread) in zip(enumerate(readers), costs, strict=True):
@@ -84,10 +80,7 @@ class LatentFit(VectorFit):
         joint = joint_rank([*key_rows, *v], [*key_weights, *value_weights], second, latent.rank)
         record["keys_lost"] = share(merged.lost, merged.energy)
         record["latent_lost"] = share(joint.lost, joint.energy)
-        turned = torch.zeros_like(q[:, self.folded[0]])
-        for channels, of_keys in zip(self.folded, maps, strict=True):
-            for group, heads in enumerate(readers):
-                turned[heads] += of_keys[group].T @ q[heads][:, channels]
+        turned = torch.cat([own.T @ q[heads][:, rotated] for own, heads in zip(merged.maps, readers, strict=True)])
         queries = torch.cat([q[:, self.free], turned], 1)
         key_maps, value_maps = torch.stack(joint.maps[: len(k)]), torch.stack(joint.maps[len(k) :])
         return LatentLayer(self.target, queries, joint.vector, key_maps, value_maps, o, merged.head[None])
@@ -148,7 +141,7 @@ class LatentConversion(VectorConversion):
     """The conversion of a model's layers to latent attention."""
 
     LAYER = LatentFit
-    REVISION = 3
+    REVISION = 4
 
     def changes(self, old: LayerAnatomy, new: LayerAnatomy) -> bool:
         return True

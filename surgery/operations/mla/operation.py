@@ -49,15 +49,17 @@ class MLA(VectorOperation):
     op: Literal["mla"] = "mla"
     rope: Annotated[int, Field(ge=2, strict=True)] | None = Field(
         None,
-        description="Channels of the shared key that RoPE rotates, two for each of the first frequencies. null: all "
-        f"but those whose wave, before any scaling, is {FAR} times longer than the longest text.",
+        description="Channels of the shared key that RoPE rotates: two for each of the first frequencies, or for each "
+        f"fold of them. null: all but those whose wave, before any scaling, is {FAR} times longer than the longest "
+        "text.",
     )
     fold: int = Field(
         1,
         ge=1,
         strict=True,
         description="Neighbouring frequencies that RoPE turns as the fastest of them, and that share channels of the "
-        "rotated key (FreqFold of TransMLA). 1: each has channels of its own.",
+        "rotated key (FreqFold of TransMLA); with keep_kv the vector gets the numbers that this frees. 1: each has "
+        "channels of its own.",
     )
     calibration_text: str = Field(CONVERSATIONS, description=CALIBRATION_TEXTS_ARE)
 
@@ -81,21 +83,8 @@ class MLA(VectorOperation):
         if self.rope and (self.rope % 2 or self.rope > rotated):
             of = f"{layer.rotary}, which RoPE rotates here" if self.fold == 1 else f"{rotated}, with fold: {self.fold}"
             problems.append(f"mla: rope: {self.rope} is not an even number up to {of}")
-        latent, full = self.latent(anatomy), layer.token_width
-        if latent.rank < 1:
-            least = (latent.rope + 1) / full
-            problems.append(
-                f"mla: keep_kv: {self.keep_kv:g} of {full} numbers a token leaves none beside {latent.rope} rotated "
-                f"channels: take more than {least:.2f}, or a lower rope"
-            )
-        elif latent.width > full:
-            problems.append(
-                f"mla: a vector of {latent.rank} and {latent.rope} rotated channels are {latent.width} numbers a "
-                f"token, and this model's cache holds {full}: take rank below {full - latent.rope}"
-            )
-        most = min(layer.kv_heads * (latent.nope + latent.value), anatomy.config.hidden_size)
-        if latent.rank > most:
-            problems.append(f"mla: rank: {latent.rank} is more than its keys and values have: at most {most}")
+        problems += self._problems_of_size(anatomy)
+        latent = self.latent(anatomy)
         if latent.rope * self.fold < 2 * (fast := _fast(_waves(anatomy))):
             least = 2 * ceil(fast / self.fold)
             problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {least}")
@@ -106,6 +95,24 @@ class MLA(VectorOperation):
                 "epsilon: store the base in bfloat16 or float32 first"
             )
         return problems
+
+    def _problems_of_size(self, anatomy: Anatomy) -> list[str]:
+        layer, latent = anatomy.layers[0], self.latent(anatomy)
+        rank, rope, full = latent.rank, latent.rope, layer.token_width
+        share = f"mla: keep_kv: {self.keep_kv:g} of {full} numbers a token leaves"
+        if rank < 1:
+            least = ceil(100 * (rope + 1) / full) / 100
+            return [f"{share} none beside {rope} rotated channels: take at least {least:g}, or a lower rope"]
+        has = min(layer.kv_heads * (latent.nope + latent.value), anatomy.config.hidden_size)
+        if rank <= (most := min(has, full - rope)):
+            return []
+        take = self.largest(most, full, beside=rope)
+        if self.rank is None:
+            return [f"{share} a vector of {rank}, and its keys and values have {has}: {take}"]
+        if most == has:
+            return [f"mla: rank: {rank} is more than its keys and values have: {take}"]
+        both = f"{rope} rotated channels are {latent.width} numbers a token"
+        return [f"mla: rank: {rank} and {both}, and this model's cache holds {full}: {take}"]
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, latent, layers = anatomy.layers[0], self.latent(anatomy), len(anatomy.layers)

@@ -457,8 +457,14 @@ def test_settings_that_cannot_be(fields, says):
 def test_a_cache_that_would_not_get_smaller_is_refused():
     """One KV head in one layer: the angles take what the vector saves."""
     base = build("Llama", **(LLAMA | {"num_key_value_heads": 1, "num_hidden_layers": 1}))
-    with pytest.raises(SurgeryError, match=r"the cache takes 192 bytes a token, and the base's 128"):
+    with pytest.raises(SurgeryError, match=r"takes 192 bytes a token, and the base's 128: no vector is short enough"):
         convert(base)
+    base = build("Llama", **(LLAMA | {"num_key_value_heads": 1, "num_hidden_layers": 2}))
+    for fields, says in (({}, r"take at most 0\.46"), ({"rank": 16}, "take at most 15")):
+        with pytest.raises(SurgeryError, match=rf"takes 256 bytes a token, and the base's 256: {says}"):
+            convert(copy.deepcopy(base), **fields)
+    for fields in ({"keep_kv": 0.46}, {"rank": 15}):
+        assert surgery.plan(recipe(step(**fields)), base).after.kv_bytes_per_token < 256
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import surgery
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.latent import vectors_at_scale
 from surgery.calibration.closed_form.joint_rank import joint_rank
+from surgery.calibration.closed_form.low_rank import merge_rotated_keys
 from surgery.engines import find
 from surgery.errors import SurgeryError
 from surgery.evaluation.benchmark.models import compare
@@ -121,6 +122,47 @@ def test_blocks_without_readers_and_inputs_without_energy():
     silent = joint_rank(blocks, [torch.eye(3, dtype=torch.float64)], torch.zeros(6, 6, dtype=torch.float64), rank=2)
     assert silent.vector.isfinite().all()
     assert silent.energy == 0
+
+
+def test_a_folded_key_is_the_best_of_its_size():
+    """It loses what it says, by the definition of the loss on samples, and no descent loses less."""
+    x, heads, fold, size = rand(200, 12, seed=0) @ rand(12, 12, seed=1), 3, 2, 4
+    keys, queries = rand(heads, fold * size, 12, seed=2), rand(heads, fold * size, fold * size, seed=3)
+    found = merge_rotated_keys(keys, x.T @ x / len(x), queries @ queries.mT, positions="half", fold=fold)
+    error = keys - found.maps @ found.head
+    assert lost_of_folds(error, queries, x, fold) == pytest.approx(found.lost, rel=1e-9)
+    assert lost_of_folds(keys, queries, x, fold) == pytest.approx(found.energy, rel=1e-9)
+    for seed in range(3):
+        head = rand(size, 12, seed=10 + seed).requires_grad_()
+        factor = rand(2, heads * fold, size // 2, seed=20 + seed).requires_grad_()
+
+        def loss(head=head, factor=factor):
+            real, imag = (torch.diag_embed(part) for part in factor)
+            maps = torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2)
+            return lost_of_folds(keys - maps.view(heads, fold * size, size) @ head, queries, x, fold)
+
+        optimiser = torch.optim.LBFGS([head, factor], max_iter=1000, line_search_fn="strong_wolfe")
+
+        def closure(loss=loss, optimiser=optimiser):
+            optimiser.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        assert loss() >= found.lost * (1 - 1e-6)
+
+
+def lost_of_folds(error, queries, x, fold):
+    """The mean square of conj(q) k, summed over a fold, of keys `error` x and of queries Q z with white noise z."""
+    total, size = 0.0, error.shape[1] // fold
+    for of_keys, of_queries in zip(error, queries, strict=True):
+        k, q = ((rows.view(fold, 2, size // 2, -1)) for rows in (of_keys @ x.T, of_queries))
+        k, q = torch.complex(k[:, 0], k[:, 1]), torch.complex(q[:, 0], q[:, 1])  # [fold, frequency, samples]
+        for frequency in range(size // 2):
+            scores = torch.einsum("az,at->zt", q[:, frequency].conj(), k[:, frequency])
+            total = total + scores.abs().square().sum() / x.shape[0]
+    return total
 
 
 @pytest.mark.parametrize(("refit", "tolerance"), [([], 1e-5), (["q", "k", "o", "mlp"], 1e-4)])
@@ -229,6 +271,54 @@ def test_a_fold_keeps_the_fastest_of_its_frequencies(fold, rope):
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq[::fold][: rope // 2])
     plan = surgery.plan(recipe({"op": "mla", "rank": 12, "fold": fold} | TEXT), base)
     assert f"each {fold} neighbouring frequencies turn as the fastest of them" in plan.steps[0].change.notes
+
+
+FOLDED_ROPE = [
+    {"rope_type": "default", "rope_theta": 10_000.0},
+    {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+    {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+]  # fmt: skip
+
+
+def keyless(fold: int, **fields):
+    """A base whose keys have the fastest frequency of each fold alone, with biases or not."""
+    base = llama(1, **fields)
+    silent = [channel for channel in range(16) if channel % 8 % fold]  # frequency f is a pair of channels (f, f + 8)
+    for layer in base.model.layers:
+        layer.self_attn.k_proj.weight.data[silent] = 0
+        if fields.get("attention_bias"):
+            layer.self_attn.k_proj.bias.data *= 20
+            layer.self_attn.k_proj.bias.data[silent] = 0
+    return base
+
+
+@pytest.mark.parametrize("rope", FOLDED_ROPE, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("fold", [2, 4, 8])
+def test_a_fold_turns_as_the_fastest_of_its_frequencies(rope, biases, fold):
+    """Nothing is lost of a base whose keys have these frequencies alone."""
+    base = keyless(fold, rope_parameters=rope, attention_bias=biases)
+    convert(model := copy.deepcopy(base), rank=16, rope=16 // fold, fold=fold, refit=[])
+    assert difference(logits_of(model), logits_of(base)) <= 1e-5
+
+
+def test_a_folded_layer_refitted_saved_and_absorbed(tmp_path):
+    """The refits see the frequencies that the stock model turns: they have nothing to do, and do nothing."""
+    base = keyless(2)
+    convert(model := copy.deepcopy(base), rank=16, rope=8, fold=2)
+    want = logits_of(base)
+    assert difference(logits_of(model), want) <= 1e-4
+    model.save_pretrained(tmp_path / "out")
+    answer = load_without_package([tmp_path / "out"], tmp_path)[tmp_path / "out"]
+    assert difference(answer["logits"].double(), want) <= 1e-4
+    for absorbed in (False, True):
+        if absorbed:
+            surgery.apply(recipe({"op": "absorb"}), model)
+        with torch.no_grad():
+            cache = model(TOKENS[:, :-1], use_cache=True)[CACHE]
+            step = model(TOKENS[:, -1:], **{CACHE: cache}).logits[:, -1].double()
+        assert (step - want[:, -1]).abs().max() <= 1e-4 * want.std()
 
 
 def attention_by_hand(module, config, x):
@@ -350,8 +440,17 @@ def test_the_scale_of_the_vectors_can_be_changed_and_back(biases):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"rank": 65, "rope": 16}, "81 numbers a token, and this model's cache holds 64: take rank below 48"),
-        ({"rank": 70, "kv": 4}, "rank: 70 is more than its keys and values have: at most 64"),
+        (
+            {"rank": 65, "rope": 16},
+            "rank: 65 and 16 rotated channels are 81 numbers a token, and this model's cache "
+            "holds 64: take at most 48",
+        ),
+        ({"rank": 70, "kv": 4}, "rank: 70 is more than its keys and values have: take at most 64"),
+        (
+            {"keep_kv": 0.75, "kv": 4, "rope": 16},
+            "keep_kv: 0.75 of 128 numbers a token leaves a vector of 80, and "
+            "its keys and values have 64: take at most 0.62",
+        ),
         ({"rope": 2, "theta": 50.0}, "rope: 2 drops fast frequencies, which need RoPE: take at least 4"),
         ({"rope": 18}, "rope: 18 is not an even number up to 16"),
         ({"rope": 7}, "rope: 7 is not an even number"),
@@ -360,7 +459,11 @@ def test_the_scale_of_the_vectors_can_be_changed_and_back(biases):
         ({"fold": 3}, "fold: 3 does not divide the 8 frequencies of this model"),
         ({"fold": 0}, "fold should be at least 1"),
         ({"rank": 0}, "rank should be at least 1"),
-        ({"keep_kv": 0.2, "rope": 16}, "keep_kv: 0.2 of 64 numbers a token leaves none beside 16 rotated channels"),
+        (
+            {"keep_kv": 0.2, "rope": 16},
+            "keep_kv: 0.2 of 64 numbers a token leaves none beside 16 rotated channels: "
+            "take at least 0.27, or a lower rope",
+        ),
         ({"keep_kv": 0.0}, "keep_kv should be greater than 0"),
         ({"keep_kv": 1.5}, "keep_kv should be at most 1"),
         ({"refit": ["q", "q"]}, "names a projection twice"),
@@ -374,6 +477,17 @@ def test_settings_that_do_not_fit(fields, says):
     with pytest.raises(SurgeryError) as caught:
         convert(model, **fields)
     assert says in str(caught.value)
+    assert not caught.value.others
+
+
+@pytest.mark.parametrize("fields", [
+    {"rank": 48, "rope": 16}, {"rank": 64, "kv": 4}, {"keep_kv": 0.62, "kv": 4, "rope": 16},
+    {"keep_kv": 0.27, "rope": 16},
+])  # fmt: skip
+def test_the_largest_and_the_least_that_errors_name(fields):
+    fields = dict(fields)
+    model = llama(fields.pop("kv", 2))
+    assert surgery.plan(recipe({"op": "mla"} | TEXT | fields), model).after.latent.rank >= 1
 
 
 def test_bases_that_do_not_fit():
