@@ -127,7 +127,8 @@ def refuse_another_table(path: Path, machine: str, columns: list[str]) -> None:
     table = json.loads(path.read_text(encoding="utf-8"))
     names = [column["name"] for column in table["columns"][1:]]
     if table["machine"] != machine or names != columns:
-        sys.exit(f"{path} has figures of {table['machine']} with {names[-1]}: name another file, or delete it first")
+        have, would = f"{table['machine']!r} with {names[-1]!r}", f"{machine!r} with {columns[-1]!r}"
+        sys.exit(f"{path} has figures of {have}, and these would be of {would}: name another file, or delete it first")
 
 
 def add_row(path: Path, machine: str, settings: str, row: dict[str, float]) -> None:

@@ -31,8 +31,8 @@ class Family:
             "falcon" (either, as its config says); "separate" if nothing is fused.
         conv1d: whether weights are stored transposed, [in, out].
         positions: "half" (RoPE pairs (i, i + r/2)), "interleaved" (pairs (2i, 2i+1)), "learned" or "alibi".
-        partial: whether RoPE rotates the share of a head's channels that the config's `partial_rotary_factor` says.
-            Stock code of other families does not read it, and rotates all.
+        partial: the config's field for the channels of a head that RoPE rotates, or for their share; "": it rotates
+            all, and stock code does not read such a field.
         kv_field: the config field for the number of KV heads, if the forward honours it; None if there is no such
             field or the forward ignores it; "falcon" for Falcon's two switches.
         qk_norm: None, "shared" (weight [head_dim]), "per head" ([heads, head_dim]), "modules" (one module
@@ -62,7 +62,7 @@ class Family:
     layout: str = "separate"
     conv1d: bool = False
     positions: str = "half"
-    partial: bool = False
+    partial: str = ""
     kv_field: str | None = "num_key_value_heads"
     qk_norm: str | None = None
     q_norm: str = "q_norm"
@@ -99,6 +99,7 @@ def interface_from(release: str) -> dict[str, Any]:
     return {"interface": tuple(map(int, release.split("."))) <= TRANSFORMERS, "since": release}
 
 
+SHARE = "partial_rotary_factor"
 GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None, "head_dim": False}
 BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "head_dim": False}
 
@@ -114,7 +115,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(),
     "smollm3": Family(),
     "starcoder2": Family(),
-    "glm4": Family(positions="interleaved", partial=True),
+    "glm4": Family(positions="interleaved", partial=SHARE),
     "gpt_oss": Family(sinks="sinks", angles="pairs"),
     # latent attention; where a config has q_lora_rank, see `with_query_vector`
     "deepseek_v3": Family(k="kv_a_proj_with_mqa", v="kv_b_proj", latent_norm="kv_a_layernorm", kv_field=None),
@@ -124,10 +125,10 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(qk_norm="shared"),
     "olmo2": Family(qk_norm="whole", angles="wide"),
     "cohere": Family(qk_norm="per head", positions="interleaved"),
-    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm", head_dim=False, partial=True),
-    "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense", partial=True),
+    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm", head_dim=False, partial=SHARE),
+    "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense", partial=SHARE),
     # fused projections that honour a number of KV heads
-    "phi3": Family(qkv="qkv_proj", layout="rows", partial=True),
+    "phi3": Family(qkv="qkv_proj", layout="rows", partial=SHARE),
     "falcon": Family(
         layers="transformer.h",
         layout="falcon",
@@ -142,7 +143,7 @@ FAMILIES: dict[str, Family] = {
         o="dense",
         qkv="query_key_value",
         layout="grouped",
-        partial=True,
+        partial=SHARE,
         kv_field=None,
         head_dim=False,
     ),
@@ -151,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         **GPT2,
         o="out_proj",
         positions="interleaved",
+        partial="rotary_dim",
         angles="nothing",
         **interface_from("5.24"),
     ),

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from surgery.architecture.families import SHARE
 from surgery.architecture.layer import Latent
 from surgery.architecture.stock_class import BASES, empty_model, stock_config, take_class
 from surgery.errors import all_of
@@ -68,6 +69,7 @@ def latent_fields(anatomy: Anatomy, latent: Latent) -> dict[str, Any]:
     """
     layer, config = anatomy.layers[0], anatomy.config
     rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope.pop(SHARE, None)  # stock code reads it in neither family; that of engines and earlier releases may
     if (rotary := latent.rope * latent.fold) != layer.rotary:
         rope["rope_theta"] = float(rope["rope_theta"]) ** (rotary / layer.rotary)
     return {

@@ -21,6 +21,21 @@ if TYPE_CHECKING:
 Projection = Literal["q", "k", "o", "mlp"]
 
 
+def numbers_of(share: float, full: int) -> int:
+    """The numbers a token that a share leaves of `full`."""
+    return round(share * full)
+
+
+def largest_share(numbers: int, full: int) -> float:
+    """The largest share, in hundredths, that leaves no more than so many numbers."""
+    return max(each for each in range(101) if numbers_of(each / 100, full) <= numbers) / 100
+
+
+def least_share(numbers: int, full: int) -> float:
+    """The least share, in hundredths, that leaves so many numbers."""
+    return min(each for each in range(101) if numbers_of(each / 100, full) >= numbers) / 100
+
+
 class VectorOperation(Operation):
     """One vector for each token, from which keys and values are made, fitted on a calibration text."""
 
@@ -56,12 +71,13 @@ class VectorOperation(Operation):
     def milder(self) -> str:
         if self.rank is not None:
             return f"rank={self.rank + max(1, self.rank // 2)}"
-        return f"keep_kv={min(1.0, round(self.keep_kv * 1.5, 2)):g}" if self.keep_kv < 1 else ""
+        share = round(min(1.5 * self.keep_kv, (1 + self.keep_kv) / 2), 2)
+        return f"keep_kv={share:g}" if self.keep_kv <= 0.9 else ""
 
     def ladders(self, anatomy: Anatomy) -> list[list[dict[str, Any]]]:
         return [[{"keep_kv": share / 100} for share in range(99, 4, -1)]] if self.rank is None else []
 
-    def largest(self, rank: int, full: int, beside: int = 0) -> str:
+    def at_most(self, rank: int, full: int, beside: int = 0) -> str:
         """What to do about a vector that is too long, in terms of the field that the user set.
 
         Args:
@@ -69,8 +85,8 @@ class VectorOperation(Operation):
             full: numbers a token in the base's cache.
             beside: numbers a token beside the vector in the new one.
         """
-        share = 100 * (rank + beside) // full / 100  # rounded down, so that it fits
-        return f"take at most {rank}" if self.rank is not None else f"take at most {share:g}"
+        share = largest_share(rank + beside, full)
+        return f"take at most {share:g}" if self.rank is None and share else f"take a rank of at most {rank}"
 
     def problems_of_fit(self) -> list[str]:
         """Why the calibration text or the refits cannot be as they are set."""

@@ -136,7 +136,7 @@ def test_a_share_of_rotated_channels_counts_where_the_code_reads_it(name):
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") != "default" or name == "falcon_alibi":
         pytest.skip("it has no RoPE, or one for each kind of layer, or a scaled one")
-    rope["partial_rotary_factor"] = 0.25
+    rope["partial_rotary_factor"], config.rotary_dim = 0.25, 2
     with torch.device("meta"):
         model = type(base(name))(config)
     frequencies = next(buffer for key, buffer in model.named_buffers() if key.endswith("rotary_emb.inv_freq"))

@@ -329,7 +329,7 @@ def test_inspect_of_what_nothing_follows(surgery, model):
     shown = surgery("inspect", "out").out
     said = " ".join(shown.split())
     assert "Made by surgery: mla. None of the recipes that come with surgery can be applied to this result." in said
-    assert "A recipe of the operation absorb can: with it the result decodes faster." in said
+    assert "The operation absorb can, and makes it decode faster: write a recipe with" in said
     assert "gqa" in shown.partition("These cannot be applied as they are:")[2].partition("start from its base")[0]
 
 

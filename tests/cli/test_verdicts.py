@@ -138,21 +138,30 @@ def test_a_score_on_noise_says_nothing():
 
 
 @pytest.mark.parametrize(
-    ("operation", "asked", "said"),
+    ("kv_heads", "recipe", "asked", "said"),
     [
-        ("mla", "keep_kv=0.3", "keep_kv=0.45"),
-        ("mla", "keep_kv=0.45", "keep_kv=0.55"),
-        ("low-rank-kv", "keep_kv=0.4", "keep_kv=0.5"),
-        ("low-rank-kv", "keep_kv=0.5", ""),
+        (8, "mla", "keep_kv=0.3", "keep_kv=0.45"),
+        (8, "mla", "keep_kv=0.45", "keep_kv=0.56"),  # no vector needs more than the layer's input
+        (8, "low-rank-kv", "keep_kv=0.4", "keep_kv=0.5"),
+        (8, "low-rank-kv", "keep_kv=0.5", ""),
+        (4, "mla", "keep_kv=0.7", "keep_kv=0.85"),
+        (4, "mla", "keep_kv=0.97", ""),  # what more would leave saves too little
+        (4, "hybrid-swa", "sliding=0.5", ""),  # of two layers one slides: half of that is the same
+        (1, "duo-attention", "streaming_ratio=0.5", ""),  # the one head streams, or none
+        (4, "evict", "keys=900", "keys=1800"),
+        (4, "evict", "keys=64", "keys=128"),
+        (4, "mqa", "kv_heads=1", "method=closed_form"),  # as much of the cache, with less loss
     ],
 )
-def test_a_milder_share_than_the_model_has_is_the_largest_that_it_has(operation, asked, said, tmp_path):
-    """With a KV head for each query head, no vector needs more than the layer's input."""
-    build("Llama", **(COMMON | {"num_key_value_heads": COMMON["num_attention_heads"]})).save_pretrained(tmp_path)
+def test_a_milder_setting_fits_the_model_and_leaves_more_of_its_cache(kv_heads, recipe, asked, said, tmp_path):
+    size = {"num_key_value_heads": kv_heads, "max_position_embeddings": 4096}
+    build("Llama", **(COMMON | size)).save_pretrained(tmp_path)
     lost = {"base": {"perplexity": 20.0}, "out": {"perplexity": 90.0}, "kl": {"mean": 2.0, "p99": 3.0}}
     data = {
         "check": {"passed": True, "items": []}, "evaluation": {"status": "done", **lost}, "files": {},
         "gate": {"status": "failed", "limits": {"max_kl": 1.0}}, "recipe": {"operations": []},
     }  # fmt: skip
-    command = next_command(data, "out", Typed("apply", operation, str(tmp_path), (asked,)))
-    assert command.startswith(f"surgery apply {operation} {tmp_path} {said} -o out-2" if said else "surgery heal out")
+    command = next_command(data, "out", Typed("apply", recipe, str(tmp_path), (asked,)))
+    kept = f"{asked} " if said.partition("=")[0] != asked.partition("=")[0] else ""
+    again = f"surgery apply {recipe} {tmp_path} {kept}{said} -o out-2"
+    assert command.startswith(again if said else "surgery heal out")

@@ -147,7 +147,9 @@ def followers(fits: list[Fit], made_by: str, typed: str, absorbs: bool) -> None:
         f"{count(len(able), 'recipe')} can be applied to this result: {', '.join(able)}."
         if able
         else "None of the recipes that come with surgery can be applied to this result.",
-        "A recipe of the operation absorb can: with it the result decodes faster." if absorbs else "",
+        "The operation absorb can, and makes it decode faster: write a recipe with `operations: [{op: absorb}]`."
+        if absorbs
+        else "",
         f"{len(base)} can only be applied to its base: {', '.join(base)}. To have one of these together with "
         f"{made_by or 'what was done'}, write one recipe with both operations and apply it to the base. `surgery cp "
         "duo-after-gqa` copies an example."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,12 @@ from surgery.report.gate import damage
 from surgery.report.verdict import nothing_came_back, says_nothing
 
 if TYPE_CHECKING:
-    from surgery.conversion.plan import Step
+    from surgery.conversion.plan import Plan, Step
 
 BUDGETS = ("tokens", "steps", "minutes")
 LONGER = 4  # factor on the training's budget
-CLEARLY = 1.1  # factor on the KV cache, below which a milder setting brings too little for a new conversion
+CLEARLY = 1.05  # factor on the KV cache, below which a milder setting brings too little for a new conversion
+CONTEXT = 8192  # tokens whose cache is compared, where the model names no limit
 
 
 @dataclass(frozen=True)
@@ -75,32 +77,38 @@ def _mend(data: dict[str, Any], folder: str, command: Typed) -> str:
 
 
 def _milder(command: Typed) -> str:
-    """A milder setting of one operation, with which the recipe still fits this model; "" where there is none."""
+    """A setting of one operation with which the recipe fits this model and changes less; "" where there is none."""
     from surgery.api import plan
 
-    try:
-        steps = plan(command.subject, command.base, overrides=list(command.overrides)).steps
-    except SurgeryError:  # an operation is not installed or of another version, or the base is gone
-        return ""
-    for step in steps:
-        for setting in filter(None, (step.operation.milder(), _mildest(step))):
-            key = setting.partition("=")[0]
+    with suppress(SurgeryError, ValueError):  # an operation is not installed or of another version, or no base is left
+        now = plan(command.subject, command.base, overrides=list(command.overrides))
+        for setting in (setting for step in now.steps for setting in _candidates(step)):
+            key, _, value = setting.partition("=")
             kept = [each for each in command.overrides if each.partition("=")[0].rpartition(".")[2] != key]
             with suppress(SurgeryError):
-                plan(command.subject, command.base, overrides=[*kept, setting])
-                return setting
+                milder = plan(command.subject, command.base, overrides=[*kept, setting])
+                if value.isidentifier() or _leaves_more(milder, now):  # a word names a method, which may leave as much
+                    return setting
     return ""
 
 
-def _mildest(step: Step) -> str:
-    """For an operation whose own milder setting goes too far for this model: the one that goes as far as it can."""
-    wanted, left = step.operation.milder().partition("=")[0], step.change.after.kv_bytes_per_token
-    for rung in (rung for ladder in step.operation.ladders(step.before) for rung in ladder if list(rung) == [wanted]):
-        milder = step.operation.model_copy(update=rung)
-        if not milder.problems(step.before):
-            clearly = milder.plan(step.before).after.kv_bytes_per_token >= CLEARLY * left
-            return f"{wanted}={rung[wanted]:g}" if clearly else ""
-    return ""
+def _candidates(step: Step) -> Iterator[str]:
+    """The operation's own milder setting, and the mildest value of its field that fits the model."""
+    if setting := step.operation.milder():
+        yield setting
+        key = setting.partition("=")[0]
+        rungs = (rung for ladder in step.operation.ladders(step.before) for rung in ladder if list(rung) == [key])
+        mildest = next(
+            (rung for rung in rungs if not step.operation.model_copy(update=rung).problems(step.before)), {}
+        )
+        yield from (f"{key}={value:g}" for value in mildest.values())
+
+
+def _leaves_more(plan: Plan, now: Plan) -> bool:
+    """Whether a plan leaves clearly more of the cache, where the present one saves some, or changes other things."""
+    length = now.before.positions or CONTEXT
+    base, left, then = (each.kv_bytes_at(length) for each in (now.before, now.after, plan.after))
+    return CLEARLY * left <= then < base if left < base else plan.changes != now.changes
 
 
 def _requested_options(data: dict[str, Any]) -> str:

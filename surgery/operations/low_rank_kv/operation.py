@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.operations.base import SURGICAL, InWords, PlannedChange, give_entries
-from surgery.operations.vector import VectorOperation
+from surgery.operations.vector import VectorOperation, least_share, numbers_of
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -43,48 +43,36 @@ class LowRankKV(VectorOperation):
         return [layer for layer in anatomy.layers if layer.window is None]
 
     def _rank(self, layer: LayerAnatomy) -> int:
-        return self.rank or round(self.keep_kv * layer.token_width)
+        return self.rank or numbers_of(self.keep_kv, layer.token_width)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := _problem(anatomy):
             return [f"low_rank_kv: {reason}"]
-        layers, problems = self._changed(anatomy), []
-        if not layers:
+        if not self._changed(anatomy):
             return ["low_rank_kv: every layer of this model has a sliding window: its cache does not grow"]
-        layer, rank, hidden = layers[0], self._rank(layers[0]), anatomy.config.get_text_config().hidden_size
-        most = min(layer.token_width, hidden)
+        return self._problems_of_size(anatomy) + self.problems_of_fit()
+
+    def _problems_of_size(self, anatomy: Anatomy) -> list[str]:
+        layer, hidden = self._changed(anatomy)[0], anatomy.config.get_text_config().hidden_size
+        rank, full, before = self._rank(layer), layer.token_width, anatomy.kv_bytes_per_token
+        share = f"low_rank_kv: keep_kv: {self.keep_kv:g} of {full} numbers a token is"
         if rank < 1:
-            problems.append(f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is none")
-        elif rank > most:
-            take = self.largest(most, layer.token_width)
-            problems.append(
-                f"low_rank_kv: rank: {rank} is more than keys and values of {layer.token_width} numbers have, made of "
-                f"{hidden} channels: {take}"
-                if self.rank is not None
-                else f"low_rank_kv: keep_kv: {self.keep_kv:g} of {layer.token_width} numbers a token is {rank}, and a "
-                f"vector of {hidden} loses nothing here: {take}"
-            )
-        problems += self.problems_of_fit()
-        if not problems and rank < layer.token_width:
-            problems += self._problems_of_angles(anatomy)
-        return problems
-
-    def _problems_of_angles(self, anatomy: Anatomy) -> list[str]:
-        """Why the cache would get no smaller, where a vector is shorter than the base's keys and values."""
-        layer, before = self._changed(anatomy)[0], anatomy.kv_bytes_per_token
-
-        def after(rank: int) -> int:
-            return self._after(anatomy, rank).kv_bytes_per_token
-
-        rank = self._rank(layer)
-        if after(rank) < before:
+            return [f"{share} none: take at least {least_share(1, full):g}"]
+        has, after = min(full, hidden), self._after(anatomy, rank).kv_bytes_per_token
+        if rank == full <= hidden or (rank <= has and after < before):  # the whole width is exact, for comparisons
             return []
-        smaller = next((fewer for fewer in range(rank - 1, 0, -1) if after(fewer) < before), 0)
-        return [
-            f"low_rank_kv: with RoPE's cosines and sines, which one layer keeps for all, the cache takes "
-            f"{after(rank):,} bytes a token, and the base's {before:,}: "
-            + (self.largest(smaller, layer.token_width) if smaller else "no vector is short enough")
-        ]
+        fewer = range(min(rank - 1, has), 0, -1)
+        smaller = next((each for each in fewer if self._after(anatomy, each).kv_bytes_per_token < before), 0)
+        take = self.at_most(smaller, full) if smaller else "no vector is short enough to make the cache smaller"
+        if rank <= has:
+            return [
+                f"low_rank_kv: with RoPE's cosines and sines, which one layer keeps for all, the cache takes "
+                f"{after:,} bytes a token, and the base's {before:,}: {take}"
+            ]
+        if self.rank is None:
+            return [f"{share} {rank}, and a vector of {hidden} loses nothing here: {take}"]
+        made = f"keys and values of {full} numbers have, made of {hidden} channels"
+        return [f"low_rank_kv: rank: {rank} is more than {made}: {take}"]
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         changed = self._changed(anatomy)

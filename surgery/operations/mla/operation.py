@@ -16,7 +16,7 @@ from surgery.architecture.layer import Latent
 from surgery.calibration.closed_form.cost import Calibration
 from surgery.data.text import CALIBRATION_TEXTS_ARE, CONVERSATIONS
 from surgery.operations.base import NATIVE, InWords, PlannedChange
-from surgery.operations.vector import VectorOperation
+from surgery.operations.vector import VectorOperation, least_share, numbers_of
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -69,7 +69,7 @@ class MLA(VectorOperation):
         longest = FAR * anatomy.positions if anatomy.positions else inf
         kept = sum(wave <= longest for wave in waves)
         rope = self.rope or 2 * ceil(max(1, kept) / self.fold)
-        rank = self.rank or round(self.keep_kv * layer.token_width) - rope
+        rank = self.rank or numbers_of(self.keep_kv, layer.token_width) - rope
         return Latent(rank, rope, layer.head_dim - 2 * _fast(waves), layer.head_dim, queries_of(anatomy), self.fold)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
@@ -83,11 +83,10 @@ class MLA(VectorOperation):
         if self.rope and (self.rope % 2 or self.rope > rotated):
             of = f"{layer.rotary}, which RoPE rotates here" if self.fold == 1 else f"{rotated}, with fold: {self.fold}"
             problems.append(f"mla: rope: {self.rope} is not an even number up to {of}")
-        problems += self._problems_of_size(anatomy)
-        latent = self.latent(anatomy)
-        if latent.rope * self.fold < 2 * (fast := _fast(_waves(anatomy))):
-            least = 2 * ceil(fast / self.fold)
-            problems.append(f"mla: rope: {latent.rope} drops fast frequencies, which need RoPE: take at least {least}")
+        least = 2 * max(1, ceil(_fast(_waves(anatomy)) / self.fold))
+        if not problems and (rope := self.latent(anatomy).rope) < least:
+            problems.append(f"mla: rope: {rope} drops fast frequencies, which need RoPE: take at least {least}")
+        problems = problems or self._problems_of_size(anatomy, least)
         problems += self.problems_of_fit()
         if anatomy.dtype in NARROW:
             problems.append(
@@ -96,23 +95,31 @@ class MLA(VectorOperation):
             )
         return problems
 
-    def _problems_of_size(self, anatomy: Anatomy) -> list[str]:
+    def _problems_of_size(self, anatomy: Anatomy, least: int) -> list[str]:
+        """Why the vector cannot be as long as it is set.
+
+        Args:
+            least: the rotated channels that fast frequencies need.
+        """
         layer, latent = anatomy.layers[0], self.latent(anatomy)
         rank, rope, full = latent.rank, latent.rope, layer.token_width
         share = f"mla: keep_kv: {self.keep_kv:g} of {full} numbers a token leaves"
         if rank < 1:
-            least = ceil(100 * (rope + 1) / full) / 100
-            return [f"{share} none beside {rope} rotated channels: take at least {least:g}, or a lower rope"]
+            lower = (numbers_of(self.keep_kv, full) - 1) // 2 * 2  # the most rotated channels beside a vector
+            more = f", or a rope of at most {lower}" if lower >= least else ""
+            return [
+                f"{share} none beside {rope} rotated channels: take at least {least_share(rope + 1, full):g}{more}"
+            ]
         has = min(layer.kv_heads * (latent.nope + latent.value), anatomy.config.hidden_size)
         if rank <= (most := min(has, full - rope)):
             return []
-        take = self.largest(most, full, beside=rope)
+        take = self.at_most(most, full, beside=rope)
         if self.rank is None:
-            return [f"{share} a vector of {rank}, and its keys and values have {has}: {take}"]
+            return [f"{share} a vector of {rank} numbers, and {has} hold all of its keys and values: {take}"]
         if most == has:
             return [f"mla: rank: {rank} is more than its keys and values have: {take}"]
-        both = f"{rope} rotated channels are {latent.width} numbers a token"
-        return [f"mla: rank: {rank} and {both}, and this model's cache holds {full}: {take}"]
+        both = f"with {rope} rotated channels it is {latent.width} numbers a token"
+        return [f"mla: rank: {rank} is too much: {both}, and this model's cache holds {full}: {take}"]
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, latent, layers = anatomy.layers[0], self.latent(anatomy), len(anatomy.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -442,28 +443,31 @@ def test_the_scale_of_the_vectors_can_be_changed_and_back(biases):
     [
         (
             {"rank": 65, "rope": 16},
-            "rank: 65 and 16 rotated channels are 81 numbers a token, and this model's cache "
-            "holds 64: take at most 48",
+            "rank: 65 is too much: with 16 rotated channels it is 81 numbers a token, and this model's cache holds "
+            "64: take a rank of at most 48",
         ),
-        ({"rank": 70, "kv": 4}, "rank: 70 is more than its keys and values have: take at most 64"),
+        ({"rank": 70, "kv": 4}, "rank: 70 is more than its keys and values have: take a rank of at most 64"),
         (
             {"keep_kv": 0.75, "kv": 4, "rope": 16},
-            "keep_kv: 0.75 of 128 numbers a token leaves a vector of 80, and "
-            "its keys and values have 64: take at most 0.62",
+            "keep_kv: 0.75 of 128 numbers a token leaves a vector of 80 numbers, and 64 hold all of its keys and "
+            "values: take at most 0.62",
         ),
         ({"rope": 2, "theta": 50.0}, "rope: 2 drops fast frequencies, which need RoPE: take at least 4"),
         ({"rope": 18}, "rope: 18 is not an even number up to 16"),
         ({"rope": 7}, "rope: 7 is not an even number"),
         ({"rope": 10, "fold": 2}, "rope: 10 is not an even number up to 8, with fold: 2"),
         ({"rope": 2, "fold": 2, "theta": 10.0}, "rope: 2 drops fast frequencies, which need RoPE: take at least 4"),
+        ({"rope": 24, "rank": 1}, "rope: 24 is not an even number up to 16"),
+        ({"rope": 2, "keep_kv": 0.01, "theta": 50.0}, "rope: 2 drops fast frequencies"),
         ({"fold": 3}, "fold: 3 does not divide the 8 frequencies of this model"),
         ({"fold": 0}, "fold should be at least 1"),
         ({"rank": 0}, "rank should be at least 1"),
         (
             {"keep_kv": 0.2, "rope": 16},
-            "keep_kv: 0.2 of 64 numbers a token leaves none beside 16 rotated channels: "
-            "take at least 0.27, or a lower rope",
+            "keep_kv: 0.2 of 64 numbers a token leaves none beside 16 rotated channels: take at least 0.26, or a rope "
+            "of at most 12",
         ),
+        ({"keep_kv": 0.01}, "0.01 of 64 numbers a token leaves none beside 12 rotated channels: take at least 0.2"),
         ({"keep_kv": 0.0}, "keep_kv should be greater than 0"),
         ({"keep_kv": 1.5}, "keep_kv should be at most 1"),
         ({"refit": ["q", "q"]}, "names a projection twice"),
@@ -480,14 +484,28 @@ def test_settings_that_do_not_fit(fields, says):
     assert not caught.value.others
 
 
-@pytest.mark.parametrize("fields", [
-    {"rank": 48, "rope": 16}, {"rank": 64, "kv": 4}, {"keep_kv": 0.62, "kv": 4, "rope": 16},
-    {"keep_kv": 0.27, "rope": 16},
-])  # fmt: skip
-def test_the_largest_and_the_least_that_errors_name(fields):
-    fields = dict(fields)
-    model = llama(fields.pop("kv", 2))
-    assert surgery.plan(recipe({"op": "mla"} | TEXT | fields), model).after.latent.rank >= 1
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("fields", [{}, {"rope": 16}, {"rope": 4}, {"fold": 2}], ids=str)
+@pytest.mark.parametrize(("field", "asked"), [("rank", 500), ("keep_kv", 1.0), ("keep_kv", 0.01)])
+def test_errors_name_the_largest_and_the_least(kv, fields, field, asked):
+    """What is named is accepted, and what is one beyond it is not."""
+    model = llama(kv)
+
+    def plan(**more):
+        return surgery.plan(recipe({"op": "mla"} | TEXT | fields | more), model)
+
+    try:
+        plan(**{field: asked})
+    except SurgeryError as error:
+        bound, step = re.search(r"at (most|least) ([\d.]+)", str(error)), 1 if field == "rank" else 0.01
+        named = type(asked)(bound[2])
+        plan(**{field: named})
+        with pytest.raises(SurgeryError):
+            plan(**{field: round(named + (step if bound[1] == "most" else -step), 2)})
+        for rope in re.findall(r"a rope of at most (\d+)", str(error)):
+            plan(**{field: asked, "rope": int(rope)})
+    else:
+        assert (field, asked) == ("keep_kv", 1.0)
 
 
 def test_bases_that_do_not_fit():
@@ -658,6 +676,7 @@ def test_the_plan_says_shapes_share_and_a_milder_setting():
     }
     assert MLA(keep_kv=0.5).milder() == "keep_kv=0.75"
     assert MLA(rank=1).milder() == "rank=2"
+    assert MLA(keep_kv=0.8).milder() == "keep_kv=0.9"
     assert MLA(keep_kv=1.0).milder() == ""
 
 
