@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_intermixed_args()
     columns = table_columns(args)
-    if args.table:
+    if args.table and args.table.exists():
         refuse_another_table(args.table, args.machine, columns)
     tokenizer = read_tokenizer(str(resolve(args.tokenizer).path))
 
@@ -97,10 +97,10 @@ def main() -> None:
     before, began = resident("VmRSS"), time.perf_counter()
     surgery.apply(args.recipe, model, overrides=args.settings, tokenizer=tokenizer)
     took, peak = (time.perf_counter() - began) / 60, resident("VmHWM") - before
-    row = (took, minutes, peak, beside, whole)
-    print("", *(f"{name}: {number:.1f}" for name, number in zip(columns, row, strict=True)), sep="\n")
+    row = dict(zip(columns, (took, minutes, peak, beside, whole), strict=True))
+    print("", *(f"{name}: {number:.1f}" for name, number in row.items()), sep="\n")
     if args.table:
-        add_row(args.table, args.machine, asked(args), dict(zip(columns, row, strict=True)))
+        add_row(args.table, args.machine, asked(args), row)
 
 
 def table_columns(args) -> list[str]:
@@ -122,8 +122,6 @@ def asked(args) -> str:
 
 def refuse_another_table(path: Path, machine: str, columns: list[str]) -> None:
     """A table has the rows of one machine, with the same columns: else its caption would be untrue."""
-    if not path.exists():
-        return
     table = json.loads(path.read_text(encoding="utf-8"))
     names = [column["name"] for column in table["columns"][1:]]
     if table["machine"] != machine or names != columns:

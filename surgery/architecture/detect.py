@@ -262,9 +262,9 @@ def _rotary(text, family: Family, head_dim: int, index: int, guess: bool) -> int
     rope = getattr(text, "rope_parameters", None) or {}
     if rope and all(isinstance(v, dict) for v in rope.values()):  # one set for each layer type (Gemma 3)
         rope = rope.get((getattr(text, "layer_types", None) or [""])[index], {})
-    share = rope.get(SHARE, 1.0) if family.partial == SHARE else 1.0
-    channels = getattr(text, family.partial) if family.partial not in ("", SHARE) else None
-    return channels or int(head_dim * share)
+    if family.partial == SHARE:
+        return int(head_dim * rope.get(SHARE, 1.0))
+    return (getattr(text, family.partial) if family.partial else None) or head_dim
 
 
 def _qk_norm(text, family: Family, tensors: dict, path: str, size: tuple[int, int], guess: bool) -> str | None:

@@ -40,11 +40,19 @@ class Typed:
 
     def again(self, setting: str, out: str) -> str:
         """The same command with another setting, which writes to a folder next to `out`."""
-        key = setting.partition("=")[0]
-        kept = [each for each in self.overrides if each.partition("=")[0].rpartition(".")[2] != key.rpartition(".")[2]]
         model = [self.base] if self.verb == "apply" else []
         base = [] if model else ["--base", self.base]
-        return shlex.join(["surgery", self.verb, self.subject, *model, *kept, setting, "-o", f"{out}-2", *base])
+        settings = self.overrides_with(setting)
+        return shlex.join(["surgery", self.verb, self.subject, *model, *settings, "-o", f"{out}-2", *base])
+
+    def overrides_with(self, setting: str) -> list[str]:
+        """The overrides with another setting, which takes the place of those of the same key."""
+        return [*(each for each in self.overrides if _key(each) != _key(setting)), setting]
+
+
+def _key(setting: str) -> str:
+    """The field of a setting "operation.field=value"."""
+    return setting.partition("=")[0].rpartition(".")[2]
 
 
 def next_command(data: dict[str, Any], folder: str, command: Typed) -> str:
@@ -83,11 +91,10 @@ def _milder(command: Typed) -> str:
     with suppress(SurgeryError, ValueError):  # an operation is not installed or of another version, or no base is left
         now = plan(command.subject, command.base, overrides=list(command.overrides))
         for setting in (setting for step in now.steps for setting in _candidates(step)):
-            key, _, value = setting.partition("=")
-            kept = [each for each in command.overrides if each.partition("=")[0].rpartition(".")[2] != key]
+            names_method = setting.partition("=")[2].isidentifier()  # which may be milder and leave as much
             with suppress(SurgeryError):
-                milder = plan(command.subject, command.base, overrides=[*kept, setting])
-                if value.isidentifier() or _leaves_more(milder, now):  # a word names a method, which may leave as much
+                milder = plan(command.subject, command.base, overrides=command.overrides_with(setting))
+                if names_method or _leaves_more(milder, now):
                     return setting
     return ""
 
@@ -96,7 +103,7 @@ def _candidates(step: Step) -> Iterator[str]:
     """The operation's own milder setting, and the mildest value of its field that fits the model."""
     if setting := step.operation.milder():
         yield setting
-        key = setting.partition("=")[0]
+        key = _key(setting)
         rungs = (rung for ladder in step.operation.ladders(step.before) for rung in ladder if list(rung) == [key])
         mildest = next(
             (rung for rung in rungs if not step.operation.model_copy(update=rung).problems(step.before)), {}

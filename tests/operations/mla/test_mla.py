@@ -90,18 +90,28 @@ def descended(blocks, weights, x, seed: int) -> float:
     """The weighted error that a descent from random numbers reaches."""
     parts = [rand(3, 12, seed=10 + seed), *(rand(len(block), 3, seed=20 + seed) for block in blocks)]
     parts = [part.requires_grad_() for part in parts]
-    optimiser = torch.optim.LBFGS(parts, max_iter=500, line_search_fn="strong_wolfe")
 
     def loss():
-        optimiser.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         for block, weight, own in zip(blocks, weights, parts[1:], strict=True):
             error = x @ block.T - x @ parts[0].T @ own.T
             total = total + torch.einsum("ta,ab,tb->", error, weight, error) / len(x)
-        total.backward()
         return total
 
-    optimiser.step(loss)
+    return least(loss, parts)
+
+
+def least(loss, parts) -> float:
+    """The loss that a descent reaches, which changes the parts in place."""
+    optimiser = torch.optim.LBFGS(parts, max_iter=1000, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
     return loss().item()
 
 
@@ -142,16 +152,7 @@ def test_a_folded_key_is_the_best_of_its_size():
             maps = torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2)
             return lost_of_folds(keys - maps.view(heads, fold * size, size) @ head, queries, x, fold)
 
-        optimiser = torch.optim.LBFGS([head, factor], max_iter=1000, line_search_fn="strong_wolfe")
-
-        def closure(loss=loss, optimiser=optimiser):
-            optimiser.zero_grad()
-            value = loss()
-            value.backward()
-            return value
-
-        optimiser.step(closure)
-        assert loss() >= found.lost * (1 - 1e-6)
+        assert least(loss, [head, factor]) >= found.lost * (1 - 1e-6)
 
 
 def lost_of_folds(error, queries, x, fold):
